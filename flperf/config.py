@@ -1,0 +1,331 @@
+"""The one typed configuration tree, and how a YAML file becomes it.
+
+A file may inherit others (`inherits`: paths relative to the file; later beats earlier, own keys win, mappings merge, lists
+replace). Every layer is merged into the typed tree by itself, so that a bad key or value is reported with the file it stands in.
+"""
+
+import difflib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class UserError(Exception):
+    """Something the user can mend: printed as one line, without a traceback."""
+
+
+@dataclass
+class Backbone:
+    """The frozen encoder. `weights` is a hub name or a local folder; null draws seeded random weights for `architecture`."""
+
+    kind: str = "vjepa2"  # a key of flperf.encoder.BACKBONES
+    weights: Optional[str] = None
+    architecture: dict[str, Any] = field(default_factory=dict)  # arguments of the transformers configuration; only if weights is null
+    processor: dict[str, Any] = field(default_factory=dict)  # keys that replace those of the weights' preprocessor configuration
+    frame_stride: int = 1  # DINOv3: every frame_stride-th frame is encoded
+    encode: Literal["split", "joint"] = "split"  # joint encodes the whole clip at once: V-JEPA 2 then leaks the future into the context
+
+
+@dataclass
+class Shapes:
+    """Bouncing shapes: a square that bounces off the walls and a disk on a circle. Lengths in pixels, velocities in pixels a frame."""
+
+    train_clips: int = 10_000
+    validation_clips: int = 256
+    image_size: int = 256  # of the canvas that the lengths below refer to; clips are drawn at the resolution of the backbone
+    square_size: int = 40
+    square_init: Optional[list[float]] = None  # (x, y) of the centre; null: seeded random
+    square_vel: Optional[list[float]] = None  # null: seeded random
+    disk_radius: int = 20
+
+
+@dataclass
+class Dataset:
+    """Where clips come from. CSV paths are relative to the working directory, the paths inside a CSV to the CSV."""
+
+    kind: str = "kinetics_400"  # a key of flperf.data.DATASETS
+    train: Optional[str] = None
+    validation: Optional[str] = None
+    labels: Optional[str] = None
+    out_path_column: str = "out_path"  # cached latents: the manifest's path column
+    n_frames: int = 64
+    stride: int = 2
+    start: Literal["first", "random", "center"] = "random"
+    validation_start: Literal["first", "random", "center"] = "center"
+    decoder: Literal["auto", "dali", "pyav"] = "auto"
+    threads: Optional[int] = None  # decoding threads a process; null: its share of the cores
+    prefetch: int = 2  # batches decoded ahead
+    limit: Optional[int] = None  # only the first clips of each split
+    shapes: Shapes = field(default_factory=Shapes)
+
+
+@dataclass
+class Latents:
+    """Normalisation of the latents before they reach a head."""
+
+    embedding_norm: Literal["none", "l1", "l2", "layer", "standardize"] = "standardize"
+    statistics_clips: int = 256  # training clips from which mean and standard deviation are measured, once a run
+
+
+@dataclass
+class Model:
+    """The head. Sizes are those of the transformer; the latents' width comes from the backbone."""
+
+    head: str = "predictor"  # a key of flperf.heads.HEADS
+    num_context_latents: int = 16  # latent frames (V-JEPA 2: 2 video frames each)
+    num_target_latents: Optional[int] = None  # null: all that follow the context
+    hidden_dim: int = 1024
+    depth: int = 12
+    num_heads: int = 8
+    mlp_ratio: float = 4.0
+    positions: Literal["rope3d", "sincos", "none"] = "rope3d"
+    activation_checkpointing: bool = False
+
+
+@dataclass
+class Objective:
+    """What a head is trained for. flow_matching predicts data - noise at x_tau = (1 - tau) noise + tau data."""
+
+    kind: str = "regression"  # a key of flperf.objective.OBJECTIVES
+    loss: Literal["mse", "l1", "smooth_l1", "cosine"] = "mse"
+    tau_distribution: Literal["uniform", "logit_normal"] = "uniform"
+    tau_mean: float = 0.0  # of the logit, logit_normal only
+    tau_std: float = 1.0
+    tau_shift: Optional[float] = 1.0  # above 1: more noise; null: sqrt(n d / 4096), the dimension shift
+
+
+@dataclass
+class Sampling:
+    """How a flow-matching head forecasts during evaluation."""
+
+    steps: int = 20  # Euler steps
+    samples: int = 4  # drawn for each clip; the forecast is their mean
+
+
+@dataclass
+class Trainer:
+    """Optimisation. `batch_size` counts the clips of one update over all processes and accumulation steps."""
+
+    batch_size: int = 32
+    micro_batch_size: Optional[int] = None  # clips of one forward pass on one process; null: batch_size / processes
+    max_steps: Optional[int] = None
+    max_epochs: Optional[float] = None
+    stop_after: Optional[int] = None  # leave after this many steps of this launch, with a checkpoint; the schedule is unchanged
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.05
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    warmup_steps: int = 500
+    schedule: Literal["cosine", "constant"] = "cosine"
+    final_learning_rate: float = 0.0
+    max_grad_norm: float = 1.0
+    ema_decay: Optional[float] = 0.999
+    max_skipped_updates: int = 20  # non-finite updates in a row that end the run
+
+
+@dataclass
+class Engine:
+    """How the work is laid out over devices; none of it changes what is learnt."""
+
+    zero_stage: int = 1
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device computes it natively
+    compile: bool = True
+
+
+@dataclass
+class Evaluation:
+    """Cadences are steps (`500`) or epochs (`1 epoch`)."""
+
+    eval_every: str = "1 epoch"
+    eval_first: bool = False
+    max_clips: Optional[int] = 512
+    batch_size: Optional[int] = None  # clips a process; null: the training micro-batch
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass
+class Checkpoint:
+    save_every: str = "1 epoch"
+    keep: int = 2
+
+
+@dataclass
+class Tracking:
+    log_every: int = 10
+    wandb: Literal["auto", "offline", "off"] = "auto"  # auto: online where a key is set, else offline
+    project: str = "flperf"
+
+
+@dataclass
+class Config:
+    name: str = "???"  # the run's folder under `experiment`; the configuration file's stem unless set
+    experiment: str = "experiment"
+    seed: int = 0
+    backbone: Backbone = field(default_factory=Backbone)
+    dataset: Dataset = field(default_factory=Dataset)
+    latents: Latents = field(default_factory=Latents)
+    model: Model = field(default_factory=Model)
+    objective: Objective = field(default_factory=Objective)
+    trainer: Trainer = field(default_factory=Trainer)
+    engine: Engine = field(default_factory=Engine)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    tracking: Tracking = field(default_factory=Tracking)
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+    """Read a YAML file with all it inherits, apply `section.key=value` overrides, check every key and type.
+
+    Returns a `Config` of plain dataclasses with interpolations resolved. Raises `UserError` with one line that names the file
+    and the key.
+    """
+    path = Path(path)
+    tree = OmegaConf.structured(Config)
+    for file, layer in _layers(path, ()):
+        tree = _merge(tree, layer, str(file))
+    for override in overrides:
+        key, separator, _ = override.partition("=")
+        if not separator or not key:
+            raise UserError(f"command line: {override!r} is not of the form section.key=value")
+        tree = _merge(tree, _parse_override(override), "command line")
+    if OmegaConf.is_missing(tree, "name"):
+        tree.name = path.stem
+    try:
+        config = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {error.full_key}: {_first_line(error)}") from error
+    _check_values(config, str(path))
+    return config
+
+
+def parse_interval(text: str, key: str) -> tuple[float, Literal["step", "epoch"]]:
+    """`"500"` or `"500 steps"` is (500, "step"); `"2 epochs"` is (2, "epoch")."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?)?\s*", str(text))
+    if not match or float(match[1]) <= 0:
+        raise UserError(f"{key}: {text!r} is neither a number of steps nor of epochs (write 500 or '1 epoch')")
+    return float(match[1]), "epoch" if (match[2] or "step").startswith("epoch") else "step"
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML text."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """`key: old -> new` for every leaf in which two nested dictionaries differ."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before} -> {after}")
+    return lines
+
+
+def _layers(path: Path, open_files: tuple[Path, ...]):
+    """Yield (file, mapping) from the most distant ancestor to the file itself."""
+    resolved = path.resolve()
+    if resolved in open_files:
+        chain = " -> ".join(file.name for file in (*open_files, resolved))
+        raise UserError(f"{open_files[-1]}: inherits: circular: {chain}")
+    mapping = _read_yaml(path, open_files)
+    parents = mapping.pop("inherits", [])
+    if isinstance(parents, str) or not all(isinstance(parent, str) for parent in parents or []):
+        raise UserError(f"{path}: inherits: must be a list of paths")
+    for parent in parents or []:
+        yield from _layers(path.parent / parent, (*open_files, resolved))
+    yield path, mapping
+
+
+def _read_yaml(path: Path, open_files: tuple[Path, ...]) -> dict:
+    try:
+        mapping = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        where = f"{open_files[-1]}: inherits" if open_files else "--config"
+        raise UserError(f"{where}: there is no file {path}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder, not a configuration file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if mapping is None:
+        return {}
+    if not isinstance(mapping, dict):
+        raise UserError(f"{path}: a configuration file must be a mapping of keys to values")
+    return mapping
+
+
+def _parse_override(override: str) -> DictConfig:
+    try:
+        return OmegaConf.from_dotlist([override])
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(f"command line: {override!r}: {_first_line(error)}") from None
+
+
+def _merge(tree: DictConfig, layer: dict | DictConfig, source: str) -> DictConfig:
+    _check_keys(tree, layer, source)
+    try:
+        return OmegaConf.merge(tree, layer)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{source}: {error.full_key}: {_first_line(error)}") from None
+
+
+def _check_keys(tree: DictConfig, layer: dict | DictConfig, source: str, prefix: str = "") -> None:
+    """Unknown keys are refused here, not by OmegaConf, so that the message can name the nearest known one."""
+    known = list(tree.keys())
+    for key in layer:
+        full_key = f"{prefix}{key}"
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {prefix}{nearest[0]}?" if nearest else f"known here: {', '.join(map(str, known))}"
+            raise UserError(f"{source}: unknown key {full_key}: {hint}")
+        node = OmegaConf.select(tree, str(key), throw_on_missing=False)
+        value = layer[key] if isinstance(layer, dict) else layer._get_node(key)
+        typed = isinstance(node, DictConfig) and OmegaConf.get_type(node) is not dict
+        if typed and isinstance(value, (dict, DictConfig)):
+            _check_keys(node, value, source, f"{full_key}.")
+        elif typed and not (isinstance(value, str) and value.startswith("${")):
+            raise UserError(f"{source}: {full_key}: is a section with keys of its own ({', '.join(node.keys())}), not a value")
+        elif isinstance(node, ListConfig) and isinstance(value, (dict, DictConfig)):
+            raise UserError(f"{source}: {full_key}: must be a list")
+
+
+def _check_values(config: Config, source: str) -> None:
+    """What a type alone can't say; anything that needs the data or the weights is checked where those are opened."""
+    positive = {
+        "dataset.n_frames": config.dataset.n_frames,
+        "dataset.stride": config.dataset.stride,
+        "dataset.prefetch": config.dataset.prefetch,
+        "backbone.frame_stride": config.backbone.frame_stride,
+        "model.num_context_latents": config.model.num_context_latents,
+        "model.depth": config.model.depth,
+        "trainer.batch_size": config.trainer.batch_size,
+        "checkpoint.keep": config.checkpoint.keep,
+        "tracking.log_every": config.tracking.log_every,
+        "latents.statistics_clips": config.latents.statistics_clips,
+        "evaluation.sampling.steps": config.evaluation.sampling.steps,
+        "evaluation.sampling.samples": config.evaluation.sampling.samples,
+    }
+    for key, value in positive.items():
+        if value < 1:
+            raise UserError(f"{source}: {key}: must be at least 1, is {value}")
+    if config.engine.zero_stage not in (0, 1, 2, 3):
+        raise UserError(f"{source}: engine.zero_stage: must be 0, 1, 2 or 3, is {config.engine.zero_stage}")
+    if (config.trainer.max_steps is None) == (config.trainer.max_epochs is None):
+        raise UserError(f"{source}: set exactly one of trainer.max_steps and trainer.max_epochs")
+    if config.model.hidden_dim % config.model.num_heads:
+        raise UserError(
+            f"{source}: model.hidden_dim: {config.model.hidden_dim} is not a multiple of model.num_heads {config.model.num_heads}"
+        )
+    if config.objective.kind == "flow_matching" and config.objective.loss == "cosine":
+        raise UserError(f"{source}: objective.loss: cosine has no meaning for a velocity; use mse, l1 or smooth_l1")
+    parse_interval(config.evaluation.eval_every, f"{source}: evaluation.eval_every")
+    parse_interval(config.checkpoint.save_every, f"{source}: checkpoint.save_every")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,152 @@
+"""Where clips come from: `open_dataset` looks the kind up in `DATASETS` and returns a train and a validation split behind one
+batch contract. Decoders are imported when batches are asked for, since DALI alone takes a second to load.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flperf.config import Config, UserError
+from flperf.config import Dataset as DatasetConfig
+from flperf.data.clips import Annotations, ClipBatch, Place, TrainingOrder, ValidationOrder, Window, read_annotations, read_labels
+from flperf.data.preprocessing import Preprocessing
+
+__all__ = ["DATASETS", "ClipBatch", "Dataset", "Place", "Preprocessing", "open_dataset", "prepare_dataset"]
+
+# Reads one split: (batches of draws, their order, split name, device) → batches.
+Reader = Callable[[Iterator, TrainingOrder | ValidationOrder, str, torch.device], Iterator[ClipBatch]]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Two splits, the names of their classes, and the orders in which they are read."""
+
+    train_size: int
+    validation_size: int
+    classes: list[str]
+    read: Reader
+    seed: int
+    latent_shape: tuple[int, int, int, int] | None = None  # (t, h, w, d) of cached latents
+
+    def train_batches(self, first_step: int, place: Place, device: torch.device) -> Iterator[ClipBatch]:
+        """The endless stream of this process's micro batches from `first_step` on; `close()` ends its threads."""
+        order = TrainingOrder(self.train_size, self.seed)
+        return self.read(order.batches(first_step, place), order, "train", device)
+
+    def validation_batches(self, place: Place, batch_size: int, max_clips: int | None, device: torch.device) -> Iterator[ClipBatch]:
+        """This process's share of the first `max_clips` clips: the same number of batches of the same size on every process."""
+        order = ValidationOrder(min(self.validation_size, max_clips or self.validation_size))
+        return self.read(order.batches(place, batch_size), order, "validation", device)
+
+
+def open_dataset(config: Config, preprocessing: Preprocessing | None, seed: int) -> Dataset:
+    """Read the annotations that `config.dataset` names. `preprocessing` is the backbone's; cached latents need none.
+
+    Raises `UserError` with one line that names the key or the row.
+    """
+    return _lookup(config.dataset)(config, preprocessing, seed)
+
+
+def prepare_dataset(config: Config) -> None:
+    """Write what a dataset needs and doesn't have: the demo's folder. Call it on one process of a machine, the others waiting."""
+    if config.dataset.kind == "demo" and not Path(_demo_csv(config.dataset)).is_file():
+        from flperf.data.demo import write_demo
+
+        write_demo(Path(_demo_csv(config.dataset)).parent)
+
+
+def _open_kinetics(config: Config, preprocessing: Preprocessing, seed: int) -> Dataset:
+    dataset = config.dataset
+    splits = _read_splits(dataset, lambda file, key: read_annotations(file, key, dataset.limit))
+    starts = {"train": dataset.start, "validation": dataset.validation_start}
+
+    def read(batches, order, split: str, device: torch.device) -> Iterator[ClipBatch]:
+        window = Window(dataset.n_frames, dataset.stride, starts[split])
+        read_batches = _decoder(dataset.decoder, device)
+        return read_batches(batches, order, splits[split], window, preprocessing, _threads(dataset), dataset.prefetch, device)
+
+    classes = read_labels(dataset.labels, list(splits.values()))
+    return Dataset(len(splits["train"]), len(splits["validation"]), classes, read, seed)
+
+
+def _open_cached(config: Config, preprocessing: None, seed: int) -> Dataset:
+    from flperf.data import cache
+
+    dataset = config.dataset
+    splits = _read_splits(dataset, lambda file, key: cache.read_manifest(file, key, dataset.out_path_column, dataset.limit))
+    latent_format = cache.read_format(splits["train"].paths[0])
+
+    def read(batches, order, split: str, device: torch.device) -> Iterator[ClipBatch]:
+        return cache.read_batches(batches, order, splits[split], latent_format, _threads(dataset), dataset.prefetch, device)
+
+    classes = read_labels(dataset.labels, list(splits.values()))
+    return Dataset(len(splits["train"]), len(splits["validation"]), classes, read, seed, latent_format.shape)
+
+
+def _open_shapes(config: Config, preprocessing: Preprocessing, seed: int) -> Dataset:
+    from flperf.data import shapes
+
+    dataset = config.dataset
+    shapes.check(dataset.shapes)
+    sizes = {"train": dataset.shapes.train_clips, "validation": dataset.shapes.validation_clips}
+    first_indices = {"train": 0, "validation": sizes["train"]}  # disjoint whatever the limit
+    if dataset.limit:
+        sizes = {split: min(size, dataset.limit) for split, size in sizes.items()}
+
+    def read(batches, order, split: str, device: torch.device) -> Iterator[ClipBatch]:
+        size = preprocessing.size
+        labels = [0] * sizes[split]
+        return shapes.read_batches(
+            batches, labels, first_indices[split], dataset.shapes, seed, dataset.n_frames, dataset.stride, size, device
+        )
+
+    return Dataset(sizes["train"], sizes["validation"], ["bouncing shapes"], read, seed)
+
+
+def _open_demo(config: Config, preprocessing: Preprocessing, seed: int) -> Dataset:
+    _demo_csv(config.dataset)
+    return _open_kinetics(config, preprocessing, seed)
+
+
+DATASETS = {
+    "kinetics_400": _open_kinetics,
+    "kinetics_400_cached": _open_cached,
+    "bouncing_shapes": _open_shapes,
+    "demo": _open_demo,
+}
+
+
+def _lookup(dataset: DatasetConfig) -> Callable[[Config, Preprocessing | None, int], Dataset]:
+    if dataset.kind not in DATASETS:
+        raise UserError(f"dataset.kind: {dataset.kind!r} is none of {', '.join(DATASETS)}")
+    return DATASETS[dataset.kind]
+
+
+def _read_splits(dataset: DatasetConfig, read: Callable[[str | None, str], Annotations]) -> dict[str, Annotations]:
+    """Both splits; without a validation file an empty one."""
+    validation = read(dataset.validation, "dataset.validation") if dataset.validation else Annotations([], [])
+    return {"train": read(dataset.train, "dataset.train"), "validation": validation}
+
+
+def _demo_csv(dataset: DatasetConfig) -> str:
+    if not dataset.train or Path(dataset.train).name != "train.csv":
+        raise UserError("dataset.train: for the demo it names train.csv in the folder to be written, such as data/demo/train.csv")
+    return dataset.train
+
+
+def _decoder(name: str, device: torch.device) -> Callable[..., Iterator[ClipBatch]]:
+    """`read_batches` of the decoder asked for; `auto` is NVDEC on a GPU and PyAV elsewhere."""
+    if name == "dali" or (name == "auto" and device.type == "cuda"):
+        from flperf.data.dali import read_batches
+    else:
+        from flperf.data.pyav import read_batches
+    return read_batches
+
+
+def _threads(dataset: DatasetConfig) -> int:
+    """Decoding threads of this process: as asked, or its share of the cores among the processes of this machine."""
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torchrun's, DeepSpeed's
+    return dataset.threads or max(1, len(os.sched_getaffinity(0)) // local_processes)

@@ -1,0 +1,188 @@
+"""Which clip stands where: annotation files, and the order in which training and validation read them.
+
+Training is one endless stream of samples. Sample s of the stream is clip permutation(seed, s // N)[s % N], so every clip comes
+exactly once an epoch, batches straddle epochs, and resuming needs nothing but the step. A clip that can't be read is replaced by
+attempt 1, 2, … at the same place, which takes the next clips of the permutation: the same replacement on every machine.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flperf.config import UserError
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """Paths and class indices of the clips of one split, in the order of the file."""
+
+    paths: list[str]
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A process among the others. `batch_size` counts the samples of one update over all processes and accumulation steps."""
+
+    rank: int
+    world_size: int
+    micro_batch_size: int
+    batch_size: int
+
+    @property
+    def accumulation_steps(self) -> int:
+        return self.batch_size // (self.micro_batch_size * self.world_size)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What attempt `attempt` at `sample` reads: a row of the CSV, and where in the clip to start."""
+
+    sample: int
+    attempt: int
+    clip: int
+    uniform: float  # in [0, 1), for random starts
+    valid: bool
+
+
+@dataclass
+class ClipBatch:
+    """One micro batch. Either `video` or `latents` is there."""
+
+    label: Tensor  # int64 b
+    clip: Tensor  # int64 b, row in the CSV
+    sample: Tensor  # int64 b, place in the stream; in validation the row asked for
+    valid: Tensor  # bool b; False where validation is filled up or its clip could not be read
+    video: Tensor | None = None  # uint8 b f h w c
+    latents: Tensor | None = None  # b t h w d
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of the clips that were replaced
+
+    @classmethod
+    def of(cls, draws: list[Draw], labels: list[int], **content) -> "ClipBatch":
+        return cls(
+            label=torch.tensor([labels[draw.clip] for draw in draws]),
+            clip=torch.tensor([draw.clip for draw in draws]),
+            sample=torch.tensor([draw.sample for draw in draws]),
+            valid=torch.tensor([draw.valid for draw in draws]),
+            **content,
+        )
+
+
+class TrainingOrder:
+    """The endless stream of one split; a pure function of (seed, sample, attempt)."""
+
+    def __init__(self, size: int, seed: int):
+        self.size = size
+        self.permutation = lru_cache(maxsize=2)(lambda epoch: np.random.default_rng((seed, epoch)).permutation(size))
+        self.seed = seed
+
+    def draw(self, sample: int, attempt: int = 0) -> Draw:
+        clip = int(self.permutation(sample // self.size)[(sample + attempt) % self.size])
+        return Draw(sample, attempt, clip, _uniform(self.seed, sample, attempt, 1), valid=True)  # 1: no permutation's entropy
+
+    def batches(self, first_step: int, place: Place) -> Iterator[list[Draw]]:
+        """The micro batches of one rank from `first_step` on: position = a * (m * w) + r * m + i in each global batch."""
+        stride = place.micro_batch_size * place.world_size
+        step = first_step
+        while True:
+            for accumulation in range(place.accumulation_steps):
+                first = step * place.batch_size + accumulation * stride + place.rank * place.micro_batch_size
+                yield [self.draw(sample) for sample in range(first, first + place.micro_batch_size)]
+            step += 1
+
+
+class ValidationOrder:
+    """Clips 0 … size-1 in file order. The last batch is filled with the last clip, marked invalid, so that shapes never change
+    and every rank has the same number of batches."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def draw(self, sample: int, attempt: int = 0) -> Draw:
+        row = min(sample, self.size - 1)
+        clip = (row + attempt) % self.size
+        return Draw(sample, attempt, clip, _uniform(row, attempt), valid=sample < self.size and attempt == 0)
+
+    def batches(self, place: Place, batch_size: int) -> Iterator[list[Draw]]:
+        for first in range(0, self.size, batch_size * place.world_size):
+            start = first + place.rank * batch_size
+            yield [self.draw(sample) for sample in range(start, start + batch_size)]
+
+
+@dataclass(frozen=True)
+class Window:
+    """The frames taken from a file: `n_frames` at distance `stride`, placed by `start` ("first", "random" or "center")."""
+
+    n_frames: int
+    stride: int
+    start: str
+
+    def start_frame(self, length: int, uniform: float) -> int:
+        """First frame in a file of `length` frames; 0 where the file is shorter than the window."""
+        span = (self.n_frames - 1) * self.stride + 1
+        slack = max(length - span, 0)
+        return {"first": 0, "center": slack // 2, "random": int(uniform * (slack + 1))}[self.start]
+
+    def frames(self, length: int, uniform: float) -> list[int]:
+        """Indices of all frames; past the end of the file its last frame is repeated."""
+        start = self.start_frame(length, uniform)
+        return [min(start + i * self.stride, length - 1) for i in range(self.n_frames)]
+
+
+def read_annotations(csv: str | None, key: str, limit: int | None) -> Annotations:
+    """A Kinetics CSV: `path class_index` a row, separated by the last space; paths are relative to the CSV."""
+    folder = os.path.dirname(csv or "")
+    paths, labels, seen = [], [], {}
+    for row, line in _rows(csv, key, "a Kinetics CSV (rows of 'path class_index')"):
+        path, _, label = line.rpartition(" ")
+        if not path or not label.isdecimal():
+            raise UserError(f"{csv}: row {row}: expected 'path class_index', got {line!r}")
+        first_row, first_label = seen.setdefault(path, (row, label))
+        if first_label != label:
+            raise UserError(f"{csv}: row {row}: {path} has class {label} here but {first_label} in row {first_row}")
+        paths.append(os.path.join(folder, path))
+        labels.append(int(label))
+    if not paths:
+        raise UserError(f"{csv}: holds no clips")
+    return Annotations(paths[:limit], labels[:limit])
+
+
+def read_labels(csv: str | None, annotations: list[Annotations]) -> list[str]:
+    """Class names by index from a file of `index name` rows; the indices themselves where there is no file."""
+    highest = max(max(split.labels, default=0) for split in annotations)
+    if csv is None:
+        return [str(index) for index in range(highest + 1)]
+    names = {}
+    for row, line in _rows(csv, "dataset.labels", "a labels file (rows of 'index name')"):
+        index, _, name = line.partition(" ")
+        if not index.isdecimal() or not name:
+            raise UserError(f"{csv}: row {row}: expected 'index name', got {line!r}")
+        names[int(index)] = name.strip()
+    if highest not in names or names.keys() != set(range(len(names))):
+        raise UserError(f"{csv}: must name every class from 0 to {highest} or more, names {len(names)}")
+    return [names[index] for index in range(len(names))]
+
+
+def _uniform(*entropy: int) -> float:
+    """A number in [0, 1) that is a pure function of its arguments."""
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 11) / 2**53
+
+
+def _rows(file: str | None, key: str, what: str) -> Iterator[tuple[int, str]]:
+    """(row, text) of the lines that aren't empty; rows count from 1."""
+    if file is None or not Path(file).is_file():
+        state = "is not set" if file is None else f"there is no file {file}"
+        raise UserError(f"{key}: {state}; point it to {what}")
+    with open(file, encoding="utf-8") as lines:
+        for row, line in enumerate(lines, start=1):
+            if line.strip():
+                yield row, line.strip()

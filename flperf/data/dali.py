@@ -1,0 +1,239 @@
+"""The decoder for GPUs: a DALI graph from file bytes through NVDEC to resized frames, handed to torch without a copy.
+
+One definition serves both devices: on a CPU it runs VP8, VP9 and MJPEG, which keeps the GPU's graph honest. DALI fails whole
+batches without saying which file was at fault, so files are probed beforehand, and a batch that fails all the same is redone clip
+by clip: a bad clip is replaced by the next attempt at its place, and no good one is lost.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+
+import av
+import numpy as np
+import torch
+from nvidia.dali import Pipeline, fn, types
+from torch import Tensor
+
+from flperf.config import UserError
+from flperf.data.clips import Annotations, ClipBatch, Draw, Window
+from flperf.data.prefetch import BadClip, Faults, Skipped, first_readable, read_ahead
+from flperf.data.preprocessing import Preprocessing, Size
+from flperf.data.pyav import DECODE_ERRORS, describe, is_shown, video_stream
+
+CPU_CODECS = ("vp8", "vp9", "mjpeg")
+GPU_CODECS = (*CPU_CODECS, "h264", "hevc", "av1", "mpeg4")
+GPU_FORMATS = ("yuv420p", "yuvj420p")  # what every NVDEC decodes of these; MJPEG is decoded by software on either device
+DALI_ERRORS = (RuntimeError, IndexError, ValueError)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the graph is told of one clip."""
+
+    path: str
+    start: int
+    roi_start: tuple[float, float]
+    roi_end: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch whose files were probed."""
+
+    step: int
+    draws: list[Draw]
+    requests: list[Request]
+    skipped: Skipped
+
+    def arrays(self) -> tuple[list, ...]:
+        """What the graph's source emits for each clip: path, start, region's start and end, step id."""
+        return (
+            [np.frombuffer(request.path.encode(), np.uint8) for request in self.requests],
+            [np.int32(request.start) for request in self.requests],
+            [np.float32(request.roi_start) for request in self.requests],
+            [np.float32(request.roi_end) for request in self.requests],
+            [np.int64(self.step) for _ in self.requests],
+        )
+
+
+class Feed:
+    """The graph's source. It remembers what is in flight, and raises nothing but the end: other errors would break the graph, so
+    they wait in `error`."""
+
+    def __init__(self, prepared: Iterator[Prepared]):
+        self.prepared = prepared
+        self.in_flight: deque[Prepared] = deque()
+        self.error: UserError | None = None
+
+    def __call__(self) -> tuple[list, ...]:
+        try:
+            batch = next(self.prepared)
+        except UserError as error:
+            self.error = error
+            raise StopIteration from None
+        self.in_flight.append(batch)
+        return batch.arrays()
+
+    def start_over(self) -> None:
+        """Emit what is in flight once more."""
+        self.prepared, self.in_flight = itertools.chain(self.in_flight, self.prepared), deque()
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The definition of the pipeline. `backend` is "mixed" (NVDEC, GPU `device_id`) or "cpu" (`device_id` None)."""
+
+    window: Window
+    size: Size
+    backend: str
+    device_id: int | None
+    threads: int
+
+    def pipeline(self, source: Callable, batch_size: int, ahead: int) -> Pipeline:
+        """Path, start, region and step id go in; uint8 `b f h w c` and the step id come out, `ahead` batches decoded in advance."""
+        pipeline = Pipeline(batch_size, self.threads, self.device_id, prefetch_queue_depth=ahead, exec_dynamic=True)
+        with pipeline:
+            path, start, roi_start, roi_end, step = fn.external_source(
+                source,
+                num_outputs=5,
+                dtype=[types.UINT8, types.INT32, types.FLOAT, types.FLOAT, types.INT64],
+                ndim=[1, 0, 1, 1, 0],
+            )
+            encoded = fn.io.file.read(path, dont_use_mmap=True)  # mapping leaks a file descriptor for each empty file
+            frames = fn.decoders.video(
+                encoded,
+                device=self.backend,
+                start_frame=start,
+                stride=self.window.stride,
+                sequence_length=self.window.n_frames,
+                pad_mode="edge",
+            )
+            video = fn.resize(
+                frames, size=list(self.size), roi_start=roi_start, roi_end=roi_end, interp_type=types.INTERP_LINEAR, antialias=True
+            )
+            pipeline.set_outputs(video, step)
+        return pipeline
+
+
+def read_batches(
+    batches: Iterable[list[Draw]],
+    order,
+    annotations: Annotations,
+    window: Window,
+    preprocessing: Preprocessing,
+    threads: int,
+    prefetch: int,
+    device: torch.device,
+) -> Iterator[ClipBatch]:
+    """Yield the batches with their video as uint8 `b f h w c` on `device`."""
+    backend, device_id = ("mixed", device.index or 0) if device.type == "cuda" else ("cpu", None)
+    graph = Graph(window, preprocessing.size, backend, device_id, threads)
+
+    def prepare(draw: Draw) -> Request:
+        path = annotations.paths[draw.clip]
+        length, height, width = probe(path, backend)
+        geometry = preprocessing.geometry(height, width)
+        return Request(path, window.start_frame(length, draw.uniform), geometry.roi_start, geometry.roi_end)
+
+    faults = Faults()
+    for draws, video, skipped in _decoded(graph, _prepared(batches, order, prepare, threads, prefetch), order, prepare, prefetch):
+        faults.count(len(draws), skipped)
+        yield ClipBatch.of(draws, annotations.labels, video=video, skipped=skipped)
+
+
+def _prepared(batches: Iterable[list[Draw]], order, prepare, threads: int, prefetch: int) -> Iterator[Prepared]:
+    """Probe the files of each batch ahead of the decoder, replacing those that are unreadable."""
+
+    def submit(pool: ThreadPoolExecutor, draws: list[Draw]) -> list[Future]:
+        return [pool.submit(first_readable, order, draw, prepare) for draw in draws]
+
+    for step, futures in enumerate(read_ahead(batches, submit, threads, ahead=prefetch)):
+        results = [future.result() for future in futures]
+        skipped = [fault for _, _, faults in results for fault in faults]
+        yield Prepared(step, [draw for draw, _, _ in results], [request for _, request, _ in results], skipped)
+
+
+def _decoded(graph: Graph, prepared: Iterator[Prepared], order, prepare, prefetch: int) -> Iterator[tuple[list[Draw], Tensor, Skipped]]:
+    """Run the graph; a batch that it fails is redone clip by clip, and a new graph goes on behind it."""
+    first = next(prepared, None)
+    if first is None:
+        return
+    feed = Feed(itertools.chain([first], prepared))
+    pipeline = graph.pipeline(feed, len(first.draws), prefetch)
+    try:
+        while True:
+            try:
+                video = _run(pipeline, feed.in_flight)
+            except DALI_ERRORS:
+                failed = feed.in_flight.popleft()
+                feed.start_over()
+                pipeline = graph.pipeline(feed, len(failed.draws), prefetch)
+                draws, video, skipped = _clip_by_clip(graph, failed.draws, order, prepare)
+                yield draws, video, failed.skipped + skipped
+            else:
+                done = feed.in_flight.popleft()
+                yield done.draws, video, done.skipped
+    except StopIteration:
+        if feed.error:
+            raise feed.error from None
+    finally:
+        prepared.close()  # a pipeline is part of a cycle, and would keep the probing threads until it is collected
+
+
+def _run(pipeline: Pipeline, in_flight: deque[Prepared]) -> Tensor:
+    video, step = pipeline.run()
+    expected = in_flight[0].step
+    if not (step.as_array() == expected).all():
+        raise AssertionError(f"DALI returned batch {step.as_array().tolist()} where {expected} was due")
+    return torch.from_dlpack(video.as_tensor())
+
+
+def _clip_by_clip(graph: Graph, draws: list[Draw], order, prepare) -> tuple[list[Draw], Tensor, Skipped]:
+    """Redo a failed batch one clip at a time, replacing those that fail; no good clip is lost."""
+
+    def decode(draw: Draw) -> Tensor:
+        feed = Feed(iter([Prepared(draw.sample, [draw], [prepare(draw)], [])]))
+        try:
+            return _run(graph.pipeline(feed, batch_size=1, ahead=1), feed.in_flight)
+        except DALI_ERRORS as error:
+            raise BadClip(feed.in_flight[0].requests[0].path, _reason(error)) from None
+
+    results = [first_readable(order, draw, decode) for draw in draws]
+    video = torch.cat([clip for _, clip, _ in results])
+    return [draw for draw, _, _ in results], video, [fault for _, _, faults in results for fault in faults]
+
+
+@cache
+def probe(path: str, backend: str) -> tuple[int, int, int]:
+    """(frames, height, width) of a file from its header; the packets are counted where the header doesn't tell."""
+    try:
+        with av.open(path, metadata_errors="ignore") as container:
+            stream = video_stream(container)
+            context = stream.codec_context
+            _check_format(path, context.name, context.pix_fmt, backend)
+            length = stream.frames or sum(packet.size > 0 and is_shown(packet) for packet in container.demux(stream))
+            if not length or not context.height or not context.width:
+                raise ValueError("no video frames")
+            return length, context.height, context.width
+    except DECODE_ERRORS as error:
+        raise BadClip(path, describe(error)) from None
+
+
+def _check_format(path: str, codec: str, pixels: str | None, backend: str) -> None:
+    if backend == "cpu" and codec in GPU_CODECS and codec not in CPU_CODECS:
+        raise UserError(f"dataset.decoder: on a CPU DALI decodes {', '.join(CPU_CODECS)} only, and {path} is {codec}; set it to pyav")
+    if codec not in GPU_CODECS:
+        raise ValueError(f"DALI has no decoder for {codec}")
+    if backend == "mixed" and codec != "mjpeg" and pixels not in GPU_FORMATS:
+        raise ValueError(f"NVDEC is not asked for {codec} in {pixels}")
+
+
+def _reason(error: Exception) -> str:
+    """The line of DALI's message that says what was wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = lines.index("encountered:") + 1 if "encountered:" in lines[:-1] else 0
+    return f"DALI: {lines[telling]}"

@@ -1,0 +1,120 @@
+"""Batches read ahead by a pool of threads, and what happens to clips that can't be read.
+
+Each clip is one task that writes its own slot of a preallocated batch, and a stated number of batches is in flight. There is no
+queue on which a thread could wait for another, so nothing can hang: tasks end by themselves, and closing or dropping the iterator
+cancels those that have not begun.
+"""
+
+import itertools
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Thread
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flperf.config import UserError
+from flperf.data.clips import Draw
+
+logger = logging.getLogger(__name__)
+
+Skipped = list[tuple[str, str]]  # (path, reason)
+
+MAX_BAD_SHARE = 0.5  # more unreadable clips than this share, once MIN_OPENED were opened, end the run
+MIN_OPENED = 32
+
+
+class BadClip(Exception):
+    """A clip that can't be read: `BadClip(path, reason)`."""
+
+
+class Faults:
+    """Counts unreadable clips, logs each path once, and ends the run when they are too many."""
+
+    def __init__(self):
+        self.opened = 0
+        self.bad = 0
+        self.reasons: dict[str, str] = {}
+
+    def count(self, good: int, skipped: Skipped) -> None:
+        self.opened += good + len(skipped)
+        self.bad += len(skipped)
+        for path, reason in skipped:
+            if path not in self.reasons:
+                self.reasons[path] = reason
+                logger.warning("unreadable clip replaced by the next one: %s: %s", path, reason)
+        if self.opened >= MIN_OPENED and self.bad > MAX_BAD_SHARE * self.opened:
+            raise UserError(f"{self.bad} of the first {self.opened} clips can't be read: {_examples(self.reasons.items())}")
+
+
+def _examples(skipped: Iterable[tuple[str, str]]) -> str:
+    return "; ".join(f"{path}: {reason}" for path, reason in itertools.islice(skipped, 5))
+
+
+def first_readable(order, draw: Draw, read: Callable[[Draw], Any]) -> tuple[Draw, Any, Skipped]:
+    """Read the clip of `draw`, or of the next attempts at its place until one is readable: (its draw, what `read` returned, skipped).
+
+    Gives up with a `UserError` when MIN_OPENED attempts, or every clip of a smaller dataset, failed.
+    """
+    skipped = []
+    for _ in range(min(order.size, MIN_OPENED)):
+        try:
+            return draw, read(draw), skipped
+        except BadClip as fault:
+            skipped.append(fault.args)
+        draw = order.draw(draw.sample, draw.attempt + 1)
+    raise UserError(f"{len(skipped)} clips in a row can't be read: {_examples(skipped)}")
+
+
+def read_ahead(tasks: Iterable, submit: Callable[[ThreadPoolExecutor, Any], Any], threads: int, ahead: int) -> Iterator:
+    """Yield `submit(pool, task)` for each task in order, with `ahead` more submitted behind the one handed out."""
+    pool = ThreadPoolExecutor(threads, "flperf-data", _compute_alone, (torch.get_num_threads(),))
+    pending = deque()
+    try:
+        for task in tasks:
+            pending.append(submit(pool, task))
+            if len(pending) > ahead:
+                yield pending.popleft()
+        while pending:
+            yield pending.popleft()
+    finally:  # also where the iterator is closed or dropped; no waiting, since a dropped one may be collected in a pool's thread
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _compute_alone(others: int) -> None:
+    """Make torch's operators in this thread use this thread only: teams of OpenMP that wait for each other on busy cores made
+    decoding eight times slower. The number is OpenMP's own for each thread, but torch also keeps it for threads to come, where a
+    passing thread puts `others` back."""
+    torch.get_num_threads()  # initialises the thread, which would otherwise happen later and undo the next line
+    torch.set_num_threads(1)
+    restorer = Thread(target=torch.set_num_threads, args=(others,))
+    restorer.start()
+    restorer.join()
+
+
+def filled_buffers(
+    batches: Iterable[list[Draw]],
+    order,
+    allocate: Callable[[int], Tensor],
+    fill: Callable[[Draw, Tensor], None],
+    threads: int,
+    ahead: int,
+) -> Iterator[tuple[list[Draw], Tensor, Skipped]]:
+    """Have `fill(draw, slot)` write every clip of a batch into its slot of an allocated buffer `b …`, in a pool of threads."""
+    faults = Faults()
+
+    def submit(pool: ThreadPoolExecutor, draws: list[Draw]) -> tuple[Tensor, list[Future]]:
+        buffer = allocate(len(draws))
+        return buffer, [
+            pool.submit(first_readable, order, draw, lambda draw, slot=slot: fill(draw, slot))
+            for draw, slot in zip(draws, buffer, strict=True)
+        ]
+
+    for buffer, futures in read_ahead(batches, submit, threads, ahead):
+        results = [future.result() for future in futures]
+        skipped = [fault for _, _, faults_of_one in results for fault in faults_of_one]
+        faults.count(len(results), skipped)
+        yield [draw for draw, _, _ in results], buffer, skipped

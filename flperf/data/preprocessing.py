@@ -1,0 +1,187 @@
+"""What the backbone's Hugging Face processor does to a frame, as numbers that both decoders apply.
+
+The processors themselves need torchvision, so their rules (transformers 5.23: VJEPA2VideoProcessor, DINOv3ViTImageProcessor) are
+restated here: resize with antialiased bilinear weights, centre crop, then `rescale * x`, `- mean`, `/ std`. The first two are done
+on 8-bit frames by the decoders, the last three by the compiled encoder, so that only bytes travel.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flperf.config import Backbone, UserError
+
+Size = tuple[int, int]  # (height, width)
+
+_COMMON = {
+    "do_resize": True,
+    "resample": 2,  # PIL's bilinear
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+}
+_FILES = ("processor_config.json", "video_preprocessor_config.json", "preprocessor_config.json")  # the order transformers looks in
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the pixels of one frame size go: resize to `resized`, crop at `offset`; or resample the region of interest alone."""
+
+    resized: Size
+    offset: tuple[int, int]  # (top, left) of the crop in the resized frame
+    roi_start: tuple[float, float]  # (y, x) of the crop in the source frame
+    roi_end: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Resize to a shortest edge or an exact size, centre crop; the encoder computes `(rescale * x - mean) / std`."""
+
+    resize: int | Size
+    crop: Size | None
+    rescale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> "Preprocessing":
+        """The rule of a backbone; raises `UserError` where its preprocessor configuration can't be had or isn't supported."""
+        settings = _settings(backbone)
+        if not settings["do_resize"] or settings["resample"] != 2:
+            raise UserError("backbone.processor: only resizing (do_resize) with bilinear weights (resample 2) is supported")
+        crop = _as_size(settings["crop_size"]) if settings["do_center_crop"] else None
+        resize = _resize_rule(settings["size"])
+        if crop is None and isinstance(resize, int):
+            raise UserError("backbone.processor: a shortest edge without crop_size leaves clips of different sizes; set do_center_crop")
+        smallest = (resize, resize) if isinstance(resize, int) else resize
+        if crop and (crop[0] > smallest[0] or crop[1] > smallest[1]):
+            raise UserError(f"backbone.processor: crop_size {crop} is larger than the resized frame {smallest}")
+        return cls(
+            resize=resize,
+            crop=crop,
+            rescale=settings["rescale_factor"] if settings["do_rescale"] else 1.0,
+            mean=tuple(settings["image_mean"]) if settings["do_normalize"] else (0.0, 0.0, 0.0),
+            std=tuple(settings["image_std"]) if settings["do_normalize"] else (1.0, 1.0, 1.0),
+        )
+
+    @property
+    def size(self) -> Size:
+        """(height, width) of every frame that comes out."""
+        return self.crop or self.resize
+
+    def geometry(self, height: int, width: int) -> Geometry:
+        """Resized size (the longer edge floored) and integer crop offsets as the processor computes them, and the region they keep."""
+        resized = self.resize
+        if isinstance(resized, int):
+            longer = int(self.resize * max(height, width) / min(height, width))
+            resized = (self.resize, longer) if height <= width else (longer, self.resize)
+        offset = ((resized[0] - self.size[0]) // 2, (resized[1] - self.size[1]) // 2)
+        scale = (height / resized[0], width / resized[1])
+        roi_start = (offset[0] * scale[0], offset[1] * scale[1])
+        roi_end = ((offset[0] + self.size[0]) * scale[0], (offset[1] + self.size[1]) * scale[1])
+        return Geometry(resized, offset, roi_start, roi_end)
+
+    def apply(self, frames: Tensor) -> Tensor:
+        """Resize and crop uint8 frames `f h w c`, bit for bit as `F.interpolate(…, antialias=True)` and a crop would.
+
+        Nothing right of and below the crop is computed (a quarter of the time at 340 × 256): the scale is handed to the kernel, so
+        it needs neither the whole frame nor the whole output. What comes back is a view.
+        """
+        geometry = self.geometry(frames.shape[1], frames.shape[2])
+        (top, left), (height, width) = geometry.offset, self.size
+        rows = _extent(frames.shape[1], geometry.resized[0], top + height)
+        columns = _extent(frames.shape[2], geometry.resized[1], left + width)
+        needed = frames[:, : rows.source, : columns.source].permute(0, 3, 1, 2)  # f c h w by strides only, as the kernel wants it
+        resized = torch.ops.aten._upsample_bilinear2d_aa(
+            needed, (rows.resized, columns.resized), False, rows.factor, columns.factor
+        )  # F.interpolate's own operator, which takes sizes and factors at once
+        return resized[:, :, top : top + height, left : left + width].permute(0, 2, 3, 1)
+
+
+@dataclass(frozen=True)
+class _Extent:
+    source: int
+    resized: int
+    factor: float
+
+
+def _extent(source: int, resized: int, end: int) -> _Extent:
+    """How much of an axis must be read and computed for the first `end` positions of the resized axis."""
+    scale = source / resized
+    needed = min(source, math.ceil(end * scale + max(scale, 1.0)) + 1)  # the filter reaches max(scale, 1) further
+    if needed == end < resized:  # the operator would take equal sizes for an axis it need not touch
+        end += 1
+    return _Extent(needed, end, resized / source)
+
+
+def _settings(backbone: Backbone) -> dict[str, Any]:
+    """The processor's keys: its class's defaults, replaced by its file, replaced by `backbone.processor`."""
+    defaults = _class_defaults(backbone)
+    stored = _read_file(backbone.weights) if backbone.weights else {}
+    settings = defaults | {key: value for key, value in stored.items() if key in defaults and value is not None}
+    if backbone.kind == "vjepa2":  # its processor derives the size from the crop, whatever size its file states
+        settings["size"] = {"shortest_edge": int(_as_size((settings | backbone.processor)["crop_size"])[0] * 256 / 224)}
+    for key in backbone.processor:
+        if key not in defaults:
+            raise UserError(f"backbone.processor: unknown key {key}: known here: {', '.join(defaults)}")
+    return settings | backbone.processor
+
+
+def _class_defaults(backbone: Backbone) -> dict[str, Any]:
+    """As the processor class has them; without weights, at the image size of the architecture."""
+    if backbone.kind == "vjepa2":
+        crop_size = backbone.architecture.get("crop_size", 256)
+        return _COMMON | {"do_center_crop": True, "crop_size": crop_size, "size": None}
+    image_size = backbone.architecture.get("image_size", 224)
+    return _COMMON | {"do_center_crop": False, "crop_size": image_size, "size": image_size}
+
+
+def _read_file(weights: str) -> dict[str, Any]:
+    """The preprocessor configuration in a local folder or on the hub, found in the order transformers looks in."""
+    for name in _FILES:
+        file = os.path.join(weights, name) if os.path.isdir(weights) else _from_hub(weights, name)
+        if file is None or not os.path.isfile(file):
+            continue
+        with open(file) as text:
+            stored = json.load(text)
+        if name == "processor_config.json":  # from transformers 5 on, all processors of a model nest in one file
+            stored = stored.get("video_processor") or stored.get("image_processor")
+        if stored is not None:
+            return stored
+    raise UserError(f"backbone.weights: {weights} holds none of {', '.join(_FILES)}; point it to a folder with one, as the hub has it")
+
+
+def _from_hub(name: str, filename: str) -> str | None:
+    """Path of a file of the hub's cache, downloaded if need be; None where the repository has no such file."""
+    from huggingface_hub import errors, hf_hub_download  # needed for hub names only
+
+    try:
+        return hf_hub_download(name, filename)
+    except errors.LocalEntryNotFoundError:
+        reason = "the hub can't be reached, and nothing of it is in the local cache"
+    except errors.EntryNotFoundError:
+        return None
+    except (errors.HfHubHTTPError, errors.HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+    raise UserError(f"backbone.weights: {name} is no local folder, and {reason}; point it to a downloaded copy")
+
+
+def _resize_rule(size: Any) -> int | Size:
+    if isinstance(size, dict) and "shortest_edge" in size:
+        return size["shortest_edge"]
+    return _as_size(size)
+
+
+def _as_size(size: Any) -> Size:
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, dict) and size.keys() >= {"height", "width"}:
+        return size["height"], size["width"]
+    raise UserError(f"backbone.processor: {size!r} is not a size: write 256, {{shortest_edge: 292}} or {{height: 224, width: 224}}")

@@ -1,0 +1,123 @@
+"""The decoder for CPUs: PyAV, one single-threaded decoder a clip, many clips at once.
+
+A file is demuxed once, which is cheap and tells which packet is which frame; then only the packets between the last key frame
+before the window and its end are decoded, and H.264 frames that are neither wanted nor referenced are skipped undecoded, which
+leaves the others bit-identical. Every wanted frame is resized while it is still in the processor's cache.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+
+import av
+import torch
+from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
+from torch import Tensor
+
+from flperf.data.clips import Annotations, ClipBatch, Draw, Window
+from flperf.data.prefetch import BadClip, filled_buffers
+from flperf.data.preprocessing import Preprocessing
+
+# What a damaged file makes FFmpeg, NumPy and torch raise.
+DECODE_ERRORS = (av.error.FFmpegError, OSError, ValueError, RuntimeError)
+
+
+def read_batches(
+    batches: Iterable[list[Draw]],
+    order,
+    annotations: Annotations,
+    window: Window,
+    preprocessing: Preprocessing,
+    threads: int,
+    prefetch: int,
+    device: torch.device,
+) -> Iterator[ClipBatch]:
+    """Yield the batches with their video as uint8 `b f h w c` in host memory, pinned where `device` is CUDA."""
+
+    def allocate(b: int) -> Tensor:
+        return torch.empty(b, window.n_frames, *preprocessing.size, 3, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+    def fill(draw: Draw, slot: Tensor) -> None:
+        read_clip(annotations.paths[draw.clip], window, draw.uniform, preprocessing, slot)
+
+    for draws, video, skipped in filled_buffers(batches, order, allocate, fill, threads, prefetch):
+        yield ClipBatch.of(draws, annotations.labels, video=video, skipped=skipped)
+
+
+def read_clip(path: str, window: Window, uniform: float, preprocessing: Preprocessing, out: Tensor) -> None:
+    """Decode one window of a file into `out`, uint8 `f h w c`; raises `BadClip` if any of its frames can't be had."""
+    try:
+        with av.open(path, metadata_errors="ignore") as container:
+            stream = video_stream(container)
+            packets = [packet for packet in container.demux(stream) if packet.size]
+            length = sum(map(is_shown, packets))
+            if not length:
+                raise ValueError("no video frames")
+            _write_frames(stream, packets, window.frames(length, uniform), preprocessing, out)
+    except DECODE_ERRORS as error:
+        raise BadClip(path, describe(error)) from None
+
+
+def video_stream(container) -> av.VideoStream:
+    """The first video stream that isn't the cover picture of an audio file."""
+    for stream in container.streams.video:
+        if not stream.disposition & Disposition.attached_pic:
+            stream.codec_context.thread_count = 1
+            return stream
+    raise ValueError("no video stream")
+
+
+def is_shown(packet: av.Packet) -> bool:
+    """Whether a packet becomes a frame: not those before an edit list's start, nor VP8's hidden golden frames."""
+    if packet.stream.codec_context.name == "vp8":
+        return bool(memoryview(packet)[0] & 0x10)  # show_frame: RFC 6386, 9.1
+    return not packet.is_discard
+
+
+def describe(error: Exception) -> str:
+    return f"{getattr(error, 'strerror', None) or error} ({type(error).__name__})"
+
+
+def _write_frames(stream, packets: list[av.Packet], frames: list[int], preprocessing: Preprocessing, out: Tensor) -> None:
+    """Write frames (ascending indices in presentation order, the last one repeated in short files) into the slots of `out`."""
+    reformatter = VideoReformatter()
+    slots = {frame: slot for slot, frame in reversed(list(enumerate(frames)))}  # each frame's first slot
+    for index, frame in _decode(stream, packets, slots):
+        rgb = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        out[slots[index]].copy_(preprocessing.apply(torch.from_numpy(rgb)[None])[0])
+    out[len(slots) :] = out[len(slots) - 1]
+
+
+def _decode(stream, packets: list[av.Packet], wanted) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Yield (index, frame) for every wanted index, or raise."""
+    context, remaining, decoded = stream.codec_context, set(wanted), itertools.count()
+    index_of = _frame_indices(packets)
+    skipping = index_of and context.name == "h264"
+    for packet in [*(_from_key_frame(packets, index_of, min(wanted)) if index_of else packets), None]:
+        if skipping and packet:
+            context.skip_frame = "DEFAULT" if index_of.get(packet.pts) in remaining else "NONREF"
+        for frame in context.decode(packet):
+            index = index_of.get(frame.pts) if index_of else next(decoded)
+            if index in remaining:
+                if frame.is_corrupt:
+                    raise ValueError(f"frame {index} is damaged")
+                remaining.remove(index)
+                yield index, frame
+        if not remaining:
+            return
+    raise ValueError(f"frame {min(remaining)} can't be decoded")
+
+
+def _frame_indices(packets: list[av.Packet]) -> dict[int, int]:
+    """Presentation time → index of the frame. Empty where times are missing or doubled, as in some AVI files: there a frame's
+    index is its place in the decoder's output, and everything must be decoded."""
+    times = [packet.pts for packet in packets if is_shown(packet)]
+    if None in times or len(set(times)) < len(times):
+        return {}
+    return {time: index for index, time in enumerate(sorted(times))}
+
+
+def _from_key_frame(packets: list[av.Packet], index_of: dict[int, int], first: int) -> list[av.Packet]:
+    """The packets from the last key frame that is shown no later than frame `first`."""
+    keys = [place for place, packet in enumerate(packets) if packet.is_keyframe and index_of.get(packet.pts, first + 1) <= first]
+    return packets[keys[-1] if keys else 0 :]

@@ -1,0 +1,200 @@
+"""From typed options to a DeepSpeed engine: process group, device, precision, optimizer, ZeRO.
+
+Three things are ours: the optimizer keeps the moving average of the weights as one more optimizer state (so ZeRO shards it,
+checkpoints carry it, and it follows the fp32 master weights, not their bf16 copies); learning rate and decay are pure functions
+of the step (so nothing about a schedule is stored); blocks are compiled before DeepSpeed sees them.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, set_z3_leaf_modules
+from torch import Tensor, nn
+
+from flperf.config import Config, Engine, Trainer, UserError
+from flperf.data.clips import Place
+from flperf.heads import REPEATED
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among all; `device` is where its work runs."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start_process() -> Process:
+    """Join the process group that the launcher (deepspeed, torchrun, srun) describes in the environment, or be alone."""
+    for name, alone in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, alone)
+    os.environ.setdefault("MASTER_PORT", "29500" if int(os.environ["WORLD_SIZE"]) > 1 else "0")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        # torchrun's name for it, then DeepSpeed's.
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+    deepspeed.utils.logger.setLevel("WARNING")
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
+    return Process(dist.get_rank(), local_rank, dist.get_world_size(), device)
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """bf16 or fp32; "auto" is bf16 where the device multiplies it natively (emulated bf16 is several times slower than fp32)."""
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bf16" else torch.float32
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def place_among(trainer: Trainer, process: Process) -> Place:
+    """How the clips of one update are shared out: batch_size = micro_batch_size * accumulation_steps * processes."""
+    world_size = process.world_size
+    micro = trainer.micro_batch_size or trainer.batch_size // world_size
+    if micro < 1 or trainer.batch_size % (micro * world_size):
+        raise UserError(
+            f"trainer.batch_size: {trainer.batch_size} clips are not a multiple of {world_size} processes x "
+            f"trainer.micro_batch_size {max(micro, 1)}"
+        )
+    return Place(process.rank, world_size, micro, trainer.batch_size)
+
+
+class AdamWWithEMA(torch.optim.AdamW):
+    """Fused AdamW that also keeps an exponential moving average of what it updates, under the state key "ema".
+
+    `group["ema_decay"]` is the decay of the coming step; None keeps no average. With `clip` it also clips the gradients' norm and
+    skips a non-finite update: DeepSpeed does both in its own wrappers but not for a bare fp32 optimizer (ZeRO 0).
+    """
+
+    def __init__(self, groups: list[dict], trainer: Trainer, clip: bool):
+        super().__init__(groups, lr=0.0, betas=tuple(trainer.betas), fused=True)
+        self.max_grad_norm = trainer.max_grad_norm if clip else None
+        self.overflow = False
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if self.max_grad_norm is not None:
+            self._global_grad_norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+            self.overflow = not math.isfinite(self._global_grad_norm)
+            if self.overflow:
+                return
+        super().step()
+        for group in self.param_groups:
+            if group["ema_decay"] is not None:
+                self._average([p for p in group["params"] if p.grad is not None], 1.0 - group["ema_decay"])
+
+    def _average(self, parameters: list[Tensor], weight: float) -> None:
+        for parameter in parameters:
+            if "ema" not in self.state[parameter]:
+                self.state[parameter]["ema"] = parameter.detach().clone()
+        torch._foreach_lerp_([self.state[parameter]["ema"] for parameter in parameters], parameters, weight)
+
+
+def learning_rate(step: int, trainer: Trainer, total_steps: int) -> float:
+    """Linear warm-up, then cosine to `final_learning_rate` (or constant)."""
+    if step < trainer.warmup_steps:
+        return trainer.learning_rate * (step + 1) / trainer.warmup_steps
+    if trainer.schedule == "constant":
+        return trainer.learning_rate
+    progress = (step - trainer.warmup_steps) / max(1, total_steps - trainer.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return trainer.final_learning_rate + (trainer.learning_rate - trainer.final_learning_rate) * cosine
+
+
+def ema_decay(step: int, trainer: Trainer) -> float | None:
+    """The decay grows to its final value as (1 + step) / (10 + step), so that early averages forget the initial weights."""
+    return None if trainer.ema_decay is None else min(trainer.ema_decay, (1 + step) / (10 + step))
+
+
+def set_schedule(engine: deepspeed.DeepSpeedEngine, step: int, trainer: Trainer, total_steps: int) -> float:
+    """Set learning rate and EMA decay of the coming update; returns the learning rate."""
+    rate = learning_rate(step, trainer, total_steps)
+    for group in engine.optimizer.param_groups:
+        group["lr"], group["ema_decay"] = rate, ema_decay(step, trainer)
+    return rate
+
+
+def deepspeed_options(engine: Engine, trainer: Trainer, place: Place, dtype: torch.dtype, device: torch.device) -> dict:
+    """DeepSpeed's configuration. Gradients accumulate in fp32 as soon as there is more than one micro-batch to add."""
+    bare = is_bare(engine, dtype)
+    options = {
+        "train_batch_size": place.batch_size,
+        "train_micro_batch_size_per_gpu": place.micro_batch_size,
+        "gradient_accumulation_steps": place.accumulation_steps,
+        "gradient_clipping": 0.0 if bare else trainer.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": engine.zero_stage, "overlap_comm": device.type == "cuda"},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "steps_per_print": 10**9,
+    }
+    if place.accumulation_steps > 1:
+        options["data_types"] = {"grad_accum_dtype": "fp32"}
+    return options
+
+
+def is_bare(engine: Engine, dtype: torch.dtype) -> bool:
+    """Whether DeepSpeed steps our optimizer directly, without a wrapper that clips and checks."""
+    return engine.zero_stage == 0 and dtype == torch.float32
+
+
+def build_engine(head: nn.Module, config: Config, place: Place, dtype: torch.dtype, device: torch.device) -> deepspeed.DeepSpeedEngine:
+    """Wrap the head. Matrices decay; biases, norms and learned tokens don't."""
+    head = head.to(device)
+    if config.engine.zero_stage == 3:
+        # Parameters are gathered for a whole block at a time, outside its compiled forward.
+        set_z3_leaf_modules(head, list(REPEATED))
+    decayed = [p for n, p in head.named_parameters() if is_decayed(n, p)]
+    plain = [p for n, p in head.named_parameters() if not is_decayed(n, p)]
+    groups = [
+        {"params": decayed, "weight_decay": config.trainer.weight_decay, "ema_decay": None},
+        {"params": plain, "weight_decay": 0.0, "ema_decay": None},
+    ]
+    optimizer = AdamWWithEMA(groups, config.trainer, clip=is_bare(config.engine, dtype))
+    options = deepspeed_options(config.engine, config.trainer, place, dtype, device)
+    engine, *_ = deepspeed.initialize(model=head, optimizer=optimizer, config=options, dist_init_required=False)
+    return engine
+
+
+def is_decayed(name: str, parameter: nn.Parameter) -> bool:
+    return name.endswith("weight") and parameter.ndim >= 2
+
+
+def head_weights(engine: deepspeed.DeepSpeedEngine, *, average: bool) -> dict[str, Tensor]:
+    """Full fp32 weights of the head, or their moving average, by parameter name, on every process (a collective under ZeRO)."""
+    average = average and engine.global_steps > engine.skipped_steps  # before the first update there is none
+    if average and hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        # DeepSpeed 0.19 links optimizer states to parameters once, after the first group's first step, when the others have none.
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    return {name: _full_weight(engine, parameter, average) for name, parameter in engine.module.named_parameters()}
+
+
+def _full_weight(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter, average: bool) -> Tensor:
+    wrapped = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+    if not wrapped:
+        return engine.optimizer.state[parameter]["ema"] if average else parameter.detach()
+    full = safe_get_full_optimizer_state(parameter, "ema") if average else safe_get_full_fp32_param(parameter)
+    return full.detach()
+
+
+def load_weights(head: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Fill a plain head with `weights` in the compute dtype; its tables (buffers) stay fp32."""
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            parameter.data = weights[name].to(dtype).clone()

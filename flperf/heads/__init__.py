@@ -1,0 +1,42 @@
+"""The heads by name. A new one is a file in this folder, built of `layers`, and a line in the table."""
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from flperf.compilation import compile_forward
+from flperf.config import Model, UserError
+from flperf.heads.cross_attention import CrossAttentionPredictor
+from flperf.heads.dit import DiT
+from flperf.heads.layers import Block, KeysValues
+from flperf.heads.predictor import Predictor
+from flperf.latents import Layout
+
+HEADS = {"predictor": Predictor, "cross_attention": CrossAttentionPredictor, "dit": DiT}
+REPEATED = (Block, KeysValues)  # compiled, checkpointed and, in ZeRO 3, gathered as wholes
+
+
+def build_head(model: Model, layout: Layout, *, seed: int, compile: bool) -> nn.Module:
+    """A freshly initialised head in fp32 on the CPU. Its weights depend on `seed` alone."""
+    if model.head not in HEADS:
+        raise UserError(f"model.head: {model.head!r} is unknown; known: {', '.join(HEADS)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = HEADS[model.head](model, layout)
+    for module in head.modules():
+        if isinstance(module, REPEATED):
+            if compile:
+                compile_forward(module)
+            if model.activation_checkpointing and isinstance(module, Block):
+                recompute_in_backward(module)
+    return head
+
+
+def recompute_in_backward(block: nn.Module) -> None:
+    """Keep only the block's inputs for the backward pass and compute the rest again (activation checkpointing)."""
+    forward = block.forward
+
+    def checkpointed(*inputs):
+        return checkpoint(forward, *inputs, use_reentrant=False) if torch.is_grad_enabled() else forward(*inputs)
+
+    block.forward = checkpointed

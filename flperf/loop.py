@@ -1,0 +1,191 @@
+"""The training loop, in the order in which data flows: wait for clips, encode, head and loss, backward, update; then log, evaluate, save.
+
+Nothing in a step waits for the device on our account; numbers are read when they are logged.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from flperf.checkpoint import resume, save_checkpoint
+from flperf.config import UserError, parse_interval
+from flperf.data.clips import ClipBatch
+from flperf.engine import head_weights, load_weights, set_schedule
+from flperf.evaluation import evaluate, summary
+from flperf.latents import Statistics, StatisticsMeter
+from flperf.run import Run, flops_per_clip
+from flperf.throughput import StageTimer, memory_gb, peak_flops
+from flperf.tracking import RunFolder, Tracker
+
+
+class Schedule:
+    """When a run ends, and what is due after a step. An epoch is `train_size` clips, which need not be a whole number of steps."""
+
+    def __init__(self, run: Run, first_step: int):
+        trainer = run.config.trainer
+        self.steps_per_epoch = run.dataset.train_size / trainer.batch_size
+        self.total_steps = trainer.max_steps or math.ceil(trainer.max_epochs * self.steps_per_epoch)
+        stop = first_step + trainer.stop_after if trainer.stop_after else self.total_steps
+        self.steps = range(first_step, min(stop, self.total_steps))
+
+    def epoch(self, step: int) -> int:
+        return int(step / self.steps_per_epoch)
+
+    def due(self, interval: str, done: int) -> bool:
+        """Whether an interval ("500", "2 epochs") ends with the step that makes `done` steps, or the run does."""
+        count, unit = parse_interval(interval, "interval")
+        period = count if unit == "step" else count * self.steps_per_epoch
+        return int(done / period) > int((done - 1) / period) or done == self.steps.stop
+
+
+class Window:
+    """What happened since the last logged line: losses stay on the device until then."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.timer = StageTimer(run.process.device)
+        flops = sum(flops_per_clip(run).values())
+        self.flops_per_step = flops * run.place.batch_size / run.process.world_size
+        self.peak = peak_flops(run.process.device, run.dtype)
+        self.skipped_clips = 0
+        self.restart()
+
+    def restart(self) -> None:
+        self.steps, self.losses, self.started = 0, [], time.perf_counter()
+
+    def read(self, step: int, epoch: int, rate: float) -> dict:
+        """One line of metrics; loss and skipped clips over all processes, times of this one."""
+        totals = torch.stack([torch.stack(self.losses).mean().double().cpu(), torch.tensor(float(self.skipped_clips)).double()])
+        totals = totals.to(self.run.process.device)
+        dist.all_reduce(totals)
+        loss, skipped = totals.tolist()
+        seconds = (time.perf_counter() - self.started) / self.steps
+        layout, engine = self.run.layout, self.run.engine
+        norm = engine.get_global_grad_norm()
+        metrics = {
+            "step": step,
+            "epoch": epoch,
+            "loss": loss / self.run.process.world_size,
+            "lr": rate,
+            "grad_norm": None if norm is None else float(norm),
+            "clips_per_s": self.run.place.batch_size / seconds,
+            "tokens_per_s": self.run.place.batch_size * (layout.context_tokens + layout.target_tokens) / seconds,
+            "step_ms": seconds * 1e3,
+            **self.timer.read(self.steps),
+            "mfu": self.flops_per_step / seconds / self.peak,
+            "memory_gb": memory_gb(self.run.process.device),
+            "skipped_clips": int(skipped),
+            "skipped_updates": engine.skipped_steps,
+        }
+        self.restart()
+        return metrics
+
+
+def train(run: Run, folder: RunFolder) -> None:
+    """Train from the folder's last checkpoint, or from the start, to the end of the budget."""
+    first_step = resume(run.engine, folder.checkpoints)
+    schedule = Schedule(run, first_step)
+    tracker = Tracker(run.config, folder, run.process.is_main, first_step, schedule.total_steps)
+    tracker.say(f"resumed at step {first_step}" if first_step else f"training {schedule.total_steps} steps; the first compiles")
+    statistics = latent_statistics(run, folder)
+    run.use_statistics(statistics)
+    batches = run.dataset.train_batches(first_step, run.place, run.process.device)
+    try:
+        if run.dataset.validation_size and run.config.evaluation.eval_first and first_step == 0:
+            validate(run, statistics, tracker, 0, 0)
+        train_steps(run, schedule, batches, statistics, tracker, folder)
+    finally:
+        batches.close()
+        tracker.close()
+    if run.process.is_main:
+        print(f"step {schedule.steps.stop} of {schedule.total_steps}. Everything is in {folder.path}:")
+        print("  config.yaml, run.json   what ran")
+        print("  metrics.jsonl           one line a logged step")
+        print("  checkpoints/            resumed by the same command")
+
+
+def train_steps(
+    run: Run, schedule: Schedule, batches: Iterator[ClipBatch], statistics: Statistics, tracker: Tracker, folder: RunFolder
+) -> None:
+    config, engine, window = run.config, run.engine, Window(run)
+    in_a_row = 0
+    for step in schedule.steps:
+        rate = set_schedule(engine, step, config.trainer, schedule.total_steps)
+        skipped_before = engine.skipped_steps
+        window.losses.append(train_step(run, batches, window))
+        in_a_row = in_a_row + 1 if engine.skipped_steps > skipped_before else 0
+        if in_a_row >= config.trainer.max_skipped_updates:
+            raise UserError(
+                f"step {step}: {in_a_row} updates in a row had a non-finite loss or gradient and were skipped; lower "
+                "trainer.learning_rate or look at the data (trainer.max_skipped_updates sets this limit)"
+            )
+        window.steps += 1
+        done = step + 1
+        tracker.step()
+        if done % config.tracking.log_every == 0 or done == schedule.steps.stop or done == schedule.steps.start + 1:
+            tracker.log(window.read(done, schedule.epoch(done), rate))
+        paused = time.perf_counter()
+        if run.dataset.validation_size and schedule.due(config.evaluation.eval_every, done):
+            validate(run, statistics, tracker, done, schedule.epoch(done))
+        if schedule.due(config.checkpoint.save_every, done):
+            save_checkpoint(engine, folder.checkpoints, done, config.checkpoint.keep)
+        window.started += time.perf_counter() - paused  # throughput is that of training alone
+
+
+def train_step(run: Run, batches: Iterator[ClipBatch], window: Window) -> Tensor:
+    """One update; returns the loss (a scalar on the device), the mean over this process's micro-batches."""
+    stage, losses = window.timer.stage, []
+    for _ in range(run.place.accumulation_steps):
+        with stage("data", host=True):
+            batch = next(batches)
+        with stage("encode"):
+            context, target = run.latents(batch)
+            sample = batch.sample.to(run.process.device, non_blocking=True)
+        with stage("head"):
+            loss = run.objective.loss(run.engine, context, target, sample)
+            run.engine.backward(loss)
+        with stage("optim"):
+            run.engine.step()
+        losses.append(loss.detach())
+        window.skipped_clips += len(batch.skipped)
+    return torch.stack(losses).mean()
+
+
+def validate(run: Run, statistics: Statistics, tracker: Tracker, step: int, epoch: int) -> dict[str, float]:
+    """Evaluate the averaged weights on the validation clips, log and print the comparison with the trivial forecasts."""
+    config, device = run.config.evaluation, run.process.device
+    load_weights(run.forecaster, head_weights(run.engine, average=run.config.trainer.ema_decay is not None), run.dtype)
+    batches = run.dataset.validation_batches(run.place, config.batch_size or run.place.micro_batch_size, config.max_clips, device)
+    result = evaluate(run.forecaster, run.objective, on_device(batches, device), run.latents, statistics.position_mean)
+    tracker.log({"step": step, "epoch": epoch, "split": "val", **result})
+    tracker.say(f"step {step}: validation loss {result['loss']:.4f}; errors of normalised latents:\n{summary(result)}")
+    return result
+
+
+def on_device(batches: Iterator[ClipBatch], device: torch.device) -> Iterator[ClipBatch]:
+    for batch in batches:
+        batch.sample, batch.valid = batch.sample.to(device), batch.valid.to(device)
+        yield batch
+
+
+def latent_statistics(run: Run, folder: RunFolder) -> Statistics:
+    """The run's statistics of the latents: read from its folder, or measured on the first training clips and written there."""
+    device = run.process.device
+    if not folder.statistics.exists():
+        meter = StatisticsMeter(run.config.latents.embedding_norm, run.layout, device)
+        batches = run.dataset.train_batches(0, run.place, device)
+        clips = min(run.config.latents.statistics_clips, run.dataset.train_size)
+        rounds = math.ceil(clips / (run.place.micro_batch_size * run.place.world_size))
+        for _ in tqdm(range(rounds), desc="latent statistics", leave=False, disable=None if run.process.is_main else True):
+            meter.update(*run.raw_latents(next(batches)))
+        batches.close()
+        statistics = meter.result()
+        if run.process.is_main:
+            statistics.save(folder.statistics)
+    dist.barrier()
+    return Statistics.load(folder.statistics, device)

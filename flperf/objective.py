@@ -1,0 +1,107 @@
+"""What a head is trained for, and how it then forecasts: regression in one pass, or flow matching.
+
+Latents come in normalised; losses and noise are computed in fp32 whatever the latents' dtype. Noise and tau are pure functions
+of (seed, sample), where `sample` is a clip's place in the endless order of training clips.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from flperf_kernels.flow_matching import flow_matching_loss, flow_matching_noise, philox_normal
+from torch import Tensor, nn
+
+from flperf.config import Config, Objective, UserError
+from flperf.latents import Layout
+from flperf.sampler import euler
+
+# The shift is that of Esser et al. (arXiv:2403.03206, section 5.3.2); the size that needs none is Zheng et al.'s (arXiv:2510.11690).
+DIMENSION_SHIFT_BASE = 4096
+TAU_STREAM, SAMPLING_STREAM = 1, 2  # keep the random numbers for tau and for sampling apart from those of the training noise
+
+
+class Regression:
+    """The head outputs the target latents; the loss compares them per element, or by cosine per token."""
+
+    def __init__(self, config: Config, layout: Layout):
+        self.distance = REGRESSION_LOSSES[config.objective.loss]
+
+    def loss(self, head: Callable, context: Tensor, target: Tensor, sample: Tensor, reduction: str = "mean") -> Tensor:
+        """fp32 scalar, or [b] with reduction "sample". context, target: normalised `b t h w d`."""
+        distance = self.distance(head(context).float(), target.float())
+        per_sample = distance.flatten(1).mean(1)
+        return per_sample.mean() if reduction == "mean" else per_sample
+
+    def forecast(self, head: nn.Module, context: Tensor, sample: Tensor) -> Tensor:
+        """fp32 `b 1 t h w d`: one forecast a clip."""
+        return head(context).float()[:, None]
+
+
+class FlowMatching:
+    """The head outputs the velocity data - noise at x_tau = (1 - tau) noise + tau data (Lipman et al., arXiv:2210.02747)."""
+
+    def __init__(self, config: Config, layout: Layout):
+        self.objective, self.sampling, self.seed, self.layout = config.objective, config.evaluation.sampling, config.seed, layout
+        self.shift = tau_shift(config.objective, layout)
+
+    def loss(self, head: Callable, context: Tensor, target: Tensor, sample: Tensor, reduction: str = "mean") -> Tensor:
+        """fp32 scalar, or [b] with reduction "sample". context, target: normalised `b t h w d`; sample: int64 [b]."""
+        tokens = rearrange(target, "b t h w d -> b (t h w) d")
+        tau = draw_tau(self.objective, self.shift, sample, self.seed)
+        noised = flow_matching_noise(tokens, tau, sample, seed=self.seed)
+        prediction = head(context, noised.view_as(target), tau)
+        prediction = rearrange(prediction, "b t h w d -> b (t h w) d")
+        return flow_matching_loss(prediction, tokens, sample, seed=self.seed, loss=self.objective.loss, reduction=reduction)
+
+    def forecast(self, head: nn.Module, context: Tensor, sample: Tensor) -> Tensor:
+        """fp32 `b k t h w d`: k samples a clip, one after another, all from one computation of the context's keys and values."""
+        count, layout = self.sampling.samples, self.layout
+        memory = head.remember(context)
+
+        def velocity(x: Tensor, tau: float) -> Tensor:
+            return head.velocity(x.to(context.dtype), torch.full((len(x),), tau, device=x.device), memory).float()
+
+        forecasts = []
+        for draw in range(count):
+            noise = philox_normal(sample * count + draw, layout.target_tokens * layout.dim, seed=self.seed + SAMPLING_STREAM)
+            noise = noise.view(-1, layout.target_frames, layout.height, layout.width, layout.dim)
+            forecasts.append(euler(velocity, noise, self.sampling.steps))
+        return torch.stack(forecasts, dim=1)
+
+
+OBJECTIVES = {"regression": Regression, "flow_matching": FlowMatching}
+
+REGRESSION_LOSSES = {
+    "mse": lambda prediction, target: (prediction - target).square(),
+    "l1": lambda prediction, target: (prediction - target).abs(),
+    "smooth_l1": lambda prediction, target: F.smooth_l1_loss(prediction, target, reduction="none"),
+    "cosine": lambda prediction, target: 1 - F.cosine_similarity(prediction, target, dim=-1),
+}
+
+
+def build_objective(config: Config, layout: Layout) -> Regression | FlowMatching:
+    if config.objective.kind not in OBJECTIVES:
+        raise UserError(f"objective.kind: {config.objective.kind!r} is unknown; known: {', '.join(OBJECTIVES)}")
+    needs_dit = config.objective.kind == "flow_matching"
+    if needs_dit != (config.model.head == "dit"):
+        raise UserError(f"objective.kind {config.objective.kind!r} can't train model.head {config.model.head!r} (dit is for flow_matching)")
+    return OBJECTIVES[config.objective.kind](config, layout)
+
+
+def tau_shift(objective: Objective, layout: Layout) -> float:
+    """The configured shift, or sqrt(n d / 4096): the larger a clip's latents, the more noise hides as much of them."""
+    if objective.tau_shift is not None:
+        return objective.tau_shift
+    return math.sqrt(layout.target_tokens * layout.dim / DIMENSION_SHIFT_BASE)
+
+
+def draw_tau(objective: Objective, shift: float, sample: Tensor, seed: int) -> Tensor:
+    """tau in (0, 1), fp32 [b], one for each sample: uniform, or logit-normal; then shifted to tau / (tau + shift (1 - tau))."""
+    normal = philox_normal(sample, 1, seed=seed + TAU_STREAM)[:, 0]
+    if objective.tau_distribution == "uniform":
+        tau = torch.special.ndtr(normal)
+    else:
+        tau = torch.sigmoid(objective.tau_mean + objective.tau_std * normal)
+    return tau / (tau + shift * (1 - tau))

@@ -1,0 +1,105 @@
+"""Everything a run is made of, built from its configuration in the order in which data flows."""
+
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from flperf.config import Config
+from flperf.data import Dataset, open_dataset, prepare_dataset
+from flperf.data.clips import ClipBatch, Place
+from flperf.data.preprocessing import Preprocessing
+from flperf.encoder import Encoder, build_encoder, encode_clip
+from flperf.engine import Process, build_engine, compute_dtype, place_among
+from flperf.heads import build_head
+from flperf.latents import Layout, Normaliser, Statistics, latent_layout
+from flperf.objective import FlowMatching, Regression, build_objective
+from flperf.throughput import count_parameters, encoder_flops, head_flops, memory_gb
+
+
+@dataclass
+class Run:
+    config: Config
+    process: Process
+    place: Place
+    dtype: torch.dtype
+    dataset: Dataset
+    encoder: Encoder | None  # None where the dataset holds latents
+    layout: Layout
+    objective: Regression | FlowMatching
+    engine: deepspeed.DeepSpeedEngine  # the head in training
+    forecaster: nn.Module  # the same head, filled with averaged weights for evaluation
+    normaliser: Normaliser | None = None  # once the statistics are known
+
+    def raw_latents(self, batch: ClipBatch) -> tuple[Tensor, Tensor]:
+        """Context and target latents of a batch as the encoder (or the cache) gives them, `b t h w d`, on the device."""
+        if batch.latents is not None:
+            latents = batch.latents.to(self.process.device, non_blocking=True)
+            split = self.layout.context_frames
+            return latents[:, :split], latents[:, split : split + self.layout.target_frames]
+        video = batch.video.to(self.process.device, non_blocking=True)
+        return encode_clip(self.encoder, video, self.layout, self.config.backbone.encode)
+
+    @torch.no_grad()
+    def latents(self, batch: ClipBatch) -> tuple[Tensor, Tensor]:
+        """Normalised context and target latents in the compute dtype."""
+        context, target = self.raw_latents(batch)
+        return self.normaliser(context), self.normaliser(target)
+
+    def use_statistics(self, statistics: Statistics) -> None:
+        self.normaliser = Normaliser(self.config.latents.embedding_norm, self.dtype, statistics)
+
+
+def build_run(config: Config, process: Process) -> Run:
+    """Data, encoder, head, engine. Takes no step and writes nothing (but the demo's clips, if they are not there yet)."""
+    dtype = compute_dtype(config.engine.precision, process.device)
+    place = place_among(config.trainer, process)
+    if process.local_rank == 0:
+        prepare_dataset(config)
+    dist.barrier()
+    preprocessing = Preprocessing.of(config.backbone)
+    dataset = open_dataset(config, preprocessing, config.seed)
+    encoder, shape = None, dataset.latent_shape
+    if shape is None:
+        encoder = build_encoder(config.backbone, preprocessing, dtype=dtype, device=process.device, compile=config.engine.compile)
+        shape = encoder.latent_shape(config.dataset.n_frames)
+    layout = latent_layout(config, *shape)
+    objective = build_objective(config, layout)
+    head, forecaster = (build_head(config.model, layout, seed=config.seed, compile=config.engine.compile) for _ in range(2))
+    forecaster = forecaster.to(process.device).requires_grad_(False).eval()
+    engine = build_engine(head, config, place, dtype, process.device)
+    return Run(config, process, place, dtype, dataset, encoder, layout, objective, engine, forecaster)
+
+
+def flops_per_clip(run: Run) -> dict[str, int]:
+    """Forward FLOPs of the encoder, training FLOPs (three forward passes) of the head, for one clip."""
+    encode = encoder_flops(run.encoder, run.layout, run.config.backbone.encode) if run.encoder else 0
+    return {"encoder": encode, "head": 3 * head_flops(run.forecaster, run.layout, isinstance(run.objective, FlowMatching))}
+
+
+def describe(run: Run) -> str:
+    """Sizes of a built run as text: clips, latents, parameters, FLOPs, memory."""
+    config, layout, flops = run.config, run.layout, flops_per_clip(run)
+    head_parameters = count_parameters(run.forecaster)
+    place = run.place
+    shared = {0: 1, 1: place.world_size, 2: place.world_size, 3: place.world_size}[config.engine.zero_stage]
+    # bf16: weights and gradients of 2 bytes, then fp32 master weights, two moments and the moving average.
+    compute_bytes = torch.finfo(run.dtype).bits // 8
+    state = (2 * compute_bytes + (12 + 4 * (config.trainer.ema_decay is not None)) / shared) * head_parameters
+    lines = [
+        f"data      {config.dataset.kind}: {run.dataset.train_size} training clips, {run.dataset.validation_size} validation clips",
+        f"latents   {layout.context_frames} context + {layout.target_frames} target frames, "
+        f"{layout.height} x {layout.width} x {layout.dim} each",
+    ]
+    if run.encoder:
+        lines.append(f"encoder   {config.backbone.kind}, {count_parameters(run.encoder) / 1e6:.1f} M parameters, frozen, {run.dtype}")
+    lines += [
+        f"head      {config.model.head}, {head_parameters / 1e6:.1f} M parameters",
+        f"batch     {place.batch_size} = {place.micro_batch_size} x {place.accumulation_steps} accumulation x {place.world_size} processes",
+        f"FLOPs     {flops['encoder'] / 1e9:.2f} G encoder + {flops['head'] / 1e9:.2f} G head a clip in training",
+        f"memory    {state / 1e9:.3f} GB of model states a process at ZeRO {config.engine.zero_stage}; "
+        f"{memory_gb(run.process.device):.2f} GB held now by this process, before activations",
+    ]
+    return "\n".join(lines)

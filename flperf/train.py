@@ -1,0 +1,69 @@
+"""Train a head: `deepspeed flperf/train.py --config FILE [section.key=value …] [--debug] [--overwrite] [--dry-run]`."""
+
+import argparse
+import sys
+import time
+
+from flperf.config import Config, UserError, dump_config, load_config
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="flperf train", description=__doc__)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the file")
+    parser.add_argument("--debug", action="store_true", help="a few clips and steps, no W&B, tracebacks; writes to experiment/debug/")
+    parser.add_argument("--overwrite", action="store_true", help="put an earlier run of this name aside and start anew")
+    parser.add_argument("--dry-run", action="store_true", help="build everything, say its sizes, take no step, write no run")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher passes it; the environment says the same
+    return parser.parse_intermixed_args(arguments)
+
+
+def shrink(config: Config) -> None:
+    """--debug: tiny subsets and budgets, nothing leaves the machine."""
+    config.dataset.limit = min(config.dataset.limit or 32, 32)
+    config.trainer.max_steps, config.trainer.max_epochs, config.trainer.warmup_steps = 10, None, 2
+    config.latents.statistics_clips = min(config.latents.statistics_clips, 16)
+    config.evaluation.max_clips, config.tracking.wandb, config.tracking.log_every = 8, "off", 1
+
+
+def train(arguments: list[str]) -> None:
+    options = parse_arguments(arguments)
+    config = load_config(options.config, options.overrides)
+    if options.debug:
+        shrink(config)
+
+    # Imported late, so that a mistake in the configuration shows at once.
+    from flperf import loop
+    from flperf.engine import start_process
+    from flperf.run import build_run, describe
+    from flperf.tracking import RunFolder
+
+    started = time.perf_counter()
+    process = start_process()
+    folder = RunFolder(config, options.debug)
+    if not options.overwrite:
+        folder.check(config)
+    run = build_run(config, process)
+    if process.is_main:
+        print((dump_config(config) if options.dry_run else "") + describe(run), flush=True)
+    if options.dry_run:
+        return
+    folder.open(config, process, overwrite=options.overwrite)
+    loop.train(run, folder)
+    if process.is_main:
+        print(f"  {time.perf_counter() - started:.0f} s in all")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run `train`; what the user can mend is said in one line and exits with status 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        train(arguments)
+    except UserError as error:
+        if "--debug" in arguments:
+            raise
+        sys.exit(f"flperf: {error}")
+
+
+if __name__ == "__main__":
+    main()

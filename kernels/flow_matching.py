@@ -1,0 +1,445 @@
+"""Flow matching's two memory-bound steps, one pass each: noising the target latents, and the loss together with its gradient.
+
+    data  = (normalise(latents) - mean) / std     noise = philox_normal(sample, seed), see philox.py
+    x_tau = (1 - tau) noise + tau data            velocity = data - noise     [Lipman et al., "Flow matching", 2023; noise at 0]
+    loss  = mean over n, d of l(prediction - velocity),  l in mse | l1 | smooth_l1 (beta 1)
+
+Noise and velocity never exist in memory: both kernels draw the same noise from its counter. The loss writes the gradient of the
+prediction while it holds the residual, so the backward has only a scalar left to multiply by, and that is usually one.
+
+Shapes: b samples, n tokens, d channels. Arithmetic is fp32. On CUDA the ops run Triton, on a CPU the PyTorch code they are tested against.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flperf_kernels.philox import draw_normals, draw_normals_one_by_one, philox_normal, signed_64
+
+NORMS, LOSSES, REDUCTIONS = ("none", "l2", "layer"), ("mse", "l1", "smooth_l1"), ("sample", "mean")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+# ---------------------------------------------------------------------------------------------------------------- interface
+
+
+def flow_matching_noise(latents, tau, sample, *, seed, mean=None, std=None, norm="none", eps=1e-6, out_dtype=None) -> Tensor:
+    """x_tau [b, n, d], contiguous, in `out_dtype` (default: that of the latents). Not differentiable.
+
+    latents [b, n, d] fp32 | bf16 | fp16 with any strides; tau fp32 [b]; sample int64 [b], the global index of each sample, unique in
+    the run, which with `seed` determines its noise; `norm` divides each token by its L2 norm ("l2", at least eps) or standardises
+    it over channels ("layer", eps under the root); then mean and std, fp32 [d], standardise each channel. Raises ValueError otherwise.
+    """
+    _refuse_gradient(latents=latents, tau=tau)
+    out_dtype = out_dtype or latents.dtype
+    return torch.ops.flperf.flow_matching_noise(latents, tau, sample, signed_64(seed), mean, std, norm, eps, out_dtype)
+
+
+def flow_matching_loss(
+    prediction, latents, sample, *, seed, loss="mse", mean=None, std=None, norm="none", eps=1e-6, weight=None, reduction="sample", scale=1.0
+) -> Tensor:
+    """Loss of a predicted velocity [b, n, d], differentiable in the prediction only; arguments as in `flow_matching_noise`.
+
+    reduction "sample": fp32 [b], for each sample scale * weight * mean over n, d of l(prediction - velocity).
+    reduction "mean": the mean of those over b, an fp32 scalar. Either way the forward writes the gradient of the returned value, and the
+    backward leaves it alone where the incoming gradient is 1: call backward on the "mean" itself, and put factors such as
+    1 / accumulation steps in `scale`. The stored gradient is scaled in place, so a second backward over the same graph raises.
+    """
+    _refuse_gradient(latents=latents, weight=weight)
+    with_gradient = torch.is_grad_enabled() and prediction.requires_grad
+    arguments = (signed_64(seed), loss, mean, std, norm, eps, weight, reduction, scale, with_gradient)
+    return torch.ops.flperf.flow_matching_loss(prediction, latents, sample, *arguments)[0]
+
+
+def flow_matching_velocity(latents, sample, *, seed, mean=None, std=None, norm="none", eps=1e-6) -> Tensor:
+    """The regression target data - noise, fp32 [b, n, d] (fp64 for fp64 latents), by the reference."""
+    data = flow_matching_data(latents, mean, std, norm, eps)
+    return data - _noise_like(data, sample, seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------- reference
+
+
+def flow_matching_data(latents: Tensor, mean: Tensor | None, std: Tensor | None, norm: str, eps: float) -> Tensor:
+    """Latents [b, n, d] as the model sees them, in at least fp32."""
+    data = latents.to(torch.promote_types(latents.dtype, torch.float32))
+    if norm == "l2":
+        data = F.normalize(data, dim=-1, eps=eps)
+    elif norm == "layer":
+        data = F.layer_norm(data, data.shape[-1:], eps=eps)
+    return data if mean is None else (data - mean) / std
+
+
+def _noise_like(data: Tensor, sample: Tensor, seed: int) -> Tensor:
+    b, n, d = data.shape
+    # The one line that chooses the CPU's generator; philox.py has the measurement.
+    return philox_normal(sample, n * d, seed=seed).reshape(b, n, d).to(data.dtype)
+
+
+def noise_reference(latents, tau, sample, seed, mean, std, norm, eps, out_dtype) -> Tensor:
+    data = flow_matching_data(latents, mean, std, norm, eps)
+    return torch.lerp(_noise_like(data, sample, seed), data, tau.to(data.dtype)[:, None, None]).to(out_dtype)
+
+
+def loss_reference(prediction, latents, sample, seed, loss, mean, std, norm, eps, weight, reduction, scale) -> Tensor:
+    """The loss as one would write it, for autograd to differentiate."""
+    velocity = flow_matching_velocity(latents, sample, seed=seed, mean=mean, std=std, norm=norm, eps=eps)
+    pointwise = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}[loss]
+    per_sample = pointwise(prediction.to(velocity.dtype), velocity, reduction="none").mean((1, 2)) * scale
+    per_sample = per_sample if weight is None else per_sample * weight
+    return per_sample.mean() if reduction == "mean" else per_sample
+
+
+def loss_and_derivative(residual: Tensor, loss: str) -> tuple[Tensor, Tensor]:
+    """l and l' of each element."""
+    if loss == "mse":
+        return residual.square(), 2.0 * residual
+    if loss == "l1":
+        return residual.abs(), residual.sign()
+    clamped = residual.clamp(-1.0, 1.0)  # r^2 / 2 inside [-1, 1] and |r| - 1/2 outside are both c (r - c / 2)
+    return clamped * (residual - 0.5 * clamped), clamped
+
+
+# ------------------------------------------------------------------------------------------------------------------ kernels
+# A program works down `steps` tiles [R, C] of one sample: R rows (tokens), C columns (channels). Where every element is treated alike
+# the sample is one run of numbers instead, cut into rows of C. Offsets are 64-bit from the row on.
+
+
+@triton.jit
+def _load(pointer, sample, row, column, stride_b, stride_n, stride_d, mask, FAST: tl.constexpr):
+    offset = sample.to(tl.int64) * stride_b + row[:, None] * stride_n + column[None, :].to(tl.int64) * stride_d
+    x = tl.load(pointer + offset, mask=mask, other=0.0)
+    if FAST and x.dtype == tl.bfloat16:  # the compiler takes three instructions to widen two numbers, this is two
+        x = tl.inline_asm_elementwise("{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000; }", "=r,=r,r", [x], tl.int32, True, 2)
+        x = x.to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _channel_statistics(mean, std, column, width, STANDARDISE: tl.constexpr):
+    """Shift and scale of the columns, [1, C]."""
+    if STANDARDISE:
+        inside = (column < width)[None, :]
+        return tl.load(mean + column[None, :], mask=inside, other=0.0), 1.0 / tl.load(std + column[None, :], mask=inside, other=1.0)
+    else:
+        return 0.0, 1.0
+
+
+@triton.jit
+def _data(x, mask, width, eps, shift, scale, NORM: tl.constexpr, STANDARDISE: tl.constexpr):
+    """(normalise(x) - shift) scale, with no more multiplications an element than that takes."""
+    factor = 1.0
+    if NORM == "l2":
+        factor = 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, 1, keep_dims=True)), eps)
+    elif NORM == "layer":
+        x = tl.where(mask, x - tl.sum(x, 1, keep_dims=True) / width, 0.0)
+        factor = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / width + eps)
+    if STANDARDISE:
+        return (x * factor - shift) * scale
+    else:
+        return x * (factor * scale)
+
+
+@triton.jit
+def _noise(index, row, column, width, seed, variance, GROUPED: tl.constexpr, SMALL: tl.constexpr, FAST: tl.constexpr, C: tl.constexpr):
+    """Noise of the tile: element row * width + column of its sample. GROUPED: rows start at multiples of 4; SMALL: groups fit 32 bits."""
+    if GROUPED:
+        group = row[:, None] * (width // 4) + (tl.program_id(1) * (C // 4) + tl.arange(0, C // 4))[None, :]
+        return draw_normals(group.to(tl.uint32 if SMALL else tl.uint64), index, seed, variance, FAST)
+    else:
+        return draw_normals_one_by_one(row[:, None] * width + column[None, :], index, seed, variance, FAST)
+
+
+@triton.jit
+def _tile(step, steps, rows, width, total, MASK: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """Rows [R], columns [C], element offsets in the sample and which of them exist [R, C]."""
+    row = (tl.program_id(0).to(tl.int64) * steps + step) * R + tl.arange(0, R)
+    column = tl.program_id(1) * C + tl.arange(0, C)
+    element = row[:, None] * width + column[None, :]
+    if MASK == "none":
+        mask = tl.full([R, C], True, tl.int1)
+    elif MASK == "flat":
+        mask = element < total
+    else:
+        mask = (row < rows)[:, None] & (column < width)[None, :]
+    return row, column, element, mask
+
+
+@triton.jit
+def noise_kernel(
+    latents, tau, sample, mean, std, out, stride_b, stride_n, stride_d, steps, rows, width, total, seed: tl.int64, eps,
+    NORM: tl.constexpr, STANDARDISE: tl.constexpr, GROUPED: tl.constexpr, SMALL: tl.constexpr, MASK: tl.constexpr, FAST: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(2)
+    index, t = tl.load(sample + b), tl.load(tau + b)
+    shift, scale = _channel_statistics(mean, std, tl.program_id(1) * C + tl.arange(0, C), width, STANDARDISE)
+    scale *= t
+    for step in range(steps):
+        row, column, element, mask = _tile(step, steps, rows, width, total, MASK, R, C)
+        x = _load(latents, b, row, column, stride_b, stride_n, stride_d, mask, FAST)
+        x = _data(x, mask, width, eps, shift, scale, NORM, STANDARDISE)
+        x += _noise(index, row, column, width, seed, (1.0 - t) * (1.0 - t), GROUPED, SMALL, FAST, C)
+        tl.store(out + b.to(tl.int64) * total + element, x.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def loss_kernel(
+    prediction, latents, sample, mean, std, weight, gradient, partial, prediction_b, prediction_n, prediction_d,
+    stride_b, stride_n, stride_d, steps, rows, width, total, seed: tl.int64, eps, gain, gradient_gain,
+    LOSS: tl.constexpr, NORM: tl.constexpr, STANDARDISE: tl.constexpr, GROUPED: tl.constexpr, SMALL: tl.constexpr, MASK: tl.constexpr,
+    FAST: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(2)
+    index = tl.load(sample + b)
+    if weight is not None:
+        gain *= tl.load(weight + b)
+        gradient_gain *= tl.load(weight + b)
+    shift, scale = _channel_statistics(mean, std, tl.program_id(1) * C + tl.arange(0, C), width, STANDARDISE)
+    loss = tl.zeros([R, C // 4], tl.float32)
+    for step in range(steps):
+        row, column, element, mask = _tile(step, steps, rows, width, total, MASK, R, C)
+        residual = _load(prediction, b, row, column, prediction_b, prediction_n, prediction_d, mask, FAST)
+        x = _load(latents, b, row, column, stride_b, stride_n, stride_d, mask, FAST)
+        residual += _noise(index, row, column, width, seed, 1.0, GROUPED, SMALL, FAST, C)
+        residual -= _data(x, mask, width, eps, shift, scale, NORM, STANDARDISE)
+        if LOSS == "mse":
+            value, derivative = residual * residual, residual * (2.0 * gradient_gain)
+        elif LOSS == "l1":
+            value, derivative = tl.abs(residual), tl.where(residual > 0, gradient_gain, tl.where(residual < 0, -gradient_gain, 0.0))
+        else:
+            clamped = tl.clamp(residual, -1.0, 1.0)
+            value, derivative = clamped * (residual - 0.5 * clamped), clamped * gradient_gain
+        value = value if MASK == "none" else tl.where(mask, value, 0.0)
+        loss += tl.sum(value.reshape(R, C // 4, 4), 2)  # four neighbours sit in one thread: a quarter of the registers, no exchange
+        if gradient is not None:
+            tl.store(gradient + b.to(tl.int64) * total + element, derivative.to(gradient.dtype.element_ty), mask=mask)
+    tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(partial + b.to(tl.int64) * tl.num_programs(0) * tl.num_programs(1) + tile, tl.sum(loss) * gain)
+
+
+@triton.jit
+def sum_kernel(values, out, count, BLOCK: tl.constexpr):
+    """Second stage: a row of partial sums in a fixed order, so that the same input gives the same bits."""
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, count, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        total += tl.load(values + row * count + column, mask=column < count, other=0.0)
+    tl.store(out + row, tl.sum(total))
+
+
+@triton.jit
+def scale_kernel(gradient, factor, factor_stride, gain, total, steps, BLOCK: tl.constexpr):
+    """Multiply each sample's gradient by its incoming scalar, or leave at once."""
+    b = tl.program_id(1).to(tl.int64)
+    scale = tl.load(factor + b * factor_stride) * gain
+    if scale != 1.0:
+        for step in range(steps):
+            element = (tl.program_id(0).to(tl.int64) * steps + step) * BLOCK + tl.arange(0, BLOCK)
+            x = tl.load(gradient + b * total + element, mask=element < total)
+            tl.store(gradient + b * total + element, (x * scale).to(x.dtype), mask=element < total)
+
+
+# ------------------------------------------------------------------------------------------------------------------- launch
+# Each function returns (kernel, grid, arguments, options) instead of launching, so that tests and benchmarks/kernel_report.py
+# compile exactly what a call would run, from meta tensors.
+
+
+def _tiling(latents: Tensor, strided: tuple[Tensor, ...], per_channel: bool, norm: str):
+    b, n, d = latents.shape
+    flat = norm == "none" and not per_channel and all(t.stride(2) == 1 and t.stride(1) == d for t in strided)
+    if flat:
+        rows, width, c = triton.cdiv(n * d, 2048), 2048, 2048
+    else:  # a norm needs the whole token in one tile; otherwise the power of two in d fits columns without waste
+        power = d & -d
+        rows, width, c = n, d, triton.next_power_of_2(d) if norm != "none" or power < 64 else power
+        c = max(16, c if norm != "none" else min(c, 2048))
+    r, chunks = max(1, 2048 // c), triton.cdiv(width, c)
+    # Eight tiles a program share the setup, fewer where a sample has too few to keep a device busy. By the size of one sample alone:
+    # how a batch is split must not change the order of its sums.
+    steps = min(8, 1 << max(1, triton.cdiv(rows, r) * chunks // 64).bit_length() - 1)
+    even = rows % (r * steps) == 0 and (n * d if flat else d) % c == 0
+    strides = [(t.stride(0), width, 1) if flat else t.stride() for t in strided]
+    arguments = dict(steps=steps, rows=rows, width=width, total=n * d, NORM=norm, STANDARDISE=per_channel, R=r, C=c)
+    arguments |= dict(GROUPED=flat or d % 4 == 0, SMALL=n * d <= 2**34, MASK="none" if even else "flat" if flat else "rows")
+    # 16 elements a thread; 8 where a norm keeps the tile in registers. At most 64 registers, so that half of the threads fit.
+    options = dict(num_warps=min(32, max(4, r * c // (512 if norm == "none" else 256))), maxnreg=None if flat else 64)
+    return (triton.cdiv(rows, r * steps), chunks, b), arguments | dict(FAST=not latents.is_cpu), strides, options
+
+
+def noise_launch(latents, tau, sample, seed, mean, std, norm, eps, out):
+    grid, arguments, [strides], options = _tiling(latents, (latents,), mean is not None, norm)
+    arguments |= dict(zip(("stride_b", "stride_n", "stride_d"), strides, strict=True), latents=latents, tau=tau, sample=sample, out=out)
+    return noise_kernel, grid, arguments | dict(mean=mean, std=std, seed=seed, eps=eps), options
+
+
+def loss_launch(prediction, latents, sample, seed, loss, mean, std, norm, eps, weight, gradient, gain, gradient_gain):
+    """The kernel fills `partial` [b, tiles], which it allocates, and `gradient` unless that is None."""
+    grid, arguments, strides, options = _tiling(latents, (prediction, latents), mean is not None, norm)
+    names = ("prediction_b", "prediction_n", "prediction_d", "stride_b", "stride_n", "stride_d")
+    arguments |= dict(zip(names, (*strides[0], *strides[1]), strict=True), prediction=prediction, latents=latents, sample=sample)
+    partial = torch.empty((grid[2], grid[0] * grid[1]), dtype=torch.float32, device=latents.device)
+    arguments |= dict(mean=mean, std=std, weight=weight, gradient=gradient, partial=partial, seed=seed, eps=eps, LOSS=loss)
+    return loss_kernel, grid, arguments | dict(gain=gain, gradient_gain=gradient_gain), options
+
+
+def sum_launch(values: Tensor, out: Tensor):
+    return sum_kernel, (values.shape[0],), dict(values=values, out=out, count=values.shape[1], BLOCK=1024), dict(num_warps=4)
+
+
+def scale_launch(gradient: Tensor, factor: Tensor, gain: float):
+    b, total, block, steps = gradient.shape[0], gradient[0].numel(), 2048, 8
+    arguments = dict(gradient=gradient, factor=factor, factor_stride=factor.stride(0) if factor.dim() else 0, gain=gain)
+    grid = (triton.cdiv(total, block * steps), b)
+    return scale_kernel, grid, arguments | dict(total=total, steps=steps, BLOCK=block), dict(num_warps=4)
+
+
+def launch(kernel, grid, arguments, options) -> None:
+    if max(grid[1:], default=0) > 65535:
+        raise ValueError(f"a grid of {grid} blocks: CUDA allows at most 65535 samples a batch")
+    tensors = [t for t in arguments.values() if isinstance(t, Tensor)]
+    with torch.cuda.device_of(tensors[0]):  # Triton launches on the current device
+        kernel[grid](**arguments, **options)
+
+
+# -------------------------------------------------------------------------------------------------------------- registration
+
+
+def _refuse_gradient(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"flow matching is differentiable in the prediction only, but {name} requires a gradient: detach it first")
+
+
+def _check(latents, sample, mean, std, norm, prediction=None, tau=None, weight=None, loss="mse", reduction="mean") -> None:
+    """What every implementation relies on; the fake ones check it too, so compiled code fails while it is traced."""
+    if latents.dim() != 3 or latents.dtype not in DTYPES:
+        raise ValueError(f"latents must be [b, n, d] in {DTYPES}, got {list(latents.shape)} in {latents.dtype}")
+    b, n, d = latents.shape
+    float32, integers = (torch.float32,), (torch.int64,)
+    expected = dict(prediction=(prediction, [b, n, d], DTYPES), sample=(sample, [b], integers), tau=(tau, [b], float32))
+    expected |= dict(weight=(weight, [b], float32), mean=(mean, [d], float32), std=(std, [d], float32))
+    for name, (tensor, shape, dtypes) in expected.items():
+        if tensor is not None and (list(tensor.shape) != shape or tensor.dtype not in dtypes or tensor.device != latents.device):
+            wanted = f"{shape} in {' or '.join(map(str, dtypes))} on {latents.device}"
+            raise ValueError(f"{name} must be {wanted}, got {list(tensor.shape)} in {tensor.dtype} on {tensor.device}")
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std go together")
+    for name, value, allowed in (("norm", norm, NORMS), ("loss", loss, LOSSES), ("reduction", reduction, REDUCTIONS)):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+
+
+# By schema and not by torch.library.custom_op, which turns torch.compile off inside its kernels: the CPU's noise is compiled.
+torch.library.define(
+    "flperf::flow_matching_noise",
+    "(Tensor latents, Tensor tau, Tensor sample, SymInt seed, Tensor? mean, Tensor? std, str norm, float eps, ScalarType out_dtype) -> Tensor",
+)
+torch.library.define(
+    "flperf::flow_matching_loss",
+    "(Tensor prediction, Tensor latents, Tensor sample, SymInt seed, str loss, Tensor? mean, Tensor? std, str norm, float eps,"
+    " Tensor? weight, str reduction, float scale, bool with_gradient) -> (Tensor loss, Tensor gradient)",
+)
+torch.library.define("flperf::scale_gradient_", "(Tensor(a!) gradient, Tensor factor, float gain) -> ()")
+
+
+@torch.library.register_fake("flperf::flow_matching_noise")
+def _noise_fake(latents, tau, sample, seed, mean, std, norm, eps, out_dtype):
+    _check(latents, sample, mean, std, norm, tau=tau)
+    return torch.empty(latents.shape, dtype=out_dtype, device=latents.device)
+
+
+@torch.library.impl("flperf::flow_matching_noise", "cpu")
+def _noise_cpu(latents, tau, sample, seed, mean, std, norm, eps, out_dtype):
+    _check(latents, sample, mean, std, norm, tau=tau)
+    return noise_reference(latents, tau, sample, seed, mean, std, norm, eps, out_dtype).contiguous()
+
+
+@torch.library.impl("flperf::flow_matching_noise", "cuda")
+def _noise_cuda(latents, tau, sample, seed, mean, std, norm, eps, out_dtype):
+    out = _noise_fake(latents, tau, sample, seed, mean, std, norm, eps, out_dtype)
+    if out.numel():
+        tau, sample, mean, std = (None if t is None else t.contiguous() for t in (tau, sample, mean, std))
+        launch(*noise_launch(latents, tau, sample, seed, mean, std, norm, eps, out))
+    return out
+
+
+@torch.library.register_fake("flperf::flow_matching_loss")
+def _loss_fake(prediction, latents, sample, seed, loss, mean, std, norm, eps, weight, reduction, scale, with_gradient):
+    _check(latents, sample, mean, std, norm, prediction, weight=weight, loss=loss, reduction=reduction)
+    out = torch.empty(() if reduction == "mean" else latents.shape[:1], dtype=torch.float32, device=latents.device)
+    return out, torch.empty(latents.shape if with_gradient else 0, dtype=prediction.dtype, device=latents.device)
+
+
+@torch.library.impl("flperf::flow_matching_loss", "cpu")
+def _loss_cpu(prediction, latents, sample, seed, loss, mean, std, norm, eps, weight, reduction, scale, with_gradient):
+    _check(latents, sample, mean, std, norm, prediction, weight=weight, loss=loss, reduction=reduction)
+    gain, gradient_gain, _ = _gains(prediction, reduction, scale)
+    velocity = flow_matching_velocity(latents, sample, seed=seed, mean=mean, std=std, norm=norm, eps=eps)
+    value, derivative = loss_and_derivative(prediction - velocity, loss)
+    weight = torch.ones_like(sample, dtype=torch.float32) if weight is None else weight
+    per_sample = value.sum((1, 2)) * (weight * gain)
+    gradient = (derivative * (weight * gradient_gain)[:, None, None]).to(prediction.dtype) if with_gradient else prediction.new_empty(0)
+    return per_sample.sum() if reduction == "mean" else per_sample, gradient.contiguous()
+
+
+@torch.library.impl("flperf::flow_matching_loss", "cuda")
+def _loss_cuda(prediction, latents, sample, seed, loss, mean, std, norm, eps, weight, reduction, scale, with_gradient):
+    out, gradient = _loss_fake(prediction, latents, sample, seed, loss, mean, std, norm, eps, weight, reduction, scale, with_gradient)
+    if prediction.numel() == 0:
+        return out.fill_(torch.nan), gradient
+    sample, mean, std, weight = (None if t is None else t.contiguous() for t in (sample, mean, std, weight))
+    written, gains = gradient if with_gradient else None, _gains(prediction, reduction, scale)[:2]
+    kernel = loss_launch(prediction, latents, sample, seed, loss, mean, std, norm, eps, weight, written, *gains)
+    launch(*kernel)
+    per_sample = out if reduction == "sample" else torch.empty_like(sample, dtype=torch.float32)
+    launch(*sum_launch(kernel[2]["partial"], per_sample))
+    if reduction == "mean":
+        launch(*sum_launch(per_sample[None], out))
+    return out, gradient
+
+
+@torch.library.register_fake("flperf::scale_gradient_")
+def _scale_fake(gradient, factor, gain):
+    pass
+
+
+@torch.library.impl("flperf::scale_gradient_", "cpu")
+def _scale_cpu(gradient, factor, gain):
+    if (factor * gain != 1).any():
+        gradient.mul_((factor * gain).reshape(-1, 1, 1))
+
+
+@torch.library.impl("flperf::scale_gradient_", "cuda")
+def _scale_cuda(gradient, factor, gain):
+    if gradient.numel():
+        launch(*scale_launch(gradient, factor, gain))
+
+
+def _gains(prediction: Tensor, reduction: str, scale: float) -> tuple[float, float, float]:
+    """Factors of the loss, of the gradient that is stored and of the gradient in the backward.
+
+    1 / (b n d) of an fp16 number would vanish, so fp16 gradients are stored without it and meet it, and the loss scale, in the backward.
+    """
+    b, n, d = prediction.shape
+    count = n * d * (b if reduction == "mean" else 1)
+    gain = scale / count if count else 1.0
+    return (gain, 1.0, gain) if prediction.dtype == torch.float16 else (gain, gain, 1.0)
+
+
+def _loss_setup(ctx, inputs, output):
+    prediction, reduction, scale = inputs[0], inputs[10], inputs[11]
+    ctx.save_for_backward(output[1])
+    ctx.gain = _gains(prediction, reduction, scale)[2]
+
+
+def _loss_backward(ctx, grad_loss, _):
+    (gradient,) = ctx.saved_tensors
+    torch.ops.flperf.scale_gradient_(gradient, grad_loss, ctx.gain)
+    return gradient, *[None] * 12
+
+
+torch.library.register_autograd("flperf::flow_matching_loss", _loss_backward, setup_context=_loss_setup)

@@ -1,0 +1,84 @@
+"""Cached latents in the seed's format."""
+
+import pytest
+import torch
+
+from flperf.config import Config, Dataset, UserError
+from flperf.data import Place, open_dataset
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """Five files d t h w = 6 4 3 2 with a manifest; element values are all different."""
+    rows = ["video,out_path,label"]
+    for index in range(5):
+        latents = torch.arange(6 * 4 * 3 * 2).reshape(6, 4, 3, 2) + 1000.0 * index
+        torch.save(latents, tmp_path / f"clip {index}.pt")
+        rows.append(f"v{index}.mp4,clip {index}.pt,{index % 2}")
+    (tmp_path / "manifest.csv").write_text("\n".join(rows) + "\n")
+    return tmp_path / "manifest.csv"
+
+
+def open_cache(manifest, **keys):
+    return open_dataset(Config(dataset=Dataset(kind="kinetics_400_cached", train=str(manifest), **keys)), None, 0)
+
+
+def test_latents_come_out_as_t_h_w_d(manifest):
+    dataset = open_cache(manifest, validation=str(manifest))
+    assert dataset.latent_shape == (4, 3, 2, 6) and (dataset.train_size, dataset.validation_size) == (5, 5)
+    batches = list(dataset.validation_batches(Place(0, 1, 2, 2), 2, None, CPU))
+    assert [batch.valid.tolist() for batch in batches] == [[True, True], [True, True], [True, False]]
+    latents, stored = batches[1].latents, torch.load(manifest.parent / "clip 3.pt")
+    assert batches[1].video is None and latents.shape == (2, 4, 3, 2, 6) and latents.is_contiguous()
+    assert torch.equal(latents[1], stored.permute(1, 2, 3, 0))
+    assert batches[1].label.tolist() == [0, 1]
+
+
+def test_training_sees_every_clip(manifest):
+    batches = open_cache(manifest).train_batches(0, Place(0, 1, 5, 5), CPU)
+    assert sorted(next(batches).clip.tolist()) == list(range(5))
+    batches.close()
+
+
+def test_the_type_is_kept(manifest):
+    for index in range(5):
+        torch.save(torch.zeros(6, 4, 3, 2, dtype=torch.bfloat16), manifest.parent / f"clip {index}.pt")
+    assert next(open_cache(manifest).train_batches(0, Place(0, 1, 2, 2), CPU)).latents.dtype == torch.bfloat16
+
+
+def test_no_validation_is_no_batch(manifest):
+    assert list(open_cache(manifest).validation_batches(Place(0, 1, 2, 2), 2, None, CPU)) == []
+
+
+def test_a_missing_column_is_named(manifest):
+    with pytest.raises(UserError, match="no column latents .*video, out_path, label"):
+        open_cache(manifest, out_path_column="latents")
+
+
+def test_a_missing_manifest_names_the_key():
+    with pytest.raises(UserError, match="dataset.train: there is no file .*point it to a manifest"):
+        open_cache("/no/such.csv")
+
+
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        (None, "there is no such file"),
+        (b"no tensor", "no tensor that torch.load can read"),
+        (torch.zeros(6, 4, 3), r"must be one tensor d t h w, not \[6, 4, 3\]"),
+        (torch.zeros(6, 8, 3, 2), r"are \[8, 3, 2, 6\] .*but .*clip 0.pt is \[4, 3, 2, 6\]"),
+        ({"latents": 1}, "must be one tensor"),
+    ],
+)
+def test_a_bad_file_is_one_clear_line(manifest, content, message):
+    file = manifest.parent / "clip 3.pt"
+    file.unlink()
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        torch.save(content, file)
+    with pytest.raises(UserError, match=f"clip 3.pt: .*{message}") as caught:
+        next(open_cache(manifest).train_batches(0, Place(0, 1, 5, 5), CPU))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,94 @@
+"""Bouncing shapes: pure functions of (seed, index), and motion that obeys its law."""
+
+import numpy as np
+import pytest
+import torch
+
+from flperf.config import Config, Dataset, Shapes, UserError
+from flperf.data import Place, open_dataset
+from flperf.data.preprocessing import Preprocessing
+from flperf.data.shapes import DISK_COLOUR, SQUARE_COLOUR, bounce, draw_clips
+
+CPU = torch.device("cpu")
+SHAPES = Shapes(train_clips=10, validation_clips=4, image_size=64, square_size=12, disk_radius=5)
+PREPROCESSING = Preprocessing((32, 32), None, 1 / 255, (0.0,) * 3, (1.0,) * 3)
+
+
+def centre_of(video, colour):
+    """Mean (x, y) of the pixels of one colour, f 2."""
+    mask = (video == torch.tensor(colour, dtype=torch.uint8)).all(-1).float()  # f h w
+    y, x = torch.meshgrid(torch.arange(video.shape[1]) + 0.5, torch.arange(video.shape[2]) + 0.5, indexing="ij")
+    return torch.stack([(mask * axis).sum((1, 2)) / mask.sum((1, 2)) for axis in (x, y)], dim=-1)
+
+
+def test_pixels_are_where_the_centres_say():
+    video, centres = draw_clips([0, 1, 2], SHAPES, 0, 40, 1, (64, 64), CPU)
+    assert video.shape == (3, 40, 64, 64, 3) and video.dtype == torch.uint8 and centres.shape == (3, 40, 2, 2)
+    for clip in range(3):
+        assert (centre_of(video[clip], DISK_COLOUR) - centres[clip, :, 1]).abs().max() < 1  # nothing lies over the disk
+        apart = (centres[clip, :, 0] - centres[clip, :, 1]).norm(dim=-1) > 5 + 12 * 0.5**0.5
+        assert (centre_of(video[clip], SQUARE_COLOUR) - centres[clip, :, 0]).abs()[apart].max() < 1
+
+
+def test_a_clip_depends_on_seed_and_index_alone():
+    together, _ = draw_clips([3, 4, 5], SHAPES, 7, 6, 2, (32, 32), CPU)
+    alone, _ = draw_clips([4], SHAPES, 7, 6, 2, (32, 32), CPU)
+    assert torch.equal(together[1], alone[0])
+    assert not torch.equal(alone, draw_clips([4], SHAPES, 8, 6, 2, (32, 32), CPU)[0])
+    twice, _ = draw_clips([4], SHAPES, 7, 3, 4, (32, 32), CPU)
+    assert torch.equal(alone[:, ::2], twice)  # a stride skips frames
+
+
+def test_the_square_bounces_elastically():
+    shapes = Shapes(image_size=64, square_size=12, square_init=[20.0, 30.0], square_vel=[3.0, -2.0])
+    _, centres = draw_clips([0], shapes, 0, 200, 1, (64, 64), CPU)
+    square = centres[0, :, 0].double()
+    position, velocity = torch.tensor([20.0, 30.0], dtype=torch.float64), torch.tensor([3.0, -2.0], dtype=torch.float64)
+    for frame in range(200):
+        assert torch.allclose(square[frame], position, atol=1e-4), frame
+        position = position + velocity
+        for axis in range(2):
+            if not 6 <= position[axis] <= 58:
+                position[axis] = (12 if position[axis] < 6 else 116) - position[axis]
+                velocity[axis] = -velocity[axis]
+
+
+def test_bounce_keeps_within_walls_of_each_axis():
+    path = bounce(np.array([5.0, 9.0]), np.array([7.3, -11.1]), np.arange(500.0), 4.0, np.array([20.0, 11.0]))
+    assert (path >= 4).all() and (path <= [20, 11]).all()
+
+
+def test_the_disk_stays_on_its_circle():
+    _, centres = draw_clips([1], SHAPES, 0, 100, 1, (64, 64), CPU)
+    radius = (centres[0, :, 1] - 32).norm(dim=-1)
+    assert radius.std() < 1e-4 and radius.max() <= 32 - 5 + 1e-3
+
+
+def dataset(**keys):
+    return open_dataset(Config(dataset=Dataset(kind="bouncing_shapes", shapes=SHAPES, stride=1, **keys)), PREPROCESSING, 0)
+
+
+@pytest.mark.parametrize("n_frames", [1, 8])
+def test_as_a_dataset(n_frames):
+    shapes = dataset(n_frames=n_frames)
+    place = Place(0, 1, 5, 5)
+    batches = shapes.train_batches(0, place, CPU)
+    epoch = [next(batches), next(batches)]
+    assert (shapes.train_size, shapes.validation_size, len(shapes.classes)) == (10, 4, 1)
+    assert sorted(torch.cat([batch.clip for batch in epoch]).tolist()) == list(range(10))
+    assert epoch[0].video.shape == (5, n_frames, 32, 32, 3)
+    held_out = torch.cat([batch.video for batch in shapes.validation_batches(place, 2, None, CPU)])
+    seen = torch.cat([batch.video for batch in epoch])
+    assert not any(torch.equal(a, b) for a in held_out for b in seen)
+
+
+def test_a_limit_moves_no_clip():
+    place = Place(0, 1, 1, 1)
+    whole, limited = (next(dataset(n_frames=2, limit=limit).validation_batches(place, 2, None, CPU)) for limit in (None, 2))
+    assert torch.equal(whole.video, limited.video)
+
+
+@pytest.mark.parametrize("keys", [{"square_size": 300}, {"square_init": [0.0, 50.0]}])
+def test_shapes_beyond_the_canvas_are_refused(keys):
+    with pytest.raises(UserError, match="dataset.shapes"):
+        open_dataset(Config(dataset=Dataset(kind="bouncing_shapes", shapes=Shapes(**keys))), PREPROCESSING, 0)
