@@ -100,6 +100,8 @@ class AdamWWithEMA(torch.optim.AdamW):
                 self._average([p for p in group["params"] if p.grad is not None], 1.0 - group["ema_decay"])
 
     def _average(self, parameters: list[Tensor], weight: float) -> None:
+        if not parameters:  # ZeRO 3 steps one group of parameters at a time, the others being empty
+            return
         for parameter in parameters:
             if "ema" not in self.state[parameter]:
                 self.state[parameter]["ema"] = parameter.detach().clone()
@@ -131,7 +133,8 @@ def set_schedule(engine: deepspeed.DeepSpeedEngine, step: int, trainer: Trainer,
 
 
 def deepspeed_options(engine: Engine, trainer: Trainer, place: Place, dtype: torch.dtype, device: torch.device) -> dict:
-    """DeepSpeed's configuration. Gradients accumulate in fp32 as soon as there is more than one micro-batch to add."""
+    """DeepSpeed's configuration. Gradients accumulate in fp32 as soon as there is more than one micro-batch to add, but for ZeRO 0 in
+    bf16, where DeepSpeed has no such optimizer."""
     bare = is_bare(engine, dtype)
     options = {
         "train_batch_size": place.batch_size,
@@ -143,7 +146,7 @@ def deepspeed_options(engine: Engine, trainer: Trainer, place: Place, dtype: tor
         "bf16": {"enabled": dtype == torch.bfloat16},
         "steps_per_print": 10**9,
     }
-    if place.accumulation_steps > 1:
+    if place.accumulation_steps > 1 and engine.zero_stage > 0:
         options["data_types"] = {"grad_accum_dtype": "fp32"}
     return options
 
@@ -182,14 +185,27 @@ def head_weights(engine: deepspeed.DeepSpeedEngine, *, average: bool) -> dict[st
         # DeepSpeed 0.19 links optimizer states to parameters once, after the first group's first step, when the others have none.
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
-    return {name: _full_weight(engine, parameter, average) for name, parameter in engine.module.named_parameters()}
+    masters = _unsharded_masters(engine)
+    return {name: _full_weight(engine, parameter, masters, average) for name, parameter in engine.module.named_parameters()}
 
 
-def _full_weight(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter, average: bool) -> Tensor:
-    wrapped = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
-    if not wrapped:
-        return engine.optimizer.state[parameter]["ema"] if average else parameter.detach()
-    full = safe_get_full_optimizer_state(parameter, "ema") if average else safe_get_full_fp32_param(parameter)
+def _unsharded_masters(engine: deepspeed.DeepSpeedEngine) -> dict[nn.Parameter, Tensor]:
+    """ZeRO 0: what the optimizer updates for each parameter of the head: the parameter itself in fp32, a master copy in bf16."""
+    if engine.zero_optimization_stage() > 0:
+        return {}
+    if engine.optimizer is engine.basic_optimizer:
+        return {parameter: parameter for parameter in engine.module.parameters()}
+    wrapper = engine.optimizer
+    groups = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
+    return {low: high for lows, highs in groups for low, high in zip(lows, highs, strict=True)}
+
+
+def _full_weight(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter, masters: dict, average: bool) -> Tensor:
+    if parameter in masters:
+        master = masters[parameter]
+        full = engine.basic_optimizer.state[master]["ema"] if average else master
+    else:
+        full = safe_get_full_optimizer_state(parameter, "ema") if average else safe_get_full_fp32_param(parameter)
     return full.detach()
 
 

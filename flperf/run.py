@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from flperf.config import Config
-from flperf.data import Dataset, open_dataset, prepare_dataset
+from flperf.data import WITHOUT_VIDEO, Dataset, open_dataset, prepare_dataset
 from flperf.data.clips import ClipBatch, Place
 from flperf.data.preprocessing import Preprocessing
 from flperf.encoder import Encoder, build_encoder, encode_clip
@@ -59,7 +59,7 @@ def build_run(config: Config, process: Process) -> Run:
     if process.local_rank == 0:
         prepare_dataset(config)
     dist.barrier()
-    preprocessing = Preprocessing.of(config.backbone)
+    preprocessing = None if config.dataset.kind in WITHOUT_VIDEO else Preprocessing.of(config.backbone)
     dataset = open_dataset(config, preprocessing, config.seed)
     encoder, shape = None, dataset.latent_shape
     if shape is None:

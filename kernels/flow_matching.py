@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from flperf_kernels.philox import draw_normals, draw_normals_one_by_one, philox_normal, signed_64
+from torch import Tensor
 
 NORMS, LOSSES, REDUCTIONS = ("none", "l2", "layer"), ("mse", "l1", "smooth_l1"), ("sample", "mean")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,9 +47,8 @@ def flow_matching_loss(
     1 / accumulation steps in `scale`. The stored gradient is scaled in place, so a second backward over the same graph raises.
     """
     _refuse_gradient(latents=latents, weight=weight)
-    with_gradient = torch.is_grad_enabled() and prediction.requires_grad
-    arguments = (signed_64(seed), loss, mean, std, norm, eps, weight, reduction, scale, with_gradient)
-    return torch.ops.flperf.flow_matching_loss(prediction, latents, sample, *arguments)[0]
+    arguments = (signed_64(seed), loss, mean, std, norm, eps, weight, reduction, scale)
+    return torch.ops.flperf.flow_matching_loss(prediction, latents, sample, *arguments)
 
 
 def flow_matching_velocity(latents, sample, *, seed, mean=None, std=None, norm="none", eps=1e-6) -> Tensor:
@@ -167,7 +165,7 @@ def _tile(step, steps, rows, width, total, MASK: tl.constexpr, R: tl.constexpr, 
     return row, column, element, mask
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps", "rows", "seed"])  # their values change no code
 def noise_kernel(
     latents, tau, sample, mean, std, out, stride_b, stride_n, stride_d, steps, rows, width, total, seed: tl.int64, eps,
     NORM: tl.constexpr, STANDARDISE: tl.constexpr, GROUPED: tl.constexpr, SMALL: tl.constexpr, MASK: tl.constexpr, FAST: tl.constexpr,
@@ -185,7 +183,7 @@ def noise_kernel(
         tl.store(out + b.to(tl.int64) * total + element, x.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps", "rows", "seed"])  # their values change no code
 def loss_kernel(
     prediction, latents, sample, mean, std, weight, gradient, partial, prediction_b, prediction_n, prediction_d,
     stride_b, stride_n, stride_d, steps, rows, width, total, seed: tl.int64, eps, gain, gradient_gain,
@@ -240,7 +238,7 @@ def scale_kernel(gradient, factor, factor_stride, gain, total, steps, BLOCK: tl.
         for step in range(steps):
             element = (tl.program_id(0).to(tl.int64) * steps + step) * BLOCK + tl.arange(0, BLOCK)
             x = tl.load(gradient + b * total + element, mask=element < total)
-            tl.store(gradient + b * total + element, (x * scale).to(x.dtype), mask=element < total)
+            tl.store(gradient + b * total + element, (x.to(tl.float32) * scale).to(x.dtype), mask=element < total)
 
 
 # ------------------------------------------------------------------------------------------------------------------- launch
@@ -248,37 +246,43 @@ def scale_kernel(gradient, factor, factor_stride, gain, total, steps, BLOCK: tl.
 # compile exactly what a call would run, from meta tensors.
 
 
-def _tiling(latents: Tensor, strided: tuple[Tensor, ...], per_channel: bool, norm: str):
+HALF_OCCUPANCY = 64  # registers a thread that let half of a processor's threads be resident. Left alone, ptxas takes more in places
+
+
+def _tiling(latents: Tensor, strided: tuple[Tensor, ...], per_channel: bool, norm: str, per_thread: int):
     b, n, d = latents.shape
     flat = norm == "none" and not per_channel and all(t.stride(2) == 1 and t.stride(1) == d for t in strided)
+    tile, power = 128 * per_thread if norm == "none" else 2048, d & -d
     if flat:
-        rows, width, c = triton.cdiv(n * d, 2048), 2048, 2048
-    else:  # a norm needs the whole token in one tile; otherwise the power of two in d fits columns without waste
-        power = d & -d
+        rows, width, c = triton.cdiv(n * d, tile), tile, tile
+    else:  # a norm needs the whole token in one tile; otherwise the power of two in d fits the columns without waste
         rows, width, c = n, d, triton.next_power_of_2(d) if norm != "none" or power < 64 else power
-        c = max(16, c if norm != "none" else min(c, 2048))
-    r, chunks = max(1, 2048 // c), triton.cdiv(width, c)
-    # Eight tiles a program share the setup, fewer where a sample has too few to keep a device busy. By the size of one sample alone:
-    # how a batch is split must not change the order of its sums.
-    steps = min(8, 1 << max(1, triton.cdiv(rows, r) * chunks // 64).bit_length() - 1)
+        c = max(16, c if norm != "none" else min(c, tile))
+    r, chunks = max(1, tile // c), triton.cdiv(width, c)
+    # Up to eight tiles a program share the setup, as long as about a thousand programs are left, which is what fills a device.
+    steps = min(8, 1 << max(1, triton.cdiv(rows, r) * chunks * b // 1024).bit_length() - 1)
     even = rows % (r * steps) == 0 and (n * d if flat else d) % c == 0
     strides = [(t.stride(0), width, 1) if flat else t.stride() for t in strided]
     arguments = dict(steps=steps, rows=rows, width=width, total=n * d, NORM=norm, STANDARDISE=per_channel, R=r, C=c)
     arguments |= dict(GROUPED=flat or d % 4 == 0, SMALL=n * d <= 2**34, MASK="none" if even else "flat" if flat else "rows")
-    # 16 elements a thread; 8 where a norm keeps the tile in registers. At most 64 registers, so that half of the threads fit.
-    options = dict(num_warps=min(32, max(4, r * c // (512 if norm == "none" else 256))), maxnreg=None if flat else 64)
-    return (triton.cdiv(rows, r * steps), chunks, b), arguments | dict(FAST=not latents.is_cpu), strides, options
+    arguments |= dict(FAST=not latents.is_cpu)
+    return (triton.cdiv(rows, r * steps), chunks, b), arguments, strides, dict(num_warps=min(32, max(4, r * c // (32 * per_thread))))
 
 
 def noise_launch(latents, tau, sample, seed, mean, std, norm, eps, out):
-    grid, arguments, [strides], options = _tiling(latents, (latents,), mean is not None, norm)
+    # 64 bytes in flight a thread; fewer where a norm keeps the tile, and the channels' statistics with it, in registers.
+    per_thread = 64 // max(latents.itemsize, out.itemsize) if norm == "none" else 16 if mean is None else 8
+    grid, arguments, [strides], options = _tiling(latents, (latents,), mean is not None, norm, per_thread)
     arguments |= dict(zip(("stride_b", "stride_n", "stride_d"), strides, strict=True), latents=latents, tau=tau, sample=sample, out=out)
+    options |= dict(maxnreg=None if norm == "none" else HALF_OCCUPANCY)
     return noise_kernel, grid, arguments | dict(mean=mean, std=std, seed=seed, eps=eps), options
 
 
 def loss_launch(prediction, latents, sample, seed, loss, mean, std, norm, eps, weight, gradient, gain, gradient_gain):
     """The kernel fills `partial` [b, tiles], which it allocates, and `gradient` unless that is None."""
-    grid, arguments, strides, options = _tiling(latents, (prediction, latents), mean is not None, norm)
+    per_thread = 16 if norm == "none" or mean is None else 8
+    grid, arguments, strides, options = _tiling(latents, (prediction, latents), mean is not None, norm, per_thread)
+    options |= dict(maxnreg=HALF_OCCUPANCY)
     names = ("prediction_b", "prediction_n", "prediction_d", "stride_b", "stride_n", "stride_d")
     arguments |= dict(zip(names, (*strides[0], *strides[1]), strict=True), prediction=prediction, latents=latents, sample=sample)
     partial = torch.empty((grid[2], grid[0] * grid[1]), dtype=torch.float32, device=latents.device)
@@ -300,8 +304,9 @@ def scale_launch(gradient: Tensor, factor: Tensor, gain: float):
 def launch(kernel, grid, arguments, options) -> None:
     if max(grid[1:], default=0) > 65535:
         raise ValueError(f"a grid of {grid} blocks: CUDA allows at most 65535 samples a batch")
-    tensors = [t for t in arguments.values() if isinstance(t, Tensor)]
-    with torch.cuda.device_of(tensors[0]):  # Triton launches on the current device
+    # Only [b, n, d] have strides; Triton launches on the current device.
+    arguments = {name: value.contiguous() if isinstance(value, Tensor) and value.dim() == 1 else value for name, value in arguments.items()}
+    with torch.cuda.device_of(next(value for value in arguments.values() if isinstance(value, Tensor))):
         kernel[grid](**arguments, **options)
 
 
@@ -334,64 +339,67 @@ def _check(latents, sample, mean, std, norm, prediction=None, tau=None, weight=N
 
 
 # By schema and not by torch.library.custom_op, which turns torch.compile off inside its kernels: the CPU's noise is compiled.
-torch.library.define(
-    "flperf::flow_matching_noise",
-    "(Tensor latents, Tensor tau, Tensor sample, SymInt seed, Tensor? mean, Tensor? std, str norm, float eps, ScalarType out_dtype) -> Tensor",
-)
-torch.library.define(
-    "flperf::flow_matching_loss",
-    "(Tensor prediction, Tensor latents, Tensor sample, SymInt seed, str loss, Tensor? mean, Tensor? std, str norm, float eps,"
-    " Tensor? weight, str reduction, float scale, bool with_gradient) -> (Tensor loss, Tensor gradient)",
-)
-torch.library.define("flperf::scale_gradient_", "(Tensor(a!) gradient, Tensor factor, float gain) -> ()")
+library = torch.library.Library("flperf", "FRAGMENT")
+PREPARATION = "SymInt seed, Tensor? mean, Tensor? std, str norm, float eps"
+LOSS = "Tensor prediction, Tensor latents, Tensor sample, SymInt seed, str loss, Tensor? mean, Tensor? std, str norm, float eps, "
+LOSS += "Tensor? weight, str reduction, float scale"
+library.define(f"flow_matching_noise(Tensor latents, Tensor tau, Tensor sample, {PREPARATION}, ScalarType out_dtype) -> Tensor")
+library.define(f"flow_matching_loss({LOSS}) -> Tensor")
+library.define(f"flow_matching_loss_and_gradient({LOSS}, bool with_gradient) -> (Tensor loss, Tensor gradient)")
+library.define("scale_gradient_(Tensor(a!) gradient, Tensor factor, float gain) -> ()")
 
 
-@torch.library.register_fake("flperf::flow_matching_noise")
 def _noise_fake(latents, tau, sample, seed, mean, std, norm, eps, out_dtype):
     _check(latents, sample, mean, std, norm, tau=tau)
     return torch.empty(latents.shape, dtype=out_dtype, device=latents.device)
 
 
-@torch.library.impl("flperf::flow_matching_noise", "cpu")
 def _noise_cpu(latents, tau, sample, seed, mean, std, norm, eps, out_dtype):
     _check(latents, sample, mean, std, norm, tau=tau)
-    return noise_reference(latents, tau, sample, seed, mean, std, norm, eps, out_dtype).contiguous()
+    return noise_reference(latents, tau, sample, seed, mean, std, norm, eps, out_dtype)
 
 
-@torch.library.impl("flperf::flow_matching_noise", "cuda")
 def _noise_cuda(latents, tau, sample, seed, mean, std, norm, eps, out_dtype):
     out = _noise_fake(latents, tau, sample, seed, mean, std, norm, eps, out_dtype)
     if out.numel():
-        tau, sample, mean, std = (None if t is None else t.contiguous() for t in (tau, sample, mean, std))
         launch(*noise_launch(latents, tau, sample, seed, mean, std, norm, eps, out))
     return out
 
 
-@torch.library.register_fake("flperf::flow_matching_loss")
+def _gains(prediction: Tensor, reduction: str, scale: float) -> tuple[float, float, float]:
+    """Factors of the loss, of the gradient that is stored and of the gradient in the backward.
+
+    1 / (b n d) of an fp16 number would vanish, so fp16 gradients are stored without it and meet it, and the loss scale, in the backward.
+    """
+    b, n, d = prediction.shape
+    gain = scale / max(1, n * d * (b if reduction == "mean" else 1))
+    return (gain, 1.0, gain) if prediction.dtype == torch.float16 else (gain, gain, 1.0)
+
+
 def _loss_fake(prediction, latents, sample, seed, loss, mean, std, norm, eps, weight, reduction, scale, with_gradient):
     _check(latents, sample, mean, std, norm, prediction, weight=weight, loss=loss, reduction=reduction)
     out = torch.empty(() if reduction == "mean" else latents.shape[:1], dtype=torch.float32, device=latents.device)
     return out, torch.empty(latents.shape if with_gradient else 0, dtype=prediction.dtype, device=latents.device)
 
 
-@torch.library.impl("flperf::flow_matching_loss", "cpu")
 def _loss_cpu(prediction, latents, sample, seed, loss, mean, std, norm, eps, weight, reduction, scale, with_gradient):
-    _check(latents, sample, mean, std, norm, prediction, weight=weight, loss=loss, reduction=reduction)
+    out, gradient = _loss_fake(prediction, latents, sample, seed, loss, mean, std, norm, eps, weight, reduction, scale, with_gradient)
+    if prediction.numel() == 0:
+        return out.fill_(torch.nan), gradient  # as PyTorch has it for the mean of nothing
     gain, gradient_gain, _ = _gains(prediction, reduction, scale)
     velocity = flow_matching_velocity(latents, sample, seed=seed, mean=mean, std=std, norm=norm, eps=eps)
     value, derivative = loss_and_derivative(prediction - velocity, loss)
     weight = torch.ones_like(sample, dtype=torch.float32) if weight is None else weight
     per_sample = value.sum((1, 2)) * (weight * gain)
-    gradient = (derivative * (weight * gradient_gain)[:, None, None]).to(prediction.dtype) if with_gradient else prediction.new_empty(0)
-    return per_sample.sum() if reduction == "mean" else per_sample, gradient.contiguous()
+    if with_gradient:
+        gradient.copy_(derivative * (weight * gradient_gain)[:, None, None])
+    return per_sample.sum() if reduction == "mean" else per_sample, gradient
 
 
-@torch.library.impl("flperf::flow_matching_loss", "cuda")
 def _loss_cuda(prediction, latents, sample, seed, loss, mean, std, norm, eps, weight, reduction, scale, with_gradient):
     out, gradient = _loss_fake(prediction, latents, sample, seed, loss, mean, std, norm, eps, weight, reduction, scale, with_gradient)
     if prediction.numel() == 0:
         return out.fill_(torch.nan), gradient
-    sample, mean, std, weight = (None if t is None else t.contiguous() for t in (sample, mean, std, weight))
     written, gains = gradient if with_gradient else None, _gains(prediction, reduction, scale)[:2]
     kernel = loss_launch(prediction, latents, sample, seed, loss, mean, std, norm, eps, weight, written, *gains)
     launch(*kernel)
@@ -402,44 +410,51 @@ def _loss_cuda(prediction, latents, sample, seed, loss, mean, std, norm, eps, we
     return out, gradient
 
 
-@torch.library.register_fake("flperf::scale_gradient_")
-def _scale_fake(gradient, factor, gain):
-    pass
-
-
-@torch.library.impl("flperf::scale_gradient_", "cpu")
 def _scale_cpu(gradient, factor, gain):
     if (factor * gain != 1).any():
         gradient.mul_((factor * gain).reshape(-1, 1, 1))
 
 
-@torch.library.impl("flperf::scale_gradient_", "cuda")
 def _scale_cuda(gradient, factor, gain):
     if gradient.numel():
         launch(*scale_launch(gradient, factor, gain))
 
 
-def _gains(prediction: Tensor, reduction: str, scale: float) -> tuple[float, float, float]:
-    """Factors of the loss, of the gradient that is stored and of the gradient in the backward.
+class _Loss(torch.autograd.Function):
+    """An op that returned the gradient beside the loss could not scale it in place: the caller might hold it."""
 
-    1 / (b n d) of an fp16 number would vanish, so fp16 gradients are stored without it and meet it, and the loss scale, in the backward.
-    """
-    b, n, d = prediction.shape
-    count = n * d * (b if reduction == "mean" else 1)
-    gain = scale / count if count else 1.0
-    return (gain, 1.0, gain) if prediction.dtype == torch.float16 else (gain, gain, 1.0)
+    @staticmethod
+    def forward(ctx, prediction, *arguments):
+        loss, gradient = torch.ops.flperf.flow_matching_loss_and_gradient(prediction, *arguments, True)
+        ctx.save_for_backward(gradient)
+        ctx.gain = _gains(prediction, reduction=arguments[-2], scale=arguments[-1])[2]
+        return loss
 
-
-def _loss_setup(ctx, inputs, output):
-    prediction, reduction, scale = inputs[0], inputs[10], inputs[11]
-    ctx.save_for_backward(output[1])
-    ctx.gain = _gains(prediction, reduction, scale)[2]
-
-
-def _loss_backward(ctx, grad_loss, _):
-    (gradient,) = ctx.saved_tensors
-    torch.ops.flperf.scale_gradient_(gradient, grad_loss, ctx.gain)
-    return gradient, *[None] * 12
+    @staticmethod
+    def backward(ctx, grad_loss):
+        (gradient,) = ctx.saved_tensors
+        torch.ops.flperf.scale_gradient_(gradient, grad_loss, ctx.gain)
+        torch.autograd.graph.increment_version(gradient)  # a second backward must fail, not scale twice
+        return gradient, *[None] * 11
 
 
-torch.library.register_autograd("flperf::flow_matching_loss", _loss_backward, setup_context=_loss_setup)
+def _loss_autograd(prediction, *arguments):
+    if prediction.requires_grad and torch.is_grad_enabled():
+        return _Loss.apply(prediction, *arguments)
+    return _loss_value(prediction, *arguments)
+
+
+def _loss_value(prediction, *arguments):
+    return torch.ops.flperf.flow_matching_loss_and_gradient(prediction, *arguments, False)[0]
+
+
+for _name, _cpu, _cuda, _fake in (
+    ("flow_matching_noise", _noise_cpu, _noise_cuda, _noise_fake),
+    ("flow_matching_loss_and_gradient", _loss_cpu, _loss_cuda, _loss_fake),
+    ("scale_gradient_", _scale_cpu, _scale_cuda, lambda gradient, factor, gain: None),
+):
+    library.impl(_name, _cpu, "CPU")
+    library.impl(_name, _cuda, "CUDA")
+    torch.library.register_fake(f"flperf::{_name}", _fake, lib=library)
+library.impl("flow_matching_loss", _loss_value, "CompositeExplicitAutograd")
+library.impl("flow_matching_loss", _loss_autograd, "Autograd")

@@ -14,7 +14,7 @@ from flperf.config import Dataset as DatasetConfig
 from flperf.data.clips import Annotations, ClipBatch, Place, TrainingOrder, ValidationOrder, Window, read_annotations, read_labels
 from flperf.data.preprocessing import Preprocessing
 
-__all__ = ["DATASETS", "ClipBatch", "Dataset", "Place", "Preprocessing", "open_dataset", "prepare_dataset"]
+__all__ = ["DATASETS", "ClipBatch", "Dataset", "Place", "Preprocessing", "WITHOUT_VIDEO", "open_dataset", "prepare_dataset"]
 
 # Reads one split: (batches of draws, their order, split name, device) → batches.
 Reader = Callable[[Iterator, TrainingOrder | ValidationOrder, str, torch.device], Iterator[ClipBatch]]
@@ -117,6 +117,8 @@ DATASETS = {
     "bouncing_shapes": _open_shapes,
     "demo": _open_demo,
 }
+
+WITHOUT_VIDEO = {"kinetics_400_cached"}  # kinds that hold latents, and need neither preprocessing nor an encoder
 
 
 def _lookup(dataset: DatasetConfig) -> Callable[[Config, Preprocessing | None, int], Dataset]:

@@ -1,0 +1,276 @@
+"""What the Triton kernels cost on a GPU, read from the machine code: `python -m benchmarks.kernel_report`. No GPU is needed.
+
+Each kernel is compiled ahead of time as a call on CUDA tensors would compile it, and its cubin is disassembled. Bytes and instructions an
+element follow from the loop over tiles, and from them the time on a chip: the longest of memory traffic / bandwidth and, for each
+pipe of the processor, instructions / rate. `--all` adds every specialisation that a configuration can launch.
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+import triton
+from flperf_kernels import flow_matching as fm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+REFERENCE_SIZE = (8, 4096, 1024)  # b, n, d
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Peak bandwidth by the data sheet; the clock is the one at which the quoted dense bf16 peak holds (312, 989, 2250 TFLOP/s)."""
+
+    name: str
+    capability: int
+    processors: int
+    clock: float  # Hz
+    bandwidth: float  # B/s
+    float_lanes: int  # fp32 instructions an SM starts each cycle
+
+
+CHIPS = (
+    Chip("A100", 80, 108, 1.41e9, 2.039e12, 64),
+    Chip("H100", 90, 132, 1.83e9, 3.35e12, 128),
+    Chip("B200", 100, 148, 1.85e9, 8.0e12, 128),
+)
+
+# Lanes an SM can start in a cycle (CUDA programming guide, throughput of native arithmetic). The guide does not list wide integer
+# products; half the rate of a 32-bit product is assumed. Packed fp32 pairs take one issue slot and two lanes.
+ISSUE_LANES, INTEGER_LANES, PRODUCT_LANES, SPECIAL_LANES = 128, 64, 64, 16
+REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of an SM, the same for the three
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+# ----------------------------------------------------------------------------------------------- what a configuration can launch
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of an op; every field that chooses a specialisation."""
+
+    op: str  # noise | loss
+    latents: torch.dtype = torch.bfloat16
+    other: torch.dtype = torch.bfloat16  # of x_tau, or of the prediction
+    per_channel: bool = False
+    norm: str = "none"
+    loss: str = "mse"
+    weighted: bool = False
+    training: bool = True
+    size: tuple[int, int, int] = REFERENCE_SIZE
+
+    def __str__(self):
+        short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+        words = [self.op, *([self.loss] if self.op == "loss" else []), f"{short[self.latents]}>{short[self.other]}"]
+        words += [self.norm] * (self.norm != "none") + ["standardise"] * self.per_channel + ["weighted"] * self.weighted
+        return " ".join(words + ["value only"] * (not self.training) + [f"d={self.size[2]}"] * (self.size != REFERENCE_SIZE))
+
+    def launch(self):
+        """What `flow_matching` would launch, on tensors without memory."""
+        b, n, d = self.size
+        latents, other = (torch.empty(self.size, dtype=t, device="meta") for t in (self.latents, self.other))
+        vector = functools.partial(torch.empty, device="meta")
+        sample, mean = vector(b, dtype=torch.int64), vector(d) if self.per_channel else None
+        if self.op == "noise":
+            return fm.noise_launch(latents, vector(b), sample, 1234, mean, mean, self.norm, 1e-6, other)
+        weight, gradient = vector(b) if self.weighted else None, other if self.training else None
+        return fm.loss_launch(other, latents, sample, 1234, self.loss, mean, mean, self.norm, 1e-6, weight, gradient, 0.5, 0.5)
+
+    @property
+    def bytes_bound(self) -> int:
+        """Each input read once, each output written once."""
+        return self.latents.itemsize + self.other.itemsize * (2 if self.op == "loss" and self.training else 1)
+
+
+# bf16 encoders with bf16 or fp32 heads, caches in fp32 or fp16; fp16 training.
+DTYPES = ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16), (torch.bfloat16, torch.float32))
+DTYPES += ((torch.float32, torch.float32), (torch.float16, torch.float16))
+# ViT-L divides into the tiles; ViT-B with an odd number of tokens and ViT-g, padded to the next power of two for a norm, don't.
+SIZES = (REFERENCE_SIZE, (4, 1569, 768), (2, 2048, 1408))
+PREPARATIONS = ((False, "none"), (True, "none"), (False, "l2"), (False, "layer"), (True, "l2"), (True, "layer"))
+
+
+def headline() -> list[Case]:
+    """What training runs: bf16, at the reference size."""
+    cases = [Case("noise", per_channel=per_channel, norm=norm) for per_channel, norm in PREPARATIONS]
+    cases += [Case("loss", per_channel=per_channel, norm=norm) for per_channel, norm in PREPARATIONS]
+    return cases + [Case("loss", loss=loss, per_channel=True) for loss in ("l1", "smooth_l1")] + [Case("loss", per_channel=True, training=False)]
+
+
+def every() -> list[Case]:
+    """The full product of all that chooses a specialisation."""
+    cases = []
+    for (per_channel, norm), (latents, other), size in itertools.product(PREPARATIONS, DTYPES, SIZES):
+        cases.append(Case("noise", latents, other, per_channel, norm, size=size))
+        for loss, weighted, training in itertools.product(fm.LOSSES, (False, True), (False, True)):
+            cases.append(Case("loss", latents, other, per_channel, norm, loss, weighted, training, size))
+    return cases
+
+
+def covering(cases: list[Case]) -> list[Case]:
+    """Few cases that hold every pair of choices of the full product, chosen greedily."""
+    pairs = {case: set(itertools.combinations(dataclasses.asdict(case).items(), 2)) for case in cases}
+    missing, chosen = set().union(*pairs.values()), []
+    while missing:
+        chosen.append(max(cases, key=lambda case: len(pairs[case] & missing)))
+        missing -= pairs[chosen[-1]]
+    return chosen
+
+
+# ------------------------------------------------------------------------------------------------------------------- compilation
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """Resources and instructions of a compiled kernel, each instruction as (address, opcode)."""
+
+    registers: int
+    stack_bytes: int
+    local_bytes: int
+    shared_bytes: int
+    warps: int
+    capability: int
+    loops: int
+    setup: Counter  # opcodes outside the loop over tiles
+    loop: Counter
+
+    @property
+    def occupancy(self) -> float:
+        """Resident share of an SM's warps: registers come in units of 256 a warp, shared memory with 1 KiB of the driver's own."""
+        by_registers = REGISTERS // (-(-self.registers * 32 // 256) * 256) // self.warps
+        by_shared = SHARED_BYTES[self.capability] // (self.shared_bytes + 1024)
+        return min(by_registers, by_shared, BLOCKS, WARPS // self.warps) * self.warps / WARPS
+
+
+def tool(name: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def specialise(launch, capability: int):
+    """Compile as the launcher would: Triton's own binder derives types, alignment and constants from the arguments."""
+    kernel, _, arguments, options = launch
+    backend = make_backend(GPUTarget("cuda", capability, 32))
+    bound, specialization, parsed = create_function_from_signature(kernel.signature, kernel.params, backend)(**arguments, **options, debug=False)
+    parsed, signature, constants, attributes = kernel._pack_args(backend, options | dict(debug=False), bound, specialization, parsed)
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=backend.target, options=parsed.__dict__)
+
+
+@functools.cache
+def compile_case(case: Case, capability: int) -> Code:
+    return disassemble(specialise(case.launch(), capability), capability)
+
+
+def disassemble(compiled, capability: int) -> Code:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        listing, usage = tool("cuobjdump", "-sass", cubin.name), tool("cuobjdump", "-res-usage", cubin.name)
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@\S+\s+)?(\S+?)\s*(?:\s(.*?))?;", listing, re.MULTILINE)
+    code = [(int(address, 16), opcode, operands) for address, opcode, operands in found if opcode != "NOP"]
+    # Backward branches are loops; the branch to itself behind the last EXIT is padding.
+    targets = [(int(operands.split("0x")[-1], 16), at) for at, opcode, operands in code if opcode.startswith("BRA") and "0x" in operands]
+    loops = [(start, end) for start, end in targets if start < end]
+    padding = {at for start, at in targets if start == at}
+    inside = Counter(opcode for at, opcode, _ in code if any(start <= at <= end for start, end in loops))
+    everything = Counter(opcode for at, opcode, _ in code if at not in padding)
+    number = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return Code(
+        registers=number["REG"], stack_bytes=number["STACK"], local_bytes=number["LOCAL"], shared_bytes=compiled.metadata.shared,
+        warps=compiled.metadata.num_warps, capability=capability, loops=len(loops), setup=everything - inside, loop=inside,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------------------- model
+
+
+def kind(opcode: str) -> str:
+    """integer | float | special | memory | other, of a SASS opcode."""
+    stem = opcode.split(".")[0]
+    if stem in ("MUFU", "I2F", "F2I", "F2F"):
+        return "special"
+    if stem in ("LDG", "STG", "LDS", "STS", "LDL", "STL", "LDC", "LDCU", "ULDC"):
+        return "memory"
+    if stem in ("IMAD", "IADD", "IADD3", "VIADD", "LOP3", "SHF", "PRMT", "LEA", "ISETP", "SEL", "I2FP", "IABS", "VIMNMX", "IMNMX"):
+        return "integer"
+    return "float" if re.match(r"F|H[A-Z]+2", stem) else "other"
+
+
+def lanes(opcode: str) -> dict[str, int]:
+    """What a thread's instruction occupies in each pipe."""
+    stem, used = opcode.split(".")[0], {"issue": 1}
+    if kind(opcode) == "special":
+        used["special"] = 1
+    elif stem == "IMAD":
+        used["product"] = used["fma"] = 2 if re.search(r"WIDE|HI", opcode) else 1
+    elif re.match(r"F(ADD|MUL|FMA)|FHADD|FHFMA|HFMA2", stem):
+        used["fma"] = 2 if stem.endswith("2") and stem != "HFMA2" else 1
+    elif kind(opcode) in ("integer", "float") or stem in ("MOV", "PLOP3"):
+        used["integer"] = 1
+    return used
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one element, on one chip."""
+
+    bytes_moved: float
+    instructions: dict[str, float]  # by kind
+    pipe: str
+    arithmetic: float  # s
+    memory: float  # s
+
+    @property
+    def ratio(self) -> float:
+        return self.arithmetic / self.memory
+
+
+def cost(case: Case, chip: Chip) -> Cost:
+    code, (_, _, arguments, _) = compile_case(case, chip.capability), case.launch()
+    elements = arguments["R"] * arguments["C"] / (32 * code.warps)  # a thread's, each time round the loop
+    b, n, d = case.size
+    useful = d / (-(-d // arguments["C"]) * arguments["C"]) if arguments["MASK"] == "rows" else 1.0  # columns beyond d cost time, too
+    weight = Counter({opcode: count / elements / useful for opcode, count in code.loop.items()})
+    for opcode, count in code.setup.items():
+        weight[opcode] += count / elements / useful / arguments["steps"]
+    rates = dict(issue=ISSUE_LANES, integer=INTEGER_LANES, product=PRODUCT_LANES, special=SPECIAL_LANES, fma=chip.float_lanes)
+    busy, kinds = Counter(), Counter()
+    for opcode, count in weight.items():
+        kinds[kind(opcode)] += count
+        for pipe, used in lanes(opcode).items():
+            busy[pipe] += used * count / rates[pipe]
+    pipe = max(busy, key=busy.get)
+    width = sum(count * int(re.search(r"\.(64|128)\b|$", opcode)[1] or 32) // 8 for opcode, count in code.loop.items() if opcode[:3] in ("LDG", "STG"))
+    moved = width / elements
+    return Cost(moved, dict(kinds), pipe, busy[pipe] / (chip.processors * chip.clock), moved / chip.bandwidth)
+
+
+def report(cases: list[Case]) -> str:
+    lines = [f"{'':34} {'chip':5} regs  occ  B/elem bound   int float spec  mem other  sum    memory   arithmetic (pipe)       of memory"]
+    for case in cases:
+        for chip in CHIPS:
+            code, c = compile_case(case, chip.capability), cost(case, chip)
+            count = c.instructions
+            numel = case.size[0] * case.size[1] * case.size[2]
+            by_kind = " ".join(f"{count.get(name, 0):5.1f}" for name in ("integer", "float", "special", "memory", "other"))
+            lines.append(
+                f"{str(case):34.34} {chip.name:5} {code.registers:4} {code.occupancy:4.0%} {c.bytes_moved:6.2f} {case.bytes_bound:5} {by_kind}"
+                f" {sum(count.values()):5.1f} {numel * c.memory * 1e6:7.1f} us {numel * c.arithmetic * 1e6:7.1f} us ({c.pipe:7}) {c.ratio:9.0%}"
+                f"  {'memory-bound' if c.ratio <= 1 else 'ARITHMETIC-BOUND'}{'' if c.ratio < 0.7 else ', above the goal of 70%'}"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="every specialisation (half an hour)")
+    print(report(every() if parser.parse_args().all else headline()))
