@@ -25,7 +25,7 @@ class Backbone:
 
     kind: str = "vjepa2"  # a key of flperf.encoder.BACKBONES
     weights: Optional[str] = None
-    architecture: dict[str, Any] = field(default_factory=dict)  # arguments of the transformers configuration; only if weights is null
+    architecture: dict[str, Any] = field(default_factory=dict)  # of the transformers configuration; null: its default
     processor: dict[str, Any] = field(default_factory=dict)  # keys that replace those of the weights' preprocessor configuration
     frame_stride: int = 1  # DINOv3: every frame_stride-th frame is encoded
     encode: Literal["split", "joint"] = "split"  # joint encodes the whole clip at once: V-JEPA 2 then leaks the future into the context

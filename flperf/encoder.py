@@ -135,12 +135,13 @@ def load_transformer(model_class, config_class, backbone: Backbone, **geometry) 
     """A transformers model from `backbone.weights`, or with seeded random weights from `backbone.architecture`."""
     if backbone.weights is None:
         # transformers keeps unknown arguments without a word, so a misspelt one would silently mean its default.
-        for key in backbone.architecture.keys() - config_class().to_dict().keys():
+        architecture = {key: value for key, value in backbone.architecture.items() if value is not None}
+        for key in architecture.keys() - config_class().to_dict().keys():
             raise UserError(f"backbone.architecture.{key}: {config_class.__name__} has no such argument")
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                return model_class(config_class(**{**backbone.architecture, **geometry}, attn_implementation="sdpa"))
+                return model_class(config_class(**{**architecture, **geometry}, attn_implementation="sdpa"))
         except (TypeError, ValueError) as error:
             raise UserError(f"backbone.architecture: {' '.join(str(error).split())}") from error
     try:

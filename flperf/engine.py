@@ -171,6 +171,8 @@ def build_engine(head: nn.Module, config: Config, place: Place, dtype: torch.dty
     optimizer = AdamWWithEMA(groups, config.trainer, clip=is_bare(config.engine, dtype))
     options = deepspeed_options(config.engine, config.trainer, place, dtype, device)
     engine, *_ = deepspeed.initialize(model=head, optimizer=optimizer, config=options, dist_init_required=False)
+    for state in optimizer.state.values():
+        state["step"].zero_()  # DeepSpeed's ZeRO 0 allocates the moments by a step with zero gradients, which must not count
     return engine
 
 

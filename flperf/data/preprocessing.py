@@ -137,9 +137,9 @@ def _settings(backbone: Backbone) -> dict[str, Any]:
 def _class_defaults(backbone: Backbone) -> dict[str, Any]:
     """As the processor class has them; without weights, at the image size of the architecture."""
     if backbone.kind == "vjepa2":
-        crop_size = backbone.architecture.get("crop_size", 256)
+        crop_size = backbone.architecture.get("crop_size") or 256
         return _COMMON | {"do_center_crop": True, "crop_size": crop_size, "size": None}
-    image_size = backbone.architecture.get("image_size", 224)
+    image_size = backbone.architecture.get("image_size") or 224
     return _COMMON | {"do_center_crop": False, "crop_size": image_size, "size": image_size}
 
 

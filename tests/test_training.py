@@ -1,0 +1,210 @@
+"""Short runs of the whole line under the real launcher, with 1 and 2 processes over gloo."""
+
+import itertools
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from runs import BACKBONES, REGIMES, ROOT, curves, launch
+
+STAGES = (0, 1, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def matrix(tiny) -> dict[str, dict]:
+    """Every regime x backbone x ZeRO stage in fp32, every regime x stage in bf16, with 2 processes; and fp32 with accumulation."""
+    requests = {
+        f"{regime}-{backbone}-{stage}": REGIMES[regime] + BACKBONES[backbone] + [f"engine.zero_stage={stage}"]
+        for regime, backbone, stage in itertools.product(REGIMES, BACKBONES, STAGES)
+    }
+    requests |= {
+        f"{regime}-bf16-{stage}": REGIMES[regime] + ["engine.precision=bf16", f"engine.zero_stage={stage}"]
+        for regime, stage in itertools.product(REGIMES, STAGES)
+    }
+    requests |= {f"{regime}-accumulated": REGIMES[regime] + ["trainer.micro_batch_size=1", "engine.zero_stage=2"] for regime in REGIMES}
+    return curves(tiny, requests, processes=2)
+
+
+@pytest.mark.parametrize(("regime", "backbone"), itertools.product(REGIMES, BACKBONES))
+def test_zero_stages_train_alike_in_fp32(matrix, regime, backbone):
+    """The stages differ in the order of sums alone. Each fp32 sum over at most 2^17 gradients errs by less than 2^-24 * 17 relatively
+    (pairwise), and four updates at a rate of 1e-3 carry that on by less than a factor of ten: 1e-5."""
+    curves = [matrix[f"{regime}-{backbone}-{stage}"] for stage in STAGES]
+    assert len(curves[0]["loss"]) == 4
+    for other in curves[1:]:
+        assert other["loss"] == pytest.approx(curves[0]["loss"], rel=1e-5)
+        assert other["grad_norm"] == pytest.approx(curves[0]["grad_norm"], rel=1e-4)
+        assert other["seen"] == curves[0]["seen"]
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_zero_stages_train_alike_in_bf16(matrix, regime):
+    """Gradients are averaged in bf16, so each errs by up to 2^-8 relatively; an update moves a weight by at most the rate 1e-3 (Adam),
+    and the loss by at most grad_norm * |update| of it: sum over the updates of 2^-8 * grad_norm * 1e-3 * sqrt(parameters)."""
+    reference = matrix[f"{regime}-bf16-0"]
+    parameters = 60_000
+    bound = sum(2**-8 * norm * 1e-3 * parameters**0.5 for norm in reference["grad_norm"])
+    for stage in STAGES[1:]:
+        assert matrix[f"{regime}-bf16-{stage}"]["loss"] == pytest.approx(reference["loss"], abs=bound)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_accumulation_equals_one_large_batch(matrix, regime):
+    assert matrix[f"{regime}-accumulated"]["loss"] == pytest.approx(matrix[f"{regime}-vjepa2-2"]["loss"], rel=1e-5)
+
+
+def test_one_process_sees_and_learns_the_same_as_two(matrix, tiny):
+    """1 process x batch 4 against 2 processes x batch 2: the same clips, noise and losses in every step."""
+    requests = {f"{regime}-alone": REGIMES[regime] for regime in REGIMES}
+    alone = curves(tiny, requests, processes=1)
+    for regime in REGIMES:
+        one, two = alone[f"{regime}-alone"], matrix[f"{regime}-vjepa2-1"]
+        assert one["seen"] == two["seen"]
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+
+
+def test_validation_counts_every_clip_once_at_any_world_size(matrix, tiny):
+    """5 clips on 2 processes x batch 2 leave a partial batch; the result must be that of one process."""
+    alone = curves(tiny, {"validation-alone": REGIMES["flow_matching"]}, processes=1)["validation-alone"]
+    (one,), (two,) = alone["validation"], matrix["flow_matching-vjepa2-1"]["validation"]
+    for key in ("copy_last_l1", "mean_mse"):
+        assert one[key] == pytest.approx(two[key], rel=1e-6)
+    assert one["forecast_mse"] == pytest.approx(two["forecast_mse"], rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("regime", "stage"), [("flow_matching", 0), ("flow_matching", 1), ("predictor", 2), ("cross_attention", 3)])
+def test_resumed_training_is_bitwise_the_undisturbed_one(tiny, regime, stage, precision):
+    common = REGIMES[regime] + [f"engine.zero_stage={stage}", f"engine.precision={precision}", "trainer.max_steps=6"]
+    name = f"resume-{regime}-{stage}-{precision}"
+    runs = curves(tiny, {f"{name}-whole": common, f"{name}-parts": [*common, "trainer.stop_after=3"]}, processes=1)
+    rest = curves(tiny, {f"{name}-parts": common}, processes=1)[f"{name}-parts"]
+    whole = runs[f"{name}-whole"]
+    assert rest["step"] == [1, 2, 3, 4, 5, 6]  # one file of metrics for both launches
+    assert rest["loss"] == whole["loss"]
+    assert rest["grad_norm"] == whole["grad_norm"]
+    assert runs[f"{name}-parts"]["seen"] + rest["seen"] == whole["seen"]
+    keys = [key for key in whole["validation"][-1] if key.startswith("forecast")]  # of the averaged weights
+    assert {key: rest["validation"][-1][key] for key in keys} == {key: whole["validation"][-1][key] for key in keys}
+
+
+def train(config, *arguments: str, processes: int = 1, **environment: str) -> subprocess.CompletedProcess:
+    return launch(processes, str(ROOT / "flperf/train.py"), "--config", str(config), *arguments, **environment)
+
+
+def test_two_processes_with_compiled_blocks_at_zero_3(tiny):
+    """Parameters that come and go under the compiled graphs: the losses must be those of eager ZeRO 1."""
+    common = [*REGIMES["flow_matching"], "checkpoint.save_every=1000"]
+    runs = curves(
+        tiny,
+        {"eager": [*common, "engine.zero_stage=1"], "compiled": [*common, "engine.zero_stage=3", "engine.compile=true"]},
+        processes=2,
+    )
+    assert runs["compiled"]["loss"] == pytest.approx(runs["eager"]["loss"], rel=1e-5)
+
+
+def test_nothing_recompiles_after_the_second_step(tiny):
+    script = (
+        "import sys, torch, flperf.loop as loop\n"
+        "from flperf import train\n"
+        "steps, original = [], loop.train_step\n"
+        "def step(*arguments):\n"
+        "    torch._dynamo.config.error_on_recompile = len(steps) >= 2\n"
+        "    steps.append(1)\n"
+        "    return original(*arguments)\n"
+        "loop.train_step = step\n"
+        "train.main(sys.argv[1:])\n"
+        "print('steps', len(steps))\n"
+    )
+    arguments = ["--config", str(tiny), *REGIMES["flow_matching"], "name=recompile", "engine.compile=true", "evaluation.eval_every=1000"]
+    finished = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=600, check=False)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "steps 4" in finished.stdout
+
+
+def test_a_killed_run_comes_back(tiny):
+    """SIGKILL at an arbitrary moment of a run that saves after every step; the next start resumes and ends where it should."""
+    arguments = ["--config", str(tiny), "name=killed", "trainer.max_steps=400", "checkpoint.save_every=1", "checkpoint.keep=3"]
+    folder = tiny.parent / "experiment/killed"
+    command = [sys.executable, str(ROOT / "flperf/train.py"), *arguments]
+    for moment in (3, 7):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.time() + 120
+        while not (folder / "metrics.jsonl").exists() or len(folder.joinpath("metrics.jsonl").read_text().splitlines()) < moment:
+            assert process.poll() is None and time.time() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    finished = train(tiny, *arguments[2:], "trainer.stop_after=3")
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "resumed at step" in finished.stdout
+    steps = [json.loads(line)["step"] for line in folder.joinpath("metrics.jsonl").read_text().splitlines()]
+    assert int(folder.joinpath("checkpoints/latest").read_text().removeprefix("step_")) == steps[-1]
+    assert len([path for path in folder.joinpath("checkpoints").glob("step_*") if path.is_dir()]) <= 4
+
+
+def test_a_run_explains_itself_and_is_not_overwritten(tiny):
+    arguments = ["name=kept", "trainer.max_steps=2"]
+    assert train(tiny, *arguments).returncode == 0
+    folder = tiny.parent / "experiment/kept"
+    description = json.loads((folder / "run.json").read_text())
+    assert description["world_size"] == 1 and description["versions"]["torch"] and description["command"]
+    line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    expected = "step epoch loss lr grad_norm clips_per_s tokens_per_s step_ms data_ms encode_ms head_ms optim_ms mfu memory_gb"
+    assert {*expected.split(), "skipped_clips"} <= line.keys()
+
+    other = train(tiny, *arguments, "model.depth=3")
+    assert other.returncode != 0 and "model.depth: 2 -> 3" in other.stderr and "Traceback" not in other.stderr
+    again = train(tiny, *arguments, "tracking.log_every=2")
+    assert again.returncode == 0 and "step 2 of 2" in again.stdout
+    anew = train(tiny, *arguments, "model.depth=3", "--overwrite")
+    assert anew.returncode == 0 and (folder.parent / "kept.replaced-1/metrics.jsonl").exists()
+
+
+def test_dry_run_says_sizes_and_writes_nothing(tiny):
+    finished = train(tiny, "--dry-run", "name=dry", *REGIMES["flow_matching"], processes=2)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    for word in ("hidden_dim: 32", "training clips", "parameters", "FLOPs", "memory"):
+        assert word in finished.stdout
+    assert not (tiny.parent / "experiment/dry").exists()
+
+
+def test_debug_runs_are_small_and_apart(tiny):
+    finished = train(tiny, "--debug", "name=debugged")
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    folder = tiny.parent / "experiment/debug/debugged"
+    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 10
+    assert not (tiny.parent / "experiment/debugged").exists()
+
+
+def test_a_diverging_run_ends_with_one_clear_line(tiny):
+    overrides = ["trainer.learning_rate=1e38", "trainer.max_steps=50", "trainer.max_skipped_updates=3"]
+    for stage in STAGES:
+        finished = train(tiny, f"name=diverging-{stage}", f"engine.zero_stage={stage}", *overrides)
+        assert finished.returncode != 0
+        assert "3 updates in a row had a non-finite loss or gradient" in finished.stderr, finished.stderr[-2000:]
+        assert "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.batch_size=3", "trainer.micro_batch_size=2"], "trainer.batch_size"),
+        (["dataset.kind=kinetics_400", "dataset.train=nowhere.csv"], "dataset.train"),
+        (["dataset.kind=kinetics_400_cached", "dataset.train=nowhere.csv"], "dataset.train"),
+        (["backbone.weights=/no/such/folder"], "backbone"),
+        (["model.num_context_latents=9"], "model.num_context_latents"),
+        (["model.head=dit"], "objective.kind"),
+        (["model.hiden_dim=3"], "did you mean model.hidden_dim"),
+    ],
+)
+def test_mistakes_end_in_one_line_that_names_the_key(tiny, overrides, message):
+    command = [sys.executable, str(ROOT / "flperf/train.py"), "--config", str(tiny), "name=mistake", *overrides]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert finished.returncode != 0
+    last = finished.stderr.strip().splitlines()[-1]
+    assert last.startswith("flperf: ") and message in last and "Traceback" not in finished.stderr
+    assert not (tiny.parent / "experiment/mistake").exists()
