@@ -102,13 +102,26 @@ def loss_and_derivative(residual: Tensor, loss: str) -> tuple[Tensor, Tensor]:
 
 # ------------------------------------------------------------------------------------------------------------------ kernels
 # A program works down `steps` tiles [R, C] of one sample: R rows (tokens), C columns (channels). Where every element is treated alike
-# the sample is one run of numbers instead, cut into rows of C. Offsets are 64-bit from the row on.
+# the sample is one run of numbers instead, cut into rows of C. Where a tile begins is 64-bit and the same for all threads; offsets inside
+# it are 32-bit unless WIDE, which saves the registers that hold them.
 
 
 @triton.jit
-def _load(pointer, sample, row, column, stride_b, stride_n, stride_d, mask, FAST: tl.constexpr):
-    offset = sample.to(tl.int64) * stride_b + row[:, None] * stride_n + column[None, :].to(tl.int64) * stride_d
-    x = tl.load(pointer + offset, mask=mask, other=0.0)
+def _offset(stride_n, stride_d, WIDE: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """Offsets [R, C] inside a tile."""
+    row, column = tl.arange(0, R)[:, None], tl.arange(0, C)[None, :]
+    if WIDE:
+        return row.to(tl.int64) * stride_n + column.to(tl.int64) * stride_d
+    else:
+        return row * stride_n + column * stride_d
+
+
+@triton.jit
+def _load(
+    pointer, sample, row, stride_b, stride_n, stride_d, mask, WIDE: tl.constexpr, FAST: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+):
+    pointer += sample.to(tl.int64) * stride_b + row * stride_n + (tl.program_id(1) * C).to(tl.int64) * stride_d
+    x = tl.load(pointer + _offset(stride_n, stride_d, WIDE, R, C), mask=mask, other=0.0)
     if FAST and x.dtype == tl.bfloat16:  # the compiler takes three instructions to widen two numbers, this is two
         x = tl.inline_asm_elementwise("{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000; }", "=r,=r,r", [x], tl.int32, True, 2)
         x = x.to(tl.float32, bitcast=True)
@@ -141,46 +154,51 @@ def _data(x, mask, width, eps, shift, scale, NORM: tl.constexpr, STANDARDISE: tl
 
 
 @triton.jit
-def _noise(index, row, column, width, seed, variance, GROUPED: tl.constexpr, SMALL: tl.constexpr, FAST: tl.constexpr, C: tl.constexpr):
-    """Noise of the tile: element row * width + column of its sample. GROUPED: rows start at multiples of 4; SMALL: groups fit 32 bits."""
-    if GROUPED:
-        group = row[:, None] * (width // 4) + (tl.program_id(1) * (C // 4) + tl.arange(0, C // 4))[None, :]
-        return draw_normals(group.to(tl.uint32 if SMALL else tl.uint64), index, seed, variance, FAST)
-    else:
-        return draw_normals_one_by_one(row[:, None] * width + column[None, :], index, seed, variance, FAST)
-
-
-@triton.jit
-def _tile(step, steps, rows, width, total, MASK: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    """Rows [R], columns [C], element offsets in the sample and which of them exist [R, C]."""
-    row = (tl.program_id(0).to(tl.int64) * steps + step) * R + tl.arange(0, R)
-    column = tl.program_id(1) * C + tl.arange(0, C)
-    element = row[:, None] * width + column[None, :]
+def _tile(step, steps, rows, width, total, MASK: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """First row and first element of a tile, and which of its elements exist [R, C]."""
+    row = (tl.program_id(0).to(tl.int64) * steps + step) * R
+    column = tl.program_id(1) * C
+    element = row * width + column
     if MASK == "none":
         mask = tl.full([R, C], True, tl.int1)
     elif MASK == "flat":
-        mask = element < total
+        mask = _offset(width, 1, WIDE, R, C) < total - element
     else:
-        mask = (row < rows)[:, None] & (column < width)[None, :]
-    return row, column, element, mask
+        mask = (tl.arange(0, R)[:, None] < rows - row) & (tl.arange(0, C)[None, :] < width - column)
+    return row, element, mask
+
+
+@triton.jit
+def _noise(
+    index, element, width, seed, variance,
+    GROUPED: tl.constexpr, SMALL: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Noise of the tile [R, C] that begins at an element. GROUPED: rows begin at multiples of 4; SMALL: groups fit 32 bits."""
+    if GROUPED:
+        first, inside = element // 4, _offset(width // 4, 1, WIDE, R, C // 4)
+        group = first.to(tl.uint32) + inside.to(tl.uint32) if SMALL else first.to(tl.uint64) + inside.to(tl.uint64)
+        return draw_normals(group, index, seed, variance, FAST)
+    else:
+        return draw_normals_one_by_one(element + _offset(width, 1, WIDE, R, C), index, seed, variance, FAST)
 
 
 @triton.jit(do_not_specialize=["steps", "rows", "seed"])  # their values change no code
 def noise_kernel(
     latents, tau, sample, mean, std, out, stride_b, stride_n, stride_d, steps, rows, width, total, seed: tl.int64, eps,
-    NORM: tl.constexpr, STANDARDISE: tl.constexpr, GROUPED: tl.constexpr, SMALL: tl.constexpr, MASK: tl.constexpr, FAST: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr,
+    NORM: tl.constexpr, STANDARDISE: tl.constexpr, GROUPED: tl.constexpr, SMALL: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
+    FAST: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(2)
     index, t = tl.load(sample + b), tl.load(tau + b)
     shift, scale = _channel_statistics(mean, std, tl.program_id(1) * C + tl.arange(0, C), width, STANDARDISE)
     scale *= t
     for step in range(steps):
-        row, column, element, mask = _tile(step, steps, rows, width, total, MASK, R, C)
-        x = _load(latents, b, row, column, stride_b, stride_n, stride_d, mask, FAST)
+        row, element, mask = _tile(step, steps, rows, width, total, MASK, WIDE, R, C)
+        x = _load(latents, b, row, stride_b, stride_n, stride_d, mask, WIDE, FAST, R, C)
         x = _data(x, mask, width, eps, shift, scale, NORM, STANDARDISE)
-        x += _noise(index, row, column, width, seed, (1.0 - t) * (1.0 - t), GROUPED, SMALL, FAST, C)
-        tl.store(out + b.to(tl.int64) * total + element, x.to(out.dtype.element_ty), mask=mask)
+        x += _noise(index, element, width, seed, (1.0 - t) * (1.0 - t), GROUPED, SMALL, WIDE, FAST, R, C)
+        here = out + b.to(tl.int64) * total + element
+        tl.store(here + _offset(width, 1, WIDE, R, C), x.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["steps", "rows", "seed"])  # their values change no code
@@ -188,7 +206,7 @@ def loss_kernel(
     prediction, latents, sample, mean, std, weight, gradient, partial, prediction_b, prediction_n, prediction_d,
     stride_b, stride_n, stride_d, steps, rows, width, total, seed: tl.int64, eps, gain, gradient_gain,
     LOSS: tl.constexpr, NORM: tl.constexpr, STANDARDISE: tl.constexpr, GROUPED: tl.constexpr, SMALL: tl.constexpr, MASK: tl.constexpr,
-    FAST: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    WIDE: tl.constexpr, FAST: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(2)
     index = tl.load(sample + b)
@@ -198,10 +216,10 @@ def loss_kernel(
     shift, scale = _channel_statistics(mean, std, tl.program_id(1) * C + tl.arange(0, C), width, STANDARDISE)
     loss = tl.zeros([R, C // 4], tl.float32)
     for step in range(steps):
-        row, column, element, mask = _tile(step, steps, rows, width, total, MASK, R, C)
-        residual = _load(prediction, b, row, column, prediction_b, prediction_n, prediction_d, mask, FAST)
-        x = _load(latents, b, row, column, stride_b, stride_n, stride_d, mask, FAST)
-        residual += _noise(index, row, column, width, seed, 1.0, GROUPED, SMALL, FAST, C)
+        row, element, mask = _tile(step, steps, rows, width, total, MASK, WIDE, R, C)
+        residual = _load(prediction, b, row, prediction_b, prediction_n, prediction_d, mask, WIDE, FAST, R, C)
+        x = _load(latents, b, row, stride_b, stride_n, stride_d, mask, WIDE, FAST, R, C)
+        residual += _noise(index, element, width, seed, 1.0, GROUPED, SMALL, WIDE, FAST, R, C)
         residual -= _data(x, mask, width, eps, shift, scale, NORM, STANDARDISE)
         if LOSS == "mse":
             value, derivative = residual * residual, residual * (2.0 * gradient_gain)
@@ -213,7 +231,8 @@ def loss_kernel(
         value = value if MASK == "none" else tl.where(mask, value, 0.0)
         loss += tl.sum(value.reshape(R, C // 4, 4), 2)  # four neighbours sit in one thread: a quarter of the registers, no exchange
         if gradient is not None:
-            tl.store(gradient + b.to(tl.int64) * total + element, derivative.to(gradient.dtype.element_ty), mask=mask)
+            here = gradient + b.to(tl.int64) * total + element
+            tl.store(here + _offset(width, 1, WIDE, R, C), derivative.to(gradient.dtype.element_ty), mask=mask)
     tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     tl.store(partial + b.to(tl.int64) * tl.num_programs(0) * tl.num_programs(1) + tile, tl.sum(loss) * gain)
 
@@ -265,7 +284,8 @@ def _tiling(latents: Tensor, strided: tuple[Tensor, ...], per_channel: bool, nor
     strides = [(t.stride(0), width, 1) if flat else t.stride() for t in strided]
     arguments = dict(steps=steps, rows=rows, width=width, total=n * d, NORM=norm, STANDARDISE=per_channel, R=r, C=c)
     arguments |= dict(GROUPED=flat or d % 4 == 0, SMALL=n * d <= 2**34, MASK="none" if even else "flat" if flat else "rows")
-    arguments |= dict(FAST=not latents.is_cpu)
+    extent = max(abs(stride_n) * r + abs(stride_d) * c for _, stride_n, stride_d in (*strides, (0, width, 1)))
+    arguments |= dict(WIDE=extent >= 2**31, FAST=not latents.is_cpu)
     return (triton.cdiv(rows, r * steps), chunks, b), arguments, strides, dict(num_warps=min(32, max(4, r * c // (32 * per_thread))))
 
 

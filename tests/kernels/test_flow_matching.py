@@ -128,9 +128,8 @@ VIEWS = {
 
 @triton.jit
 def offsets_kernel(out, step, steps, rows, width, total, MASK: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    row, column, element, mask = fm._tile(step, steps, rows, width, total, MASK, R, C)
-    index = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
-    tl.store(out + index, tl.where(mask, element, -1))
+    row, element, mask = fm._tile(step, steps, rows, width, total, MASK, False, R, C)
+    tl.store(out + fm._offset(C, 1, False, R, C), tl.where(mask, element + fm._offset(width, 1, False, R, C), -1))
 
 
 @pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="test_in_the_interpreter runs these")

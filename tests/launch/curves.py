@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from flperf import loop
 from flperf.config import load_config
 from flperf.engine import start_process
-from flperf.loop import train
 from flperf.run import build_run
 from flperf.tracking import RunFolder
 
@@ -24,14 +24,21 @@ def curve(config_path: str, name: str, overrides: list[str], process) -> dict:
     latents = run.latents
 
     def spy(batch):
-        if run.engine.module.training:
-            seen.append([[int(s), int(c)] for s, c in zip(batch.sample, batch.clip, strict=True)])
+        seen.append([[int(s), int(c)] for s, c in zip(batch.sample, batch.clip, strict=True)])
         return latents(batch)
 
+    def validate(*arguments):
+        run.latents = latents
+        result = original_validate(*arguments)
+        run.latents = spy
+        return result
+
+    original_validate, loop.validate = loop.validate, validate
     run.latents = spy
     folder = RunFolder(config, debug=False)
     folder.open(config, process, overwrite=False)
-    train(run, folder)
+    loop.train(run, folder)
+    loop.validate = original_validate
     everyone: list = [None] * process.world_size
     dist.all_gather_object(everyone, seen)
     lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
