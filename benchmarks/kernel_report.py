@@ -91,8 +91,8 @@ class Case:
 
 
 # bf16 encoders with bf16 or fp32 heads, caches in fp32 or fp16; fp16 training.
-DTYPES = ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16), (torch.bfloat16, torch.float32))
-DTYPES += ((torch.float32, torch.float32), (torch.float16, torch.float16))
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = ((BF16, BF16), (FP32, BF16), (FP16, BF16), (BF16, FP32), (FP32, FP32), (FP16, FP16))
 # ViT-L divides into the tiles; ViT-B with an odd number of tokens and ViT-g, padded to the next power of two for a norm, don't.
 SIZES = (REFERENCE_SIZE, (4, 1569, 768), (2, 2048, 1408))
 PREPARATIONS = ((False, "none"), (True, "none"), (False, "l2"), (False, "layer"), (True, "l2"), (True, "layer"))
@@ -102,7 +102,8 @@ def headline() -> list[Case]:
     """What training runs: bf16, at the reference size."""
     cases = [Case("noise", per_channel=per_channel, norm=norm) for per_channel, norm in PREPARATIONS]
     cases += [Case("loss", per_channel=per_channel, norm=norm) for per_channel, norm in PREPARATIONS]
-    return cases + [Case("loss", loss=loss, per_channel=True) for loss in ("l1", "smooth_l1")] + [Case("loss", per_channel=True, training=False)]
+    cases += [Case("loss", loss=loss, per_channel=True) for loss in ("l1", "smooth_l1")]
+    return cases + [Case("loss", per_channel=True, training=False)]
 
 
 def every() -> list[Case]:
@@ -159,8 +160,8 @@ def specialise(launch, capability: int):
     """Compile as the launcher would: Triton's own binder derives types, alignment and constants from the arguments."""
     kernel, _, arguments, options = launch
     backend = make_backend(GPUTarget("cuda", capability, 32))
-    bound, specialization, parsed = create_function_from_signature(kernel.signature, kernel.params, backend)(**arguments, **options, debug=False)
-    parsed, signature, constants, attributes = kernel._pack_args(backend, options | dict(debug=False), bound, specialization, parsed)
+    options, bind = options | dict(debug=False), create_function_from_signature(kernel.signature, kernel.params, backend)
+    parsed, signature, constants, attributes = kernel._pack_args(backend, options, *bind(**arguments, **options))
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=backend.target, options=parsed.__dict__)
 
@@ -249,23 +250,26 @@ def cost(case: Case, chip: Chip) -> Cost:
         for pipe, used in lanes(opcode).items():
             busy[pipe] += used * count / rates[pipe]
     pipe = max(busy, key=busy.get)
-    width = sum(count * int(re.search(r"\.(64|128)\b|$", opcode)[1] or 32) // 8 for opcode, count in code.loop.items() if opcode[:3] in ("LDG", "STG"))
-    moved = width / elements
+    accesses = [(re.search(r"\.(64|128)\b|$", opcode)[1] or 32, n) for opcode, n in code.loop.items() if opcode[:3] in ("LDG", "STG")]
+    moved = sum(int(bits) // 8 * n for bits, n in accesses) / elements
     return Cost(moved, dict(kinds), pipe, busy[pipe] / (chip.processors * chip.clock), moved / chip.bandwidth)
 
 
 def report(cases: list[Case]) -> str:
-    lines = [f"{'':34} {'chip':5} regs  occ  B/elem bound   int float spec  mem other  sum    memory   arithmetic (pipe)       of memory"]
+    kinds = ("integer", "float", "special", "memory", "other")
+    head = f"{'':36} chip   regs  occ | B/elem bound | instructions an element: " + " ".join(f"{name[:7]:>7}" for name in (*kinds, "sum"))
+    lines = [head + " |  memory us  arithmetic us (pipe)    ratio"]
     for case in cases:
+        elements = case.size[0] * case.size[1] * case.size[2]
         for chip in CHIPS:
             code, c = compile_case(case, chip.capability), cost(case, chip)
-            count = c.instructions
-            numel = case.size[0] * case.size[1] * case.size[2]
-            by_kind = " ".join(f"{count.get(name, 0):5.1f}" for name in ("integer", "float", "special", "memory", "other"))
+            counts = [c.instructions.get(name, 0) for name in kinds]
+            verdict = ("memory-bound" if c.ratio <= 1 else "ARITHMETIC-BOUND") + ("" if c.ratio < 0.7 else ", above the goal of 70%")
             lines.append(
-                f"{str(case):34.34} {chip.name:5} {code.registers:4} {code.occupancy:4.0%} {c.bytes_moved:6.2f} {case.bytes_bound:5} {by_kind}"
-                f" {sum(count.values()):5.1f} {numel * c.memory * 1e6:7.1f} us {numel * c.arithmetic * 1e6:7.1f} us ({c.pipe:7}) {c.ratio:9.0%}"
-                f"  {'memory-bound' if c.ratio <= 1 else 'ARITHMETIC-BOUND'}{'' if c.ratio < 0.7 else ', above the goal of 70%'}"
+                f"{str(case):36.36} {chip.name:5} {code.registers:5} {code.occupancy:4.0%}"
+                f" | {c.bytes_moved:6.2f} {case.bytes_bound:5} | {'':24}"
+                + " ".join(f"{count:7.2f}" for count in (*counts, sum(counts)))
+                + f" | {elements * c.memory * 1e6:9.1f} {elements * c.arithmetic * 1e6:10.1f} ({c.pipe:7}) {c.ratio:8.0%}  {verdict}"
             )
     return "\n".join(lines)
 

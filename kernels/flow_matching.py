@@ -78,7 +78,7 @@ def _noise_like(data: Tensor, sample: Tensor, seed: int) -> Tensor:
 
 def noise_reference(latents, tau, sample, seed, mean, std, norm, eps, out_dtype) -> Tensor:
     data = flow_matching_data(latents, mean, std, norm, eps)
-    return torch.lerp(_noise_like(data, sample, seed), data, tau.to(data.dtype)[:, None, None]).to(out_dtype)
+    return _noise_like(data, sample, seed).lerp_(data, tau.to(data.dtype)[:, None, None]).to(out_dtype)
 
 
 def loss_reference(prediction, latents, sample, seed, loss, mean, std, norm, eps, weight, reduction, scale) -> Tensor:
@@ -129,18 +129,19 @@ def _load(
 
 
 @triton.jit
-def _channel_statistics(mean, std, column, width, STANDARDISE: tl.constexpr):
-    """Shift and scale of the columns, [1, C]."""
+def _channel_statistics(mean, std, width, STANDARDISE: tl.constexpr, C: tl.constexpr):
+    """(x - mean) / std as x scale + shift, [1, C]: one instruction. It rounds by what the latents' own rounding amounts to."""
     if STANDARDISE:
-        inside = (column < width)[None, :]
-        return tl.load(mean + column[None, :], mask=inside, other=0.0), 1.0 / tl.load(std + column[None, :], mask=inside, other=1.0)
+        column = (tl.program_id(1) * C + tl.arange(0, C))[None, :]
+        scale = 1.0 / tl.load(std + column, mask=column < width, other=1.0)
+        return scale, -tl.load(mean + column, mask=column < width, other=0.0) * scale
     else:
-        return 0.0, 1.0
+        return 1.0, 0.0
 
 
 @triton.jit
-def _data(x, mask, width, eps, shift, scale, NORM: tl.constexpr, STANDARDISE: tl.constexpr):
-    """(normalise(x) - shift) scale, with no more multiplications an element than that takes."""
+def _data(x, mask, width, eps, scale, shift, NORM: tl.constexpr, STANDARDISE: tl.constexpr):
+    """normalise(x) scale + shift."""
     factor = 1.0
     if NORM == "l2":
         factor = 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, 1, keep_dims=True)), eps)
@@ -148,7 +149,7 @@ def _data(x, mask, width, eps, shift, scale, NORM: tl.constexpr, STANDARDISE: tl
         x = tl.where(mask, x - tl.sum(x, 1, keep_dims=True) / width, 0.0)
         factor = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / width + eps)
     if STANDARDISE:
-        return (x * factor - shift) * scale
+        return x * factor * scale + shift
     else:
         return x * (factor * scale)
 
@@ -190,12 +191,13 @@ def noise_kernel(
 ):  # fmt: skip
     b = tl.program_id(2)
     index, t = tl.load(sample + b), tl.load(tau + b)
-    shift, scale = _channel_statistics(mean, std, tl.program_id(1) * C + tl.arange(0, C), width, STANDARDISE)
+    scale, shift = _channel_statistics(mean, std, width, STANDARDISE, C)
     scale *= t
+    shift *= t
     for step in range(steps):
         row, element, mask = _tile(step, steps, rows, width, total, MASK, WIDE, R, C)
         x = _load(latents, b, row, stride_b, stride_n, stride_d, mask, WIDE, FAST, R, C)
-        x = _data(x, mask, width, eps, shift, scale, NORM, STANDARDISE)
+        x = _data(x, mask, width, eps, scale, shift, NORM, STANDARDISE)
         x += _noise(index, element, width, seed, (1.0 - t) * (1.0 - t), GROUPED, SMALL, WIDE, FAST, R, C)
         here = out + b.to(tl.int64) * total + element
         tl.store(here + _offset(width, 1, WIDE, R, C), x.to(out.dtype.element_ty), mask=mask)
@@ -213,14 +215,14 @@ def loss_kernel(
     if weight is not None:
         gain *= tl.load(weight + b)
         gradient_gain *= tl.load(weight + b)
-    shift, scale = _channel_statistics(mean, std, tl.program_id(1) * C + tl.arange(0, C), width, STANDARDISE)
+    scale, shift = _channel_statistics(mean, std, width, STANDARDISE, C)
     loss = tl.zeros([R, C // 4], tl.float32)
     for step in range(steps):
         row, element, mask = _tile(step, steps, rows, width, total, MASK, WIDE, R, C)
         residual = _load(prediction, b, row, prediction_b, prediction_n, prediction_d, mask, WIDE, FAST, R, C)
         x = _load(latents, b, row, stride_b, stride_n, stride_d, mask, WIDE, FAST, R, C)
         residual += _noise(index, element, width, seed, 1.0, GROUPED, SMALL, WIDE, FAST, R, C)
-        residual -= _data(x, mask, width, eps, shift, scale, NORM, STANDARDISE)
+        residual -= _data(x, mask, width, eps, scale, shift, NORM, STANDARDISE)
         if LOSS == "mse":
             value, derivative = residual * residual, residual * (2.0 * gradient_gain)
         elif LOSS == "l1":
@@ -265,44 +267,41 @@ def scale_kernel(gradient, factor, factor_stride, gain, total, steps, BLOCK: tl.
 # compile exactly what a call would run, from meta tensors.
 
 
-HALF_OCCUPANCY = 64  # registers a thread that let half of a processor's threads be resident. Left alone, ptxas takes more in places
-
-
 def _tiling(latents: Tensor, strided: tuple[Tensor, ...], per_channel: bool, norm: str, per_thread: int):
     b, n, d = latents.shape
     flat = norm == "none" and not per_channel and all(t.stride(2) == 1 and t.stride(1) == d for t in strided)
-    tile, power = 128 * per_thread if norm == "none" else 2048, d & -d
+    tile, power = 128 * per_thread, d & -d
     if flat:
         rows, width, c = triton.cdiv(n * d, tile), tile, tile
     else:  # a norm needs the whole token in one tile; otherwise the power of two in d fits the columns without waste
         rows, width, c = n, d, triton.next_power_of_2(d) if norm != "none" or power < 64 else power
         c = max(16, c if norm != "none" else min(c, tile))
     r, chunks = max(1, tile // c), triton.cdiv(width, c)
-    # Up to eight tiles a program share the setup, as long as about a thousand programs are left, which is what fills a device.
-    steps = min(8, 1 << max(1, triton.cdiv(rows, r) * chunks * b // 1024).bit_length() - 1)
+    # The tiles of up to 2^15 elements share a program's setup, as long as about a thousand programs are left, which is what fills a device.
+    programs = triton.cdiv(rows, r) * chunks * b
+    steps = 1 << max(1, min(2**15 // (r * c), programs // 1024)).bit_length() - 1
     even = rows % (r * steps) == 0 and (n * d if flat else d) % c == 0
     strides = [(t.stride(0), width, 1) if flat else t.stride() for t in strided]
+    extent = max(abs(stride_n) * r + abs(stride_d) * c for _, stride_n, stride_d in (*strides, (0, width, 1)))
     arguments = dict(steps=steps, rows=rows, width=width, total=n * d, NORM=norm, STANDARDISE=per_channel, R=r, C=c)
     arguments |= dict(GROUPED=flat or d % 4 == 0, SMALL=n * d <= 2**34, MASK="none" if even else "flat" if flat else "rows")
-    extent = max(abs(stride_n) * r + abs(stride_d) * c for _, stride_n, stride_d in (*strides, (0, width, 1)))
     arguments |= dict(WIDE=extent >= 2**31, FAST=not latents.is_cpu)
     return (triton.cdiv(rows, r * steps), chunks, b), arguments, strides, dict(num_warps=min(32, max(4, r * c // (32 * per_thread))))
 
 
+# Elements a thread: as many as leave half of a processor's threads room for their registers, which the tests hold for every combination.
+
+
 def noise_launch(latents, tau, sample, seed, mean, std, norm, eps, out):
-    # 64 bytes in flight a thread; fewer where a norm keeps the tile, and the channels' statistics with it, in registers.
-    per_thread = 64 // max(latents.itemsize, out.itemsize) if norm == "none" else 16 if mean is None else 8
+    per_thread = 8 if norm != "none" else 16 if mean is not None or max(latents.itemsize, out.itemsize) > 2 else 32
     grid, arguments, [strides], options = _tiling(latents, (latents,), mean is not None, norm, per_thread)
     arguments |= dict(zip(("stride_b", "stride_n", "stride_d"), strides, strict=True), latents=latents, tau=tau, sample=sample, out=out)
-    options |= dict(maxnreg=None if norm == "none" else HALF_OCCUPANCY)
     return noise_kernel, grid, arguments | dict(mean=mean, std=std, seed=seed, eps=eps), options
 
 
 def loss_launch(prediction, latents, sample, seed, loss, mean, std, norm, eps, weight, gradient, gain, gradient_gain):
     """The kernel fills `partial` [b, tiles], which it allocates, and `gradient` unless that is None."""
-    per_thread = 16 if norm == "none" or mean is None else 8
-    grid, arguments, strides, options = _tiling(latents, (prediction, latents), mean is not None, norm, per_thread)
-    options |= dict(maxnreg=HALF_OCCUPANCY)
+    grid, arguments, strides, options = _tiling(latents, (prediction, latents), mean is not None, norm, per_thread=8)
     names = ("prediction_b", "prediction_n", "prediction_d", "stride_b", "stride_n", "stride_d")
     arguments |= dict(zip(names, (*strides[0], *strides[1]), strict=True), prediction=prediction, latents=latents, sample=sample)
     partial = torch.empty((grid[2], grid[0] * grid[1]), dtype=torch.float32, device=latents.device)
@@ -407,12 +406,13 @@ def _loss_cpu(prediction, latents, sample, seed, loss, mean, std, norm, eps, wei
     if prediction.numel() == 0:
         return out.fill_(torch.nan), gradient  # as PyTorch has it for the mean of nothing
     gain, gradient_gain, _ = _gains(prediction, reduction, scale)
-    velocity = flow_matching_velocity(latents, sample, seed=seed, mean=mean, std=std, norm=norm, eps=eps)
-    value, derivative = loss_and_derivative(prediction - velocity, loss)
+    data = flow_matching_data(latents, mean, std, norm, eps)
+    residual = _noise_like(data, sample, seed).add_(prediction).sub_(data)  # in place: fresh memory costs a CPU more than arithmetic
+    value, derivative = loss_and_derivative(residual, loss)
     weight = torch.ones_like(sample, dtype=torch.float32) if weight is None else weight
     per_sample = value.sum((1, 2)) * (weight * gain)
     if with_gradient:
-        gradient.copy_(derivative * (weight * gradient_gain)[:, None, None])
+        gradient.copy_(derivative.mul_((weight * gradient_gain)[:, None, None]))
     return per_sample.sum() if reduction == "mean" else per_sample, gradient
 
 
