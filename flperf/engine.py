@@ -49,6 +49,8 @@ def start_process() -> Process:
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     deepspeed.utils.logger.setLevel("WARNING")
+    # On a CPU DeepSpeed would first compile, for a minute or more, a shared-memory all-reduce that only its inference uses.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
     return Process(dist.get_rank(), local_rank, dist.get_world_size(), device)
