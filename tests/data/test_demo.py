@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 
 def test_it_is_read_like_kinetics(folder):
     dataset = open_dataset(demo_config(folder), PREPROCESSING, 0)
-    assert (dataset.train_size, dataset.validation_size, dataset.classes) == (48, 16, list(demo.CLASSES))
+    assert (dataset.train_size, dataset.validation_size, dataset.classes) == (96, 16, list(demo.CLASSES))
     batches = dataset.train_batches(0, Place(0, 1, 48, 48), CPU)
     batch = next(batches)
     batches.close()
