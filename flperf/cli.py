@@ -1,10 +1,31 @@
 """The `flperf` command."""
 
+import argparse
 import sys
 
-from flperf import train
+from flperf import encode, train
+from flperf.command import run_command
 
-COMMANDS = {"train": (train.main, "train a head on one process (use the deepspeed launcher for more)")}
+
+def index(arguments: list[str]) -> None:
+    """Probe every file that a Kinetics CSV names, and write an index: `flperf index --csv FILE --out FILE`."""
+    parser = argparse.ArgumentParser(prog="flperf index", description=index.__doc__)
+    parser.add_argument("--csv", required=True, metavar="FILE", help="rows of 'path class_index'; paths are relative to it")
+    parser.add_argument("--labels", metavar="FILE", help="rows of 'index name', to check that every class has a name")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the index, a CSV with a header; dataset.train takes it")
+    parser.add_argument("--threads", type=int, help="files probed at once (default: twice the cores)")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    options = parser.parse_args(arguments)
+    from flperf.data.index import summary, write_index
+
+    print(summary(write_index(options.csv, options.labels, options.out, options.threads)))
+
+
+COMMANDS = {
+    "train": (train.train, "train a head on one process (use the deepspeed launcher for more)"),
+    "index": (index, "probe a dataset's files once: what they are, and which are unusable"),
+    "encode": (encode.encode, "write a dataset's latents down, to train from them without an encoder"),
+}
 
 
 def main() -> None:
@@ -15,4 +36,4 @@ def main() -> None:
         text = f"usage: flperf COMMAND …\n\ncommands:\n{listing}\n\n`flperf COMMAND --help` says more."
         print(text, file=sys.stdout if wanted_help else sys.stderr)
         sys.exit(0 if wanted_help else 2)
-    COMMANDS[arguments[0]][0](arguments[1:])
+    run_command(COMMANDS[arguments[0]][0], arguments[1:])

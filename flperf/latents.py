@@ -112,13 +112,15 @@ class StatisticsMeter:
         self.sums["place"] += self.per_token(target).double().sum(0)
         self.sums["clips"] += len(target)
 
-    def result(self) -> Statistics:
-        """Over all processes."""
+    def result(self, channels: tuple[Tensor, Tensor] | None = None) -> Statistics:
+        """Over all processes; `channels`, mean and deviation [d] known from more clips, replace those measured here."""
         for total in self.sums.values():
             if dist.is_initialized():
                 dist.all_reduce(total)
         mean = self.sums["sum"] / self.sums["tokens"]
         std = (self.sums["squares"] / self.sums["tokens"] - mean.square()).clamp(min=0).sqrt()
+        if channels is not None:
+            mean, std = (statistic.to(mean) for statistic in channels)
         # A channel that never changes carries no information; it must not be blown up to infinity.
         std = torch.where(std < EPSILON, torch.ones_like(std), std)
         place = self.sums["place"] / self.sums["clips"]

@@ -184,7 +184,7 @@ def latent_statistics(run: Run, folder: RunFolder) -> Statistics:
         for _ in tqdm(range(rounds), desc="latent statistics", leave=False, disable=None if run.process.is_main else True):
             meter.update(*run.raw_latents(next(batches)))
         batches.close()
-        statistics = meter.result()
+        statistics = meter.result(run.dataset.channel_statistics)
         if run.process.is_main:
             statistics.save(folder.statistics)
     dist.barrier()

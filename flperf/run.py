@@ -14,6 +14,7 @@ from flperf.data.preprocessing import Preprocessing
 from flperf.encoder import Encoder, build_encoder, encode_clip
 from flperf.engine import Process, build_engine, compute_dtype, place_among
 from flperf.heads import build_head
+from flperf.heads.layers import attention_operator
 from flperf.latents import Layout, Normaliser, Statistics, latent_layout
 from flperf.objective import FlowMatching, Regression, build_objective
 from flperf.throughput import count_parameters, encoder_flops, head_flops, memory_gb
@@ -97,6 +98,7 @@ def describe(run: Run) -> str:
         lines.append(f"encoder   {config.backbone.kind}, {count_parameters(run.encoder) / 1e6:.1f} M parameters, frozen, {run.dtype}")
     lines += [
         f"head      {config.model.head}, {head_parameters / 1e6:.1f} M parameters",
+        f"attention {attention_operator(config.model.hidden_dim // config.model.num_heads, run.dtype, run.process.device)}",
         f"batch     {place.batch_size} = {place.micro_batch_size} x {place.accumulation_steps} accumulation x {place.world_size} processes",
         f"FLOPs     {flops['encoder'] / 1e9:.2f} G encoder + {flops['head'] / 1e9:.2f} G head a clip in training",
         f"memory    {state / 1e9:.3f} GB of model states a process at ZeRO {config.engine.zero_stage}; "

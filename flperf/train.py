@@ -1,10 +1,10 @@
 """Train a head: `deepspeed flperf/train.py --config FILE [section.key=value …] [--debug] [--overwrite] [--dry-run]`."""
 
 import argparse
-import sys
 import time
 
-from flperf.config import Config, UserError, dump_config, load_config
+from flperf.command import run_command
+from flperf.config import Config, dump_config, load_config
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -55,14 +55,7 @@ def train(arguments: list[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run `train`; what the user can mend is said in one line and exits with status 2."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        train(arguments)
-    except UserError as error:
-        if "--debug" in arguments:
-            raise
-        sys.exit(f"flperf: {error}")
+    run_command(train, arguments)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,16 @@ batch contract. Decoders are imported when batches are asked for, since DALI alo
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from flperf.config import Config, UserError
 from flperf.config import Dataset as DatasetConfig
+from flperf.data import cache, latent_shards
 from flperf.data.clips import Annotations, ClipBatch, Place, TrainingOrder, ValidationOrder, Window, read_annotations, read_labels
 from flperf.data.preprocessing import Preprocessing
 
@@ -24,12 +26,22 @@ Reader = Callable[[Iterator, TrainingOrder | ValidationOrder, str, torch.device]
 class Dataset:
     """Two splits, the names of their classes, and the orders in which they are read."""
 
-    train_size: int
-    validation_size: int
+    splits: dict[str, Annotations]  # "train", "validation"
     classes: list[str]
     read: Reader
     seed: int
     latent_shape: tuple[int, int, int, int] | None = None  # (t, h, w, d) of cached latents
+    channel_statistics: tuple[Tensor, Tensor] | None = (
+        None  # mean and deviation [d] of cached latents, where they were taken while encoding
+    )
+
+    @property
+    def train_size(self) -> int:
+        return len(self.splits["train"])
+
+    @property
+    def validation_size(self) -> int:
+        return len(self.splits["validation"])
 
     def train_batches(self, first_step: int, place: Place, device: torch.device) -> Iterator[ClipBatch]:
         """The endless stream of this process's micro batches from `first_step` on; `close()` ends its threads."""
@@ -40,6 +52,11 @@ class Dataset:
         """This process's share of the first `max_clips` clips: the same number of batches of the same size on every process."""
         order = ValidationOrder(min(self.validation_size, max_clips or self.validation_size))
         return self.read(order.batches(place, batch_size), order, "validation", device)
+
+    def chosen_batches(self, groups: Iterable[Iterable[int]], batch_size: int, split: str, device: torch.device) -> Iterator[ClipBatch]:
+        """The clips of each group in batches of one size; the last of a group is filled up with invalid ones."""
+        order = ValidationOrder(len(self.splits[split]))
+        return self.read(order.chosen(groups, batch_size), order, split, device)
 
 
 def open_dataset(config: Config, preprocessing: Preprocessing | None, seed: int) -> Dataset:
@@ -60,7 +77,7 @@ def prepare_dataset(config: Config) -> None:
 
 def _open_kinetics(config: Config, preprocessing: Preprocessing, seed: int) -> Dataset:
     dataset = config.dataset
-    splits = _read_splits(dataset, lambda file, key: read_annotations(file, key, dataset.limit))
+    splits = _read_splits(dataset, lambda file, key: _read_videos(file, key, dataset.limit))
     starts = {"train": dataset.start, "validation": dataset.validation_start}
 
     def read(batches, order, split: str, device: torch.device) -> Iterator[ClipBatch]:
@@ -68,13 +85,30 @@ def _open_kinetics(config: Config, preprocessing: Preprocessing, seed: int) -> D
         read_batches = _decoder(dataset.decoder, device)
         return read_batches(batches, order, splits[split], window, preprocessing, _threads(dataset), dataset.prefetch, device)
 
-    classes = read_labels(dataset.labels, list(splits.values()))
-    return Dataset(len(splits["train"]), len(splits["validation"]), classes, read, seed)
+    return Dataset(splits, read_labels(dataset.labels, list(splits.values())), read, seed)
 
 
 def _open_cached(config: Config, preprocessing: None, seed: int) -> Dataset:
-    from flperf.data import cache
+    """Shards that `flperf encode` wrote, or FutureLatents' files: the manifest's header tells which."""
+    return (_open_shards if latent_shards.is_shards(config.dataset.train) else _open_files)(config, seed)
 
+
+def _open_shards(config: Config, seed: int) -> Dataset:
+    dataset = config.dataset
+    caches = {"train": latent_shards.open_shards(dataset.train, config, dataset.limit)}
+    if dataset.validation:
+        caches["validation"] = latent_shards.open_shards(dataset.validation, config, dataset.limit)
+    splits = {"validation": Annotations([], [])} | {split: annotations for split, (_, annotations) in caches.items()}
+
+    def read(batches, order, split: str, device: torch.device) -> Iterator[ClipBatch]:
+        return latent_shards.read_batches(batches, order, splits[split], caches[split][0], _threads(dataset), dataset.prefetch, device)
+
+    shards = caches["train"][0]
+    classes = read_labels(dataset.labels, list(splits.values()))
+    return Dataset(splits, classes, read, seed, shards.shape, latent_shards.channel_statistics(shards))
+
+
+def _open_files(config: Config, seed: int) -> Dataset:
     dataset = config.dataset
     splits = _read_splits(dataset, lambda file, key: cache.read_manifest(file, key, dataset.out_path_column, dataset.limit))
     latent_format = cache.read_format(splits["train"].paths[0])
@@ -82,8 +116,7 @@ def _open_cached(config: Config, preprocessing: None, seed: int) -> Dataset:
     def read(batches, order, split: str, device: torch.device) -> Iterator[ClipBatch]:
         return cache.read_batches(batches, order, splits[split], latent_format, _threads(dataset), dataset.prefetch, device)
 
-    classes = read_labels(dataset.labels, list(splits.values()))
-    return Dataset(len(splits["train"]), len(splits["validation"]), classes, read, seed, latent_format.shape)
+    return Dataset(splits, read_labels(dataset.labels, list(splits.values())), read, seed, latent_format.shape)
 
 
 def _open_shapes(config: Config, preprocessing: Preprocessing, seed: int) -> Dataset:
@@ -97,13 +130,11 @@ def _open_shapes(config: Config, preprocessing: Preprocessing, seed: int) -> Dat
         sizes = {split: min(size, dataset.limit) for split, size in sizes.items()}
 
     def read(batches, order, split: str, device: torch.device) -> Iterator[ClipBatch]:
-        size = preprocessing.size
-        labels = [0] * sizes[split]
-        return shapes.read_batches(
-            batches, labels, first_indices[split], dataset.shapes, seed, dataset.n_frames, dataset.stride, size, device
-        )
+        labels, frames = splits[split].labels, (dataset.n_frames, dataset.stride)
+        return shapes.read_batches(batches, labels, first_indices[split], dataset.shapes, seed, *frames, preprocessing.size, device)
 
-    return Dataset(sizes["train"], sizes["validation"], ["bouncing shapes"], read, seed)
+    splits = {split: Annotations([f"bouncing_shapes/{split}/{i}" for i in range(size)], [0] * size) for split, size in sizes.items()}
+    return Dataset(splits, ["bouncing shapes"], read, seed)
 
 
 def _open_demo(config: Config, preprocessing: Preprocessing, seed: int) -> Dataset:
@@ -125,6 +156,16 @@ def _lookup(dataset: DatasetConfig) -> Callable[[Config, Preprocessing | None, i
     if dataset.kind not in DATASETS:
         raise UserError(f"dataset.kind: {dataset.kind!r} is none of {', '.join(DATASETS)}")
     return DATASETS[dataset.kind]
+
+
+def _read_videos(file: str | None, key: str, limit: int | None) -> Annotations:
+    """A Kinetics CSV, or an index of one, which names no unusable file."""
+    if file is not None and Path(file).is_file():
+        from flperf.data import index
+
+        if index.is_index(file):
+            return index.read_index(file, limit)
+    return read_annotations(file, key, limit)
 
 
 def _read_splits(dataset: DatasetConfig, read: Callable[[str | None, str], Annotations]) -> dict[str, Annotations]:

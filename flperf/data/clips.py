@@ -6,7 +6,7 @@ attempt 1, 2, … at the same place, which takes the next clips of the permutati
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -116,6 +116,14 @@ class ValidationOrder:
         for first in range(0, self.size, batch_size * place.world_size):
             start = first + place.rank * batch_size
             yield [self.draw(sample) for sample in range(start, start + batch_size)]
+
+    def chosen(self, groups: Iterable[Iterable[int]], batch_size: int) -> Iterator[list[Draw]]:
+        """The clips of each group; the last batch of a group is filled up as above."""
+        for group in groups:
+            clips = list(group)
+            for first in range(0, len(clips), batch_size):
+                part = clips[first : first + batch_size]
+                yield [self.draw(clip) for clip in part + [self.size] * (batch_size - len(part))]
 
 
 @dataclass(frozen=True)

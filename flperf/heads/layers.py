@@ -26,6 +26,19 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return rearrange(F.scaled_dot_product_attention(query, key, value), "b a n k -> b n a k")
 
 
+def attention_operator(width: int, dtype: torch.dtype, device: torch.device) -> str:
+    """What `attention` runs for heads of this width, and what it could run but for a package that is missing."""
+    if device.type != "cuda":
+        return "PyTorch scaled_dot_product_attention"
+    from xformers.ops import fmha
+
+    query = torch.empty(1, 128, 1, width, dtype=dtype, device=device)
+    operator = fmha.dispatch._dispatch_fw(fmha.Inputs(query, query, query), needs_gradient=True)
+    hopper_unused = torch.cuda.get_device_capability(device) == (9, 0) and operator is not fmha.flash3.FwOp
+    advice = "; this GPU could run FlashAttention-3, some 1.5 times faster: install flash_attn_3" if hopper_unused else ""
+    return f"xFormers {operator.NAME}{advice}"
+
+
 def token_coordinates(layout: Layout) -> Tensor:
     """Integer (t, h, w) of every context token, then of every target token, t-major, on one time axis: [m + n, 3]."""
     axes = (range(layout.context_frames + layout.target_frames), range(layout.height), range(layout.width))

@@ -30,11 +30,11 @@ def folder(tmp_path_factory):
 def test_it_is_read_like_kinetics(folder):
     dataset = open_dataset(demo_config(folder), PREPROCESSING, 0)
     assert (dataset.train_size, dataset.validation_size, dataset.classes) == (96, 16, list(demo.CLASSES))
-    batches = dataset.train_batches(0, Place(0, 1, 48, 48), CPU)
+    batches = dataset.train_batches(0, Place(0, 1, 96, 96), CPU)
     batch = next(batches)
     batches.close()
-    assert batch.video.shape == (48, 8, 32, 32, 3) and not batch.skipped
-    assert sorted(batch.label.tolist()) == sorted([0, 1, 2, 3] * 12)
+    assert batch.video.shape == (96, 8, 32, 32, 3) and not batch.skipped
+    assert sorted(batch.label.tolist()) == sorted([0, 1, 2, 3] * 24)
     assert (batch.video[:, 0].float() - batch.video[:, -1].float()).abs().mean((1, 2, 3)).min() > 1  # something moves in each
 
 
@@ -44,7 +44,7 @@ def test_half_is_vp9_and_half_h264(folder):
         with av.open(str(video)) as container:
             name = container.streams.video[0].codec_context.name
             codecs[name] = codecs.get(name, 0) + 1
-    assert codecs == {"h264": 32, "vp9": 32}
+    assert codecs == {"h264": 56, "vp9": 56}
 
 
 def test_it_is_written_once(folder):

@@ -1,0 +1,113 @@
+"""Clips a second from H.264 files, against the way it is usually done.
+
+    python -m pytest benchmarks/test_decode.py
+
+Clips of 64 frames at stride 2, from 340 x 256 to 256 x 256. The baseline is a PyTorch DataLoader with decord and the steps of the Hugging
+Face processor in float, a clip at a time: resize (antialiased), crop, rescale, normalise. The pipeline hands on uint8, which
+the encoder normalises in its compiled graph; `normalised` adds that step here, in place, for a comparison of like with like.
+"""
+
+import os
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flperf.config import Backbone
+from flperf.data import Place
+from flperf.data.clips import Annotations, TrainingOrder, Window
+from flperf.data.preprocessing import Preprocessing
+from flperf.data.pyav import read_batches
+
+WINDOW, BATCH, BATCHES = Window(64, 2, "first"), 8, 2
+PREPROCESSING = Preprocessing.of(Backbone(architecture={"crop_size": 256}))
+WORKERS = len(os.sched_getaffinity(0))
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> list[str]:
+    """Eight clips of 150 frames of moving noise over a gradient, encoded as Kinetics usually is."""
+    folder, paths = tmp_path_factory.mktemp("decode"), []
+    for index in range(8):
+        random = np.random.default_rng(index)
+        texture = np.kron(random.integers(0, 160, (40, 60, 3), dtype=np.uint8), np.ones((16, 16, 1), np.uint8))
+        paths.append(str(folder / f"{index}.mp4"))
+        with av.open(paths[-1], "w") as container:
+            stream = container.add_stream("libx264", rate=Fraction(30), options={"crf": "23", "preset": "medium"})
+            stream.width, stream.height, stream.pix_fmt = 340, 256, "yuv420p"
+            for frame in range(150):
+                image = texture[frame : frame + 256, 2 * frame : 2 * frame + 340] + random.integers(0, 16, (256, 340, 1), dtype=np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            container.mux(stream.encode(None))
+    return paths
+
+
+class UsualDataset(torch.utils.data.Dataset):
+    def __init__(self, paths: list[str]):
+        self.paths = paths * BATCHES
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        import decord
+
+        reader = decord.VideoReader(self.paths[index], num_threads=1)
+        frames = torch.from_numpy(reader.get_batch(WINDOW.frames(len(reader), 0.0)).asnumpy())
+        geometry = PREPROCESSING.geometry(*frames.shape[1:3])
+        frames = F.interpolate(frames.permute(0, 3, 1, 2).float(), geometry.resized, mode="bilinear", antialias=True).round().clamp(0, 255)
+        (top, left), (height, width) = geometry.offset, PREPROCESSING.size
+        frames = frames[:, :, top : top + height, left : left + width] * PREPROCESSING.rescale
+        mean, std = (torch.tensor(x)[:, None, None] for x in (PREPROCESSING.mean, PREPROCESSING.std))
+        return (frames - mean) / std
+
+
+def usual(paths: list[str]) -> None:
+    pytest.importorskip("decord")
+    for batch in torch.utils.data.DataLoader(UsualDataset(paths), BATCH, num_workers=WORKERS):
+        assert batch.shape == (BATCH, 64, 3, 256, 256)
+
+
+def pipeline(paths: list[str], normalise: bool) -> None:
+    order = TrainingOrder(len(paths), 0)
+    batches = read_batches(
+        order.batches(0, Place(0, 1, BATCH, BATCH)), order, Annotations(paths, [0] * len(paths)), WINDOW, PREPROCESSING, WORKERS, 1,
+        torch.device("cpu"),
+    )  # fmt: skip
+    scale = PREPROCESSING.rescale / torch.tensor(PREPROCESSING.std)
+    shift = -torch.tensor(PREPROCESSING.mean) / torch.tensor(PREPROCESSING.std)
+    for _ in range(BATCHES):
+        batch = next(batches)
+        assert batch.video.shape == (BATCH, 64, 256, 256, 3)
+        if normalise:
+            for clip in batch.video:
+                clip.float().mul_(scale).add_(shift)
+    batches.close()
+
+
+VARIANTS = {
+    "decord, DataLoader, processor in float": usual,
+    "pipeline, normalised": lambda paths: pipeline(paths, True),
+    "pipeline, uint8": lambda paths: pipeline(paths, False),
+}
+
+
+@pytest.mark.benchmark(group="decode, 64 frames of 340 x 256 H.264")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_decode(benchmark, videos, variant):
+    benchmark.pedantic(VARIANTS[variant], (videos,), rounds=5, warmup_rounds=1)
+    benchmark.extra_info["clips_per_s"] = BATCH * BATCHES / benchmark.stats.stats.median
+
+
+@pytest.mark.benchmark(group="first batch of the order, 240,000 clips")
+@pytest.mark.parametrize("step", [0, 1_000_000])
+def test_resume(benchmark, step):
+    """Where a run resumes does not matter: the order is computed, not replayed."""
+
+    def first_batch():
+        return next(TrainingOrder(240_000, 0).batches(step, Place(0, 8, 32, 256)))
+
+    assert len(benchmark(first_batch)) == 32

@@ -1,0 +1,161 @@
+"""An index of a dataset's files: what a probe of each found, in one CSV with a header that training takes in the place of its CSV.
+
+Probing demuxes a file from end to end and decodes its first frame, so an index names what is missing, empty, cut short or no video
+before a run meets it, and with an index no such file is opened. It is written row by row beside its final name and renamed when
+complete; what an interrupted run had probed is kept.
+"""
+
+import csv
+import os
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import av
+from tqdm import tqdm
+
+from flperf.config import UserError
+from flperf.data.clips import Annotations, read_annotations, read_labels
+from flperf.data.pyav import DECODE_ERRORS, describe, is_shown, video_stream
+
+MANY_RESOLUTIONS = 64  # NVDEC keeps a decoder for each; more than this many are worth a word
+
+
+@dataclass(frozen=True)
+class Row:
+    """One file. Where `error` says why it is unusable the other facts may be 0."""
+
+    path: str  # absolute, or relative to the index
+    label: int
+    codec: str = ""
+    pixel_format: str = ""
+    width: int = 0
+    height: int = 0
+    frames: int = 0
+    frame_rate: float = 0.0  # frames a second, on average
+    duration: float = 0.0  # seconds
+    error: str = ""
+
+
+HEADER = [field.name for field in fields(Row)]
+
+
+def is_index(file: str | None) -> bool:
+    """Whether a CSV is an index: its first line says so."""
+    if file is None or not Path(file).is_file():
+        return False
+    with open(file, newline="", encoding="utf-8") as lines:
+        return next(csv.reader(lines), None) == HEADER
+
+
+def read_index(file: str, limit: int | None) -> Annotations:
+    """The usable files of an index; a path in it is relative to the index."""
+    rows = [row for row in _rows(file) if not row.error][:limit]
+    if not rows:
+        raise UserError(f"{file}: not one of its files is usable; its column 'error' says why")
+    folder = os.path.dirname(file)
+    return Annotations([os.path.join(folder, row.path) for row in rows], [row.label for row in rows])
+
+
+def write_index(csv_file: str, labels: str | None, out: str, threads: int | None = None) -> list[Row]:
+    """Probe every file that a Kinetics CSV names, in parallel, and write the index; rows stand in the order of the CSV.
+
+    A file named twice with the same class is kept once. Raises `UserError` that names the row of whatever can't be used.
+    """
+    annotations = read_annotations(csv_file, "--csv", None)
+    read_labels(labels, [annotations])
+    folder = Path(out).absolute().parent
+    wanted = {
+        os.path.relpath(path, folder) if not os.path.isabs(path) else path: label
+        for path, label in zip(annotations.paths, annotations.labels, strict=True)
+    }
+    partial = Path(f"{out}.partial")
+    folder.mkdir(parents=True, exist_ok=True)
+    probed = {row.path: row for row in _complete_rows(partial) if row.path in wanted}
+    missing = [(path, label) for path, label in wanted.items() if path not in probed]
+    with (
+        open(partial, "a" if probed else "w", newline="", encoding="utf-8") as lines,
+        ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool,
+    ):
+        writer = csv.DictWriter(lines, HEADER)
+        if not probed:
+            writer.writeheader()
+        found = pool.map(lambda item: probe_file(folder, *item), missing)
+        for row in tqdm(found, total=len(wanted), initial=len(probed), desc="probing", unit="file", disable=None):
+            writer.writerow(asdict(row))
+            probed[row.path] = row
+    rows = [probed[path] for path in wanted]
+    with open(partial, "w", newline="", encoding="utf-8") as lines:
+        writer = csv.DictWriter(lines, HEADER)
+        writer.writeheader()
+        writer.writerows(map(asdict, rows))
+        lines.flush()
+        os.fsync(lines.fileno())
+    os.replace(partial, out)
+    return rows
+
+
+def probe_file(folder: Path, path: str, label: int) -> Row:
+    """What one file is, by reading all of its packets and decoding its first frame."""
+    try:
+        with av.open(os.path.join(folder, path), metadata_errors="ignore") as container:
+            stream = video_stream(container)
+            context = stream.codec_context
+            packets = [packet for packet in container.demux(stream) if packet.size]
+            frames = sum(map(is_shown, packets))
+            facts = dict(codec=context.name, pixel_format=context.pix_fmt or "", width=context.width, height=context.height, frames=frames)
+            rate = float(stream.average_rate or 0)
+            facts |= dict(frame_rate=round(rate, 4), duration=round(frames / rate, 4) if rate else 0.0)
+            if not frames:
+                return Row(path, label, **facts, error="no video frames")
+            return Row(path, label, **facts, error=_first_frame_error(context, packets))
+    except DECODE_ERRORS as error:
+        return Row(path, label, error=" ".join(describe(error).split()))
+
+
+def summary(rows: list[Row]) -> str:
+    """Counts by codec, resolutions and reasons, as text."""
+    usable = [row for row in rows if not row.error]
+    lines = [f"{len(usable)} of {len(rows)} files are usable, {sum(row.duration for row in usable) / 3600:.2f} hours of video"]
+    lines += [
+        f"  {count:8} {codec} in {pixels}"
+        for (codec, pixels), count in Counter((row.codec, row.pixel_format) for row in usable).most_common()
+    ]
+    sizes = Counter((row.width, row.height) for row in usable)
+    lines.append(f"  {len(sizes):8} resolutions, most often " + ", ".join(f"{w} x {h} ({count})" for (w, h), count in sizes.most_common(3)))
+    if len(sizes) > MANY_RESOLUTIONS:
+        lines.append("  a GPU's decoder is set up anew for a size it does not hold: transcoding to a few sizes decodes faster")
+    reasons = Counter(row.error for row in rows if row.error)
+    lines += [f"  {count:8} unusable: {reason}" for reason, count in reasons.most_common()]
+    return "\n".join(lines)
+
+
+def _first_frame_error(context, packets: list[av.Packet]) -> str:
+    """Why no frame comes out of the first packets, or nothing."""
+    for packet in [*packets[:32], None]:
+        for frame in context.decode(packet):
+            return "the first frame is damaged" if frame.is_corrupt else ""
+    return "no frame can be decoded"
+
+
+def _rows(file: str | Path) -> Iterator[Row]:
+    with open(file, newline="", encoding="utf-8") as lines:
+        reader = csv.reader(lines)
+        next(reader)
+        for number, cells in enumerate(reader, start=2):
+            try:
+                row = dict(zip(HEADER, cells, strict=True))
+                yield Row(**{field.name: field.type(row[field.name]) for field in fields(Row)})
+            except ValueError:
+                raise UserError(f"{file}: row {number}: is no row of an index ({','.join(HEADER)})") from None
+
+
+def _complete_rows(partial: Path) -> list[Row]:
+    """The rows that an interrupted run left whole; a torn last line is cut off."""
+    if not is_index(str(partial)):
+        return []
+    text = partial.read_bytes()
+    partial.write_bytes(text[: text.rfind(b"\n") + 1])
+    return list(_rows(partial))

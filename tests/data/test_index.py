@@ -1,0 +1,79 @@
+"""The index of a dataset's files."""
+
+import csv
+
+import pytest
+
+from flperf.config import UserError
+from flperf.data import index
+
+BROKEN = ["empty.webm", "text.mp4", "truncated.mp4", "audio.mp4", "missing.mp4"]
+GOOD = ["h264.mp4", "vp9.webm", "mjpeg.avi"]
+
+
+@pytest.fixture
+def annotated(videos, tmp_path):
+    """A CSV beside the videos' folder, naming good and broken files."""
+    file = tmp_path / "clips with spaces.csv"
+    (tmp_path / "my videos").symlink_to(videos)
+    file.write_text("".join(f"my videos/{name} {place % 2}\n" for place, name in enumerate([*GOOD, *BROKEN])))
+    return file
+
+
+def test_facts_and_faults(annotated, tmp_path, decode_all, videos):
+    rows = index.write_index(str(annotated), None, str(tmp_path / "out" / "index.csv"))
+    assert [row.path.rpartition("/")[2] for row in rows] == [*GOOD, *BROKEN]  # in the order of the CSV
+    for row in rows[: len(GOOD)]:
+        frames = decode_all(videos / row.path.rpartition("/")[2])
+        assert (row.frames, row.height, row.width, row.error) == (*frames.shape[:3], "")
+        assert row.duration == pytest.approx(row.frames / row.frame_rate, rel=1e-3)
+    assert all(row.error for row in rows[len(GOOD) :])
+    text = index.summary(rows)
+    assert f"{len(GOOD)} of {len(rows)} files are usable" in text and "h264 in yuv420p" in text
+
+
+def test_training_reads_only_usable_files(annotated, tmp_path):
+    out = tmp_path / "deeper" / "index.csv"
+    index.write_index(str(annotated), None, str(out))
+    assert index.is_index(str(out)) and not index.is_index(str(annotated))
+    annotations = index.read_index(str(out), None)
+    assert len(annotations) == len(GOOD) and annotations.labels == [0, 1, 0]
+    assert all((tmp_path / path).is_file() for path in annotations.paths)
+    assert len(index.read_index(str(out), 2)) == 2
+
+
+def test_an_interrupted_index_goes_on(annotated, tmp_path, monkeypatch):
+    out = tmp_path / "index.csv"
+    whole = index.write_index(str(annotated), None, str(out))
+    lines = out.read_bytes().splitlines(keepends=True)
+    out.unlink()
+    (tmp_path / "index.csv.partial").write_bytes(b"".join(lines[:4]) + lines[4][:7])  # killed in the middle of a row
+    probed, probe = [], index.probe_file
+    monkeypatch.setattr(index, "probe_file", lambda folder, path, label: probed.append(path) or probe(folder, path, label))
+    assert index.write_index(str(annotated), None, str(out)) == whole
+    assert len(probed) == len(whole) - 3
+    assert not (tmp_path / "index.csv.partial").exists()
+    with open(out, newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(whole)
+
+
+def test_repeated_rows_are_kept_once_and_contradictions_refused(videos, tmp_path):
+    file = tmp_path / "clips.csv"
+    file.write_text(f"{videos}/vp9.webm 0\n{videos}/vp9.webm 0\n")
+    assert len(index.write_index(str(file), None, str(tmp_path / "index.csv"))) == 1
+    file.write_text(f"{videos}/vp9.webm 0\n{videos}/vp9.webm 1\n")
+    with pytest.raises(UserError, match="row 2: .* has class 1 here but 0 in row 1"):
+        index.write_index(str(file), None, str(tmp_path / "index.csv"))
+
+
+def test_mistakes_name_the_row(annotated, tmp_path):
+    labels = tmp_path / "labels.csv"
+    labels.write_text("0 zero\n")
+    with pytest.raises(UserError, match="must name every class from 0 to 1"):
+        index.write_index(str(annotated), str(labels), str(tmp_path / "index.csv"))
+    (tmp_path / "bad.csv").write_text(",".join(index.HEADER) + "\nclip.mp4,one,h264\n")
+    with pytest.raises(UserError, match="row 2: is no row of an index"):
+        index.read_index(str(tmp_path / "bad.csv"), None)
+    (tmp_path / "none.csv").write_text(",".join(index.HEADER) + "\nclip.mp4,0,,,0,0,0,0.0,0.0,no video stream\n")
+    with pytest.raises(UserError, match="not one of its files is usable"):
+        index.read_index(str(tmp_path / "none.csv"), None)
