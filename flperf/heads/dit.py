@@ -24,7 +24,8 @@ class DiT(nn.Module):
         self.tau = TauEmbedding(model.hidden_dim)
         self.memory = nn.ModuleList(KeysValues(model.hidden_dim, model.num_heads) for _ in range(model.depth))
         self.blocks = nn.ModuleList(
-            Block(model.hidden_dim, model.num_heads, model.mlp_ratio, cross_attention=True, modulated=True) for _ in range(model.depth)
+            Block(model.hidden_dim, model.num_heads, model.mlp_ratio, cross_attention=True, modulated=True, fused=model.fused_adaln)
+            for _ in range(model.depth)
         )
         self.norm = nn.LayerNorm(model.hidden_dim, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Linear(model.hidden_dim, 2 * model.hidden_dim)

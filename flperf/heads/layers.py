@@ -8,6 +8,7 @@ k width of one attention head. One block serves every head: `modulated` adds ada
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from flperf_kernels.adaln import residual_modulate
 from torch import Tensor, nn
 
 from flperf.latents import Layout
@@ -158,15 +159,22 @@ class Branch(nn.Module):
     def forward(self, x: Tensor, modulation: tuple[Tensor, Tensor, Tensor] | None, *inputs) -> Tensor:
         if modulation is None:
             return x + self.layer(self.norm(x), *inputs)
-        shift, scale, gate = modulation  # each b 1 d
-        return x + gate * self.layer(self.norm(x) * (1 + scale) + shift, *inputs)
+        gate = modulation[2]  # b 1 d
+        return x + gate * self.layer(self.modulated(x, modulation), *inputs)
+
+    def modulated(self, x: Tensor, modulation: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        shift, scale, _ = modulation  # each b 1 d
+        return self.norm(x) * (1 + scale) + shift
 
 
 class Block(nn.Module):
     """Self-attention, optional cross-attention to the context, MLP: each a residual branch."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, *, cross_attention: bool = False, modulated: bool = False):
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float, *, cross_attention: bool = False, modulated: bool = False, fused: bool = False
+    ):
         super().__init__()
+        self.fused = fused
         self.self_attention = Branch(dim, SelfAttention(dim, num_heads), modulated)
         self.cross_attention = Branch(dim, CrossAttention(dim, num_heads), modulated) if cross_attention else None
         self.mlp = Branch(dim, MLP(dim, mlp_ratio), modulated)
@@ -183,9 +191,22 @@ class Block(nn.Module):
         if self.modulation is not None:
             parts = rearrange(self.modulation(F.silu(condition)), "b (branch three d) -> branch three b 1 d", branch=len(branches), three=3)
             modulations = tuple(tuple(part.unbind()) for part in parts.unbind())
+        if self.fused:
+            return self._fused(x, branches, modulations)
         for (branch, inputs), modulation in zip(branches, modulations, strict=True):
             x = branch(x, modulation, *inputs)
         return x
+
+    @staticmethod
+    def _fused(x: Tensor, branches: list, modulations: tuple) -> Tensor:
+        """The same sum, cut between the layers: a gated residual and the norm after it are one kernel, forward and backward."""
+        (branch, inputs), *others = branches
+        h = branch.modulated(x, modulations[0])
+        for place, (following, following_inputs) in enumerate(others):
+            gate, (shift, scale, _) = modulations[place][2], modulations[place + 1]
+            x, h = residual_modulate(x, branch.layer(h, *inputs), *(m.squeeze(1).contiguous() for m in (gate, shift, scale)))
+            branch, inputs = following, following_inputs
+        return x + modulations[-1][2] * branch.layer(h, *inputs)
 
 
 class TauEmbedding(nn.Module):
