@@ -62,6 +62,8 @@ def video_stream(container) -> av.VideoStream:
     """The first video stream that isn't the cover picture of an audio file."""
     for stream in container.streams.video:
         if not stream.disposition & Disposition.attached_pic:
+            if stream.codec_context is None:
+                raise ValueError("no decoder for its codec")
             stream.codec_context.thread_count = 1
             return stream
     raise ValueError("no video stream")
