@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flperf.config import UserError
 from flperf.data.clips import Annotations, ClipBatch, Draw
-from flperf.data.prefetch import filled_buffers
+from flperf.data.prefetch import Buffers, filled_buffers
 
 LABEL_COLUMN = "label"  # of the manifest, where it has one
 
@@ -64,8 +64,7 @@ def read_batches(
 ) -> Iterator[ClipBatch]:
     """Yield the batches with their latents `b t h w d` in host memory, pinned where `device` is CUDA."""
 
-    def allocate(b: int) -> Tensor:
-        return torch.empty(b, *latent_format.shape, dtype=latent_format.dtype, pin_memory=device.type == "cuda")
+    buffers = Buffers(latent_format.shape, latent_format.dtype, device)
 
     def fill(draw: Draw, slot: Tensor) -> None:
         path = annotations.paths[draw.clip]
@@ -75,7 +74,7 @@ def read_batches(
             raise UserError(f"{path}: latents t h w d are {list(latents.shape)} {latents.dtype}, but {first}")
         slot.copy_(latents)
 
-    for draws, latents, _ in filled_buffers(batches, order, allocate, fill, threads, prefetch):
+    for draws, latents, _ in filled_buffers(batches, order, buffers, fill, threads, prefetch):
         yield ClipBatch.of(draws, annotations.labels, latents=latents)
 
 

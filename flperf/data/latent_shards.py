@@ -26,7 +26,7 @@ from torch import Tensor
 
 from flperf.config import Config, UserError, differences
 from flperf.data.clips import Annotations, ClipBatch, Draw
-from flperf.data.prefetch import filled_buffers
+from flperf.data.prefetch import Buffers, filled_buffers
 
 MANIFEST = "manifest.csv"
 COLUMNS = ["path", "label", "shard", "row"]
@@ -55,6 +55,7 @@ class Shards:
     identity: dict
     offsets: dict[Path, int]  # where the rows of a shard begin
     checksums: dict[Path, Tensor]
+    checked: bytearray  # by clip: 1 once its checksum was right
 
     @property
     def row_bytes(self) -> int:
@@ -135,7 +136,7 @@ def open_shards(manifest: str, config: Config, limit: int | None) -> tuple[Shard
     checksums = {path: _checksums(path) for path in layouts}
     offsets = {path: offset for path, (_, _, offset) in layouts.items()}
     annotations = Annotations([row["path"] for row in rows], [int(row["label"]) for row in rows])
-    return Shards(folder, places, shape, dtype, about, offsets, checksums), annotations
+    return Shards(folder, places, shape, dtype, about, offsets, checksums, bytearray(len(places))), annotations
 
 
 def channel_statistics(shards: Shards) -> tuple[Tensor, Tensor]:
@@ -157,26 +158,27 @@ def read_batches(
 ) -> Iterator[ClipBatch]:
     """Yield the batches with their latents `b t h w d` in host memory, pinned where `device` is CUDA."""
 
-    def allocate(b: int) -> Tensor:
-        return torch.empty(b, *shards.shape, dtype=shards.dtype, pin_memory=device.type == "cuda")
+    buffers = Buffers(shards.shape, shards.dtype, device)
 
     def fill(draw: Draw, slot: Tensor) -> None:
         read_row(shards, draw.clip, slot)
 
-    for draws, latents, _ in filled_buffers(batches, order, allocate, fill, threads, prefetch):
+    for draws, latents, _ in filled_buffers(batches, order, buffers, fill, threads, prefetch):
         yield ClipBatch.of(draws, annotations.labels, latents=latents)
 
 
 def read_row(shards: Shards, clip: int, out: Tensor) -> None:
-    """Read one clip's latents into `out` `t h w d` and check them. Raises `UserError` if they are not those that were written."""
+    """Read one clip's latents into `out` `t h w d`; the first time this process does, check them. Raises `UserError` if they are not those
+    that were written."""
     path, row = shards.rows[clip]
     buffer = memoryview(out.view(torch.int8).numpy()).cast("B")
+    start, done = shards.offsets[path] + row * shards.row_bytes, 0
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such shard, though the manifest names it") from None
     try:
-        start, done = shards.offsets[path] + row * shards.row_bytes, 0
+        os.posix_fadvise(descriptor, start, len(buffer), os.POSIX_FADV_WILLNEED)
         while done < len(buffer):
             count = os.preadv(descriptor, [buffer[done:]], start + done)
             if not count:
@@ -184,8 +186,10 @@ def read_row(shards: Shards, clip: int, out: Tensor) -> None:
             done += count
     finally:
         os.close(descriptor)
-    if checksum(out[None])[0] != shards.checksums[path][row]:
-        raise UserError(f"{path}: row {row}: does not have the checksum it was written with; remove the file and encode again")
+    if not shards.checked[clip]:
+        if checksum(out[None])[0] != shards.checksums[path][row]:
+            raise UserError(f"{path}: row {row}: does not have the checksum it was written with; remove the file and encode again")
+        shards.checked[clip] = 1
 
 
 def _compare(manifest: str, about: dict, config: Config) -> None:

@@ -95,19 +95,39 @@ def _compute_alone(others: int) -> None:
     restorer.join()
 
 
+class Buffers:
+    """Batches in host memory, of one size. A batch that nobody holds any more is written anew: fresh memory comes page by page, which takes
+    longer than reading latents does. Pinned memory is left to torch, whose allocator knows when a copy to the device has ended."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
+        self.shape, self.dtype, self.pinned = shape, dtype, device.type == "cuda"
+        self.kept: list[Tensor] = []
+
+    def take(self, b: int) -> Tensor:
+        """A tensor [b, *shape] with whatever is in it."""
+        if self.pinned:
+            return torch.empty(b, *self.shape, dtype=self.dtype, pin_memory=True)
+        for buffer in self.kept:
+            # Held by `buffer` and, for the length of this line, by the storage that is asked.
+            if len(buffer) == b and torch._C._storage_Use_Count(buffer.untyped_storage()._cdata) == 2:
+                return buffer.view_as(buffer)
+        self.kept.append(torch.empty(b, *self.shape, dtype=self.dtype))
+        return self.kept[-1].view_as(self.kept[-1])
+
+
 def filled_buffers(
     batches: Iterable[list[Draw]],
     order,
-    allocate: Callable[[int], Tensor],
+    buffers: Buffers,
     fill: Callable[[Draw, Tensor], None],
     threads: int,
     ahead: int,
 ) -> Iterator[tuple[list[Draw], Tensor, Skipped]]:
-    """Have `fill(draw, slot)` write every clip of a batch into its slot of an allocated buffer `b …`, in a pool of threads."""
+    """Have `fill(draw, slot)` write every clip of a batch into its slot of a buffer `b …`, in a pool of threads."""
     faults = Faults()
 
     def submit(pool: ThreadPoolExecutor, draws: list[Draw]) -> tuple[Tensor, list[Future]]:
-        buffer = allocate(len(draws))
+        buffer = buffers.take(len(draws))
         return buffer, [
             pool.submit(first_readable, order, draw, lambda draw, slot=slot: fill(draw, slot))
             for draw, slot in zip(draws, buffer, strict=True)

@@ -15,7 +15,7 @@ from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 from flperf.data.clips import Annotations, ClipBatch, Draw, Window
-from flperf.data.prefetch import BadClip, filled_buffers
+from flperf.data.prefetch import BadClip, Buffers, filled_buffers
 from flperf.data.preprocessing import Preprocessing
 
 # What a damaged file makes FFmpeg, NumPy and torch raise.
@@ -34,13 +34,12 @@ def read_batches(
 ) -> Iterator[ClipBatch]:
     """Yield the batches with their video as uint8 `b f h w c` in host memory, pinned where `device` is CUDA."""
 
-    def allocate(b: int) -> Tensor:
-        return torch.empty(b, window.n_frames, *preprocessing.size, 3, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    buffers = Buffers((window.n_frames, *preprocessing.size, 3), torch.uint8, device)
 
     def fill(draw: Draw, slot: Tensor) -> None:
         read_clip(annotations.paths[draw.clip], window, draw.uniform, preprocessing, slot)
 
-    for draws, video, skipped in filled_buffers(batches, order, allocate, fill, threads, prefetch):
+    for draws, video, skipped in filled_buffers(batches, order, buffers, fill, threads, prefetch):
         yield ClipBatch.of(draws, annotations.labels, video=video, skipped=skipped)
 
 

@@ -1,0 +1,134 @@
+"""What data costs a training step: video, cached latents, or nothing; and how fast cached latents are read.
+
+    python -m pytest benchmarks/test_data_path.py
+
+Data-path efficiency is the time of a step on a batch that is there already over that of a step on real video: 1 means that clips
+are always decoded before they are needed. `cat` of the same shards to /dev/null is what the disk and the page cache can give.
+"""
+
+import itertools
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from flperf import loop
+from flperf.config import Config, load_config
+from flperf.data import Place, latent_shards
+from flperf.data.clips import Annotations, ClipBatch, TrainingOrder
+from flperf.data.demo import write_demo
+from flperf.encoding import encode_dataset
+from flperf.engine import set_schedule, start_process
+from flperf.run import build_run
+
+DEMO = Path(__file__).parents[1] / "configs/demo.yaml"
+STEPS = 10
+BATCH = 8  # clips of 4 MiB
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The demo's videos, and their latents."""
+    folder = tmp_path_factory.mktemp("data_path")
+    write_demo(folder / "demo")
+    encode_dataset(configuration(folder, "video"), start_process(), folder / "latents", as_files=False)
+    return folder
+
+
+def configuration(folder: Path, source: str) -> Config:
+    csv = {"video": "demo/train.csv", "cache": "latents/train/manifest.csv"}[source]
+    kind = {"video": "kinetics_400", "cache": "kinetics_400_cached"}[source]
+    keys = [f"dataset.kind={kind}", f"dataset.train={folder / csv}", "dataset.validation=null", "dataset.labels=null"]
+    return load_config(DEMO, [*keys, "latents.statistics_clips=16", f"experiment={folder}"])
+
+
+class Steps:
+    """A run of the demo, and its steps on one source of batches."""
+
+    def __init__(self, folder: Path, source: str):
+        config = configuration(folder, "cache" if source == "cached latents" else "video")
+        self.run = build_run(config, start_process())
+        meter = loop.StatisticsMeter("standardize", self.run.layout, torch.device("cpu"))
+        self.stream = self.run.dataset.train_batches(0, self.run.place, torch.device("cpu"))
+        batch = next(self.stream)
+        meter.update(*self.run.raw_latents(batch))
+        self.run.use_statistics(meter.result())
+        self.batches = itertools.repeat(batch) if source == "video, decoded before" else self.stream
+        self.window = loop.Window(self.run)
+
+    def __call__(self) -> None:
+        for step in range(STEPS):
+            set_schedule(self.run.engine, step, self.run.config.trainer, 1000)
+            loop.train_step(self.run, self.batches, self.window)
+
+
+@pytest.mark.benchmark(group="training step of the demo, by source")
+@pytest.mark.parametrize("source", ["video", "video, decoded before", "cached latents"])
+def test_step(benchmark, folder, source):
+    steps = Steps(folder, source)
+    benchmark.pedantic(steps, rounds=5, warmup_rounds=2)
+    steps.stream.close()
+    benchmark.extra_info["clips_per_s"] = STEPS * steps.run.place.batch_size / benchmark.stats.stats.median
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> tuple[latent_shards.Shards, Annotations]:
+    """1 GiB of latents as a V-JEPA 2 of width 1024 gives for 16 frames of 256 x 256."""
+    folder, shape = tmp_path_factory.mktemp("shards"), (8, 16, 16, 1024)
+    config = Config()
+    config.dataset.n_frames, config.model.num_context_latents = 16, 4
+    about = latent_shards.identity(config, 4, 4)
+    length = latent_shards.clips_per_shard(shape, torch.bfloat16)
+    for number in range(4):
+        latents = torch.randn(length, *shape, dtype=torch.bfloat16)
+        latent_shards.write_shard(latent_shards.shard_path(folder, number), torch.arange(length) + number * length, latents, about)
+    names = [str(clip) for clip in range(4 * length)]
+    latent_shards.write_manifest(folder, Annotations(names, [0] * len(names)), 4)
+    return latent_shards.open_shards(str(folder / latent_shards.MANIFEST), config, None)
+
+
+def cat(shards: latent_shards.Shards) -> None:
+    with open(os.devnull, "wb") as nowhere:
+        subprocess.run(["cat", *map(str, shards.offsets)], stdout=nowhere, check=True)
+
+
+def stream(shards: latent_shards.Shards, annotations: Annotations) -> Iterator[ClipBatch]:
+    order = TrainingOrder(len(annotations), 0)
+    place = Place(0, 1, BATCH, BATCH)
+    threads = len(os.sched_getaffinity(0))
+    return latent_shards.read_batches(order.batches(0, place), order, annotations, shards, threads, 2, torch.device("cpu"))
+
+
+def forget(shards: latent_shards.Shards) -> None:
+    """Drop the shards from the page cache."""
+    for path in shards.offsets:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize("how", ["cat", "read"])
+@pytest.mark.parametrize("state", ["cold", "warm"])
+def test_read(benchmark, shards, state, how):
+    """Cold, each round begins a stream; warm, one stream goes on, as in training."""
+    benchmark.group = f"1 GiB of cached latents, {state}"
+    batches = stream(*shards)
+
+    def setup():
+        nonlocal batches
+        if state == "cold":
+            batches.close()
+            forget(shards[0])
+            batches = stream(*shards)
+
+    def read():
+        for _ in range(len(shards[1]) // BATCH):
+            next(batches)
+
+    benchmark.pedantic((lambda: cat(shards[0])) if how == "cat" else read, setup=setup, rounds=7, warmup_rounds=1)
+    batches.close()
+    benchmark.extra_info["GB_per_s"] = len(shards[1]) * shards[0].row_bytes / benchmark.stats.stats.median / 1e9
