@@ -392,7 +392,6 @@ def assert_lean(code: kernel_report.Code):
     assert code.occupancy >= 0.5
 
 
-@pytest.mark.machine_code
 @pytest.mark.parametrize("chip", kernel_report.CHIPS, ids=lambda chip: chip.name)
 @pytest.mark.parametrize("case", kernel_report.covering(kernel_report.every()), ids=str)
 def test_machine_code(case, chip):
@@ -409,7 +408,6 @@ def test_machine_code_of_every_specialisation(chip):
             raise AssertionError(str(case)) from error
 
 
-@pytest.mark.machine_code
 @pytest.mark.parametrize("chip", kernel_report.CHIPS, ids=lambda chip: chip.name)
 @pytest.mark.parametrize("op", ["noise", "loss"])
 @pytest.mark.parametrize("per_channel", [False, True])
