@@ -98,14 +98,20 @@ class Objective:
     tau_mean: float = 0.0  # of the logit, logit_normal only
     tau_std: float = 1.0
     tau_shift: Optional[float] = 1.0  # above 1: more noise; null: sqrt(n d / 4096), the dimension shift
+    context_dropout: float = 0.0  # share of the clips trained without their context, for guidance
 
 
 @dataclass
 class Sampling:
     """How a flow-matching head forecasts during evaluation."""
 
-    steps: int = 20  # Euler steps
+    solver: Literal["euler", "midpoint", "heun", "dopri5"] = "euler"  # dopri5 chooses its own steps
+    steps: int = 20
+    shift: float = 1.0  # above 1: shorter steps near the noise
+    tolerance: float = 1e-3  # relative and absolute, of dopri5
     samples: int = 4  # drawn for each clip; the forecast is their mean
+    guidance: float = 1.0  # above 1: further away from what is likely without the context; needs objective.context_dropout in training
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # of tau
 
 
 @dataclass
@@ -321,6 +327,17 @@ def _check_values(config: Config, source: str) -> None:
     if config.model.hidden_dim % config.model.num_heads:
         raise UserError(
             f"{source}: model.hidden_dim: {config.model.hidden_dim} is not a multiple of model.num_heads {config.model.num_heads}"
+        )
+    sampling = config.evaluation.sampling
+    if sampling.shift <= 0 or sampling.tolerance <= 0:
+        raise UserError(f"{source}: evaluation.sampling: shift and tolerance must be above 0")
+    if len(sampling.guidance_interval) != 2 or not 0 <= sampling.guidance_interval[0] <= sampling.guidance_interval[1] <= 1:
+        raise UserError(f"{source}: evaluation.sampling.guidance_interval: must be two ascending numbers in [0, 1]")
+    if not 0 <= config.objective.context_dropout < 1:
+        raise UserError(f"{source}: objective.context_dropout: must be in [0, 1), is {config.objective.context_dropout}")
+    if sampling.guidance != 1 and config.objective.context_dropout == 0:
+        raise UserError(
+            f"{source}: evaluation.sampling.guidance: needs a head trained with objective.context_dropout above 0 (such as 0.1)"
         )
     if config.objective.kind == "flow_matching" and config.objective.loss == "cosine":
         raise UserError(f"{source}: objective.loss: cosine has no meaning for a velocity; use mse, l1 or smooth_l1")

@@ -76,6 +76,15 @@ class Normaliser(nn.Module):
             self.register_buffer("mean", statistics.channel_mean)
             self.register_buffer("std", statistics.channel_std)
 
+    def fused(self) -> dict | None:
+        """The same as arguments of the flow-matching ops, which then normalise as they read; None where they can't ("l1")."""
+        match self.kind:
+            case "standardize":
+                return {"mean": self.mean, "std": self.std}
+            case "none" | "l2" | "layer":
+                return {"norm": self.kind, "eps": EPSILON}
+        return None
+
     def forward(self, latents: Tensor) -> Tensor:
         x = latents.float()
         match self.kind:

@@ -144,10 +144,10 @@ def train_step(run: Run, batches: Iterator[ClipBatch], window: Window) -> Tensor
         with stage("data", host=True):
             batch = next(batches)
         with stage("encode"):
-            context, target = run.latents(batch)
+            context, target = run.training_latents(batch)
             sample = batch.sample.to(run.process.device, non_blocking=True)
         with stage("head"):
-            loss = run.objective.loss(run.engine, context, target, sample)
+            loss = run.objective.loss(run.engine, context, target, sample, normaliser=run.normaliser)
             run.engine.backward(loss)
         with stage("optim"):
             run.engine.step()

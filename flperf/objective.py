@@ -14,12 +14,12 @@ from flperf_kernels.flow_matching import flow_matching_loss, flow_matching_noise
 from torch import Tensor, nn
 
 from flperf.config import Config, Objective, UserError
-from flperf.latents import Layout
-from flperf.sampler import euler
+from flperf.latents import Layout, Normaliser
+from flperf.sampler import Velocity, guided, integrate
 
 # The shift is that of Esser et al. (arXiv:2403.03206, section 5.3.2); the size that needs none is Zheng et al.'s (arXiv:2510.11690).
 DIMENSION_SHIFT_BASE = 4096
-TAU_STREAM, SAMPLING_STREAM = 1, 2  # keep the random numbers for tau and for sampling apart from those of the training noise
+TAU_STREAM, SAMPLING_STREAM, DROPOUT_STREAM = 1, 2, 3  # keep these random numbers apart from those of the training noise
 
 
 class Regression:
@@ -28,8 +28,11 @@ class Regression:
     def __init__(self, config: Config, layout: Layout):
         self.distance = REGRESSION_LOSSES[config.objective.loss]
 
-    def loss(self, head: Callable, context: Tensor, target: Tensor, sample: Tensor, reduction: str = "mean") -> Tensor:
-        """fp32 scalar, or [b] with reduction "sample". context, target: normalised `b t h w d`."""
+    def loss(
+        self, head: Callable, context: Tensor, target: Tensor, sample: Tensor, reduction: str = "mean", normaliser: Normaliser | None = None
+    ) -> Tensor:
+        """fp32 scalar, or [b] with reduction "sample". context, target: normalised `b t h w d`; with a normaliser, target is raw."""
+        target = normaliser(target) if normaliser else target
         distance = self.distance(head(context).float(), target.float())
         per_sample = distance.flatten(1).mean(1)
         return per_sample.mean() if reduction == "mean" else per_sample
@@ -46,28 +49,44 @@ class FlowMatching:
         self.objective, self.sampling, self.seed, self.layout = config.objective, config.evaluation.sampling, config.seed, layout
         self.shift = tau_shift(config.objective, layout)
 
-    def loss(self, head: Callable, context: Tensor, target: Tensor, sample: Tensor, reduction: str = "mean") -> Tensor:
-        """fp32 scalar, or [b] with reduction "sample". context, target: normalised `b t h w d`; sample: int64 [b]."""
+    def loss(
+        self, head: Callable, context: Tensor, target: Tensor, sample: Tensor, reduction: str = "mean", normaliser: Normaliser | None = None
+    ) -> Tensor:
+        """fp32 scalar, or [b] with reduction "sample". context, target: normalised `b t h w d`; sample: int64 [b]. With a normaliser,
+        target is raw, where the encoder left it, and is normalised as the ops read it."""
+        options = normaliser.fused() if normaliser else {}
+        if options is None:
+            target, options = normaliser(target), {}
         tokens = rearrange(target, "b t h w d -> b (t h w) d")
         tau = draw_tau(self.objective, self.shift, sample, self.seed)
-        noised = flow_matching_noise(tokens, tau, sample, seed=self.seed)
-        prediction = head(context, noised.view_as(target), tau)
+        noised = flow_matching_noise(tokens, tau, sample, seed=self.seed, out_dtype=context.dtype, **options)
+        if self.objective.context_dropout and torch.is_grad_enabled():  # in training only
+            context = context * self._keeps_context(sample)[:, None, None, None, None].to(context.dtype)
+        prediction = head(context, noised.view(target.shape), tau)
         prediction = rearrange(prediction, "b t h w d -> b (t h w) d")
-        return flow_matching_loss(prediction, tokens, sample, seed=self.seed, loss=self.objective.loss, reduction=reduction)
+        return flow_matching_loss(prediction, tokens, sample, seed=self.seed, loss=self.objective.loss, reduction=reduction, **options)
+
+    def _keeps_context(self, sample: Tensor) -> Tensor:
+        """Which samples see their context, bool [b]: a function of the sample, like their noise. The others see zeros, the mean latent."""
+        uniform = torch.special.ndtr(philox_normal(sample, 1, seed=self.seed + DROPOUT_STREAM)[:, 0])
+        return uniform >= self.objective.context_dropout
 
     def forecast(self, head: nn.Module, context: Tensor, sample: Tensor) -> Tensor:
         """fp32 `b k t h w d`: k samples a clip, one after another, all from one computation of the context's keys and values."""
         count, layout = self.sampling.samples, self.layout
-        memory = head.remember(context)
 
-        def velocity(x: Tensor, tau: float) -> Tensor:
-            return head.velocity(x.to(context.dtype), torch.full((len(x),), tau, device=x.device), memory).float()
+        def velocity_given(context: Tensor) -> Velocity:
+            memory = head.remember(context)
+            return lambda x, tau: head.velocity(x.to(context.dtype), tau.float().repeat(len(x)), memory).float()
 
+        velocity = velocity_given(context)
+        if self.sampling.guidance != 1:
+            velocity = guided(velocity, velocity_given(torch.zeros_like(context)), self.sampling)
         forecasts = []
         for draw in range(count):
             noise = philox_normal(sample * count + draw, layout.target_tokens * layout.dim, seed=self.seed + SAMPLING_STREAM)
             noise = noise.view(-1, layout.target_frames, layout.height, layout.width, layout.dim)
-            forecasts.append(euler(velocity, noise, self.sampling.steps))
+            forecasts.append(integrate(velocity, noise, self.sampling))
         return torch.stack(forecasts, dim=1)
 
 

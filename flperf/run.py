@@ -49,6 +49,12 @@ class Run:
         context, target = self.raw_latents(batch)
         return self.normaliser(context), self.normaliser(target)
 
+    @torch.no_grad()
+    def training_latents(self, batch: ClipBatch) -> tuple[Tensor, Tensor]:
+        """Normalised context and raw target latents: the objective normalises the target as it reads it."""
+        context, target = self.raw_latents(batch)
+        return self.normaliser(context), target
+
     def use_statistics(self, statistics: Statistics) -> None:
         self.normaliser = Normaliser(self.config.latents.embedding_norm, self.dtype, statistics)
 

@@ -11,7 +11,7 @@ from flperf_kernels import flow_matching as kernels
 from flperf import objective as objectives
 from flperf.config import Config, Model, Objective, UserError
 from flperf.heads import build_head
-from flperf.latents import Layout
+from flperf.latents import Layout, Normaliser, Statistics
 from flperf.objective import build_objective, draw_tau, tau_shift
 
 LAYOUT = Layout(context_frames=2, target_frames=2, height=3, width=3, dim=12)
@@ -42,8 +42,8 @@ def train(config: Config, device: torch.device, compile: bool) -> list[float]:
 def use_references(monkeypatch) -> None:
     """Put plain PyTorch, differentiated by autograd, in the place of the ops."""
 
-    def noise(latents, tau, sample, *, seed):
-        return kernels.noise_reference(latents, tau, sample, seed, None, None, "none", 1e-6, latents.dtype)
+    def noise(latents, tau, sample, *, seed, out_dtype):
+        return kernels.noise_reference(latents, tau, sample, seed, None, None, "none", 1e-6, out_dtype)
 
     def loss(prediction, latents, sample, *, seed, loss, reduction):
         return kernels.loss_reference(prediction, latents, sample, seed, loss, None, None, "none", 1e-6, None, reduction, 1.0)
@@ -71,9 +71,9 @@ def test_the_velocity_is_data_minus_noise():
     objective, target, sample = build_objective(flow_matching(), LAYOUT), torch.randn(3, 2, 3, 3, 12), torch.arange(3)
     tokens = rearrange(target, "b t h w d -> b (t h w) d")
     noise = kernels.philox_normal(sample, tokens[0].numel(), seed=objective.seed).view_as(target)
-    assert objective.loss(lambda context, noised, tau: target - noise, None, target, sample).item() < 1e-10
+    assert objective.loss(lambda context, noised, tau: target - noise, target, target, sample).item() < 1e-10
     seen = {}
-    objective.loss(lambda context, noised, tau: seen.update(noised=noised, tau=tau) or torch.zeros_like(noised), None, target, sample)
+    objective.loss(lambda context, noised, tau: seen.update(noised=noised, tau=tau) or torch.zeros_like(noised), target, target, sample)
     tau = seen["tau"][:, None, None, None, None]
     torch.testing.assert_close(seen["noised"] + (1 - tau) * (target - noise), target, rtol=1e-4, atol=1e-4)
 
@@ -86,9 +86,27 @@ def test_losses_of_samples_average_to_the_loss():
 
     for config in (flow_matching(), Config(model=Model(head="predictor"), objective=Objective(loss="l1"))):
         objective = build_objective(config, LAYOUT)
-        each = objective.loss(head, None, target, sample, reduction="sample")
+        each = objective.loss(head, target, target, sample, reduction="sample")
         assert each.shape == (3,)
-        torch.testing.assert_close(each.mean(), objective.loss(head, None, target, sample))
+        torch.testing.assert_close(each.mean(), objective.loss(head, target, target, sample))
+
+
+@pytest.mark.parametrize("kind", ["standardize", "layer", "l2", "l1", "none"])
+@pytest.mark.parametrize("config", [flow_matching(), Config(model=Model(head="predictor"))], ids=["flow_matching", "regression"])
+def test_raw_targets_are_normalised_on_the_way(kind, config):
+    """The target may be a strided view of the clip's latents, as the encoder left it."""
+    objective, latents, sample = build_objective(config, LAYOUT), 3 * torch.randn(3, 4, 3, 3, 12) + 1, torch.arange(3)
+    normaliser = Normaliser(kind, torch.float32, Statistics(torch.linspace(0, 2, 12), torch.linspace(1, 4, 12), torch.zeros(2, 3, 3, 12)))
+    seen = []
+
+    def head(context, *noised):
+        seen.append(noised)
+        return torch.ones(3, 2, 3, 3, 12)
+
+    raw = objective.loss(head, latents[:, :2], latents[:, 2:], sample, normaliser=normaliser)
+    ready = objective.loss(head, latents[:, :2], normaliser(latents[:, 2:]), sample)
+    torch.testing.assert_close(raw, ready)
+    torch.testing.assert_close(seen[0], seen[1])
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,10 @@ Tolerances are relative to plain PyTorch: against fp64, a kernel may err at most
 """
 
 import dataclasses
-import importlib.util
 import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +16,7 @@ import triton.language as tl
 from flperf_kernels import flow_matching as fm
 from flperf_kernels import philox
 
-# The benchmarks are no package: whoever runs pytest need not have their folder on the path.
-_spec = importlib.util.spec_from_file_location("kernel_report", Path(__file__).parents[2] / "benchmarks" / "kernel_report.py")
-kernel_report = sys.modules["kernel_report"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(kernel_report)
+from benchmarks import kernel_report
 
 SEED = 2**40 + 17
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -423,7 +418,6 @@ def test_memory_bound(op, per_channel, chip):
 META = dict(device="meta")
 
 
-@pytest.mark.machine_code
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_machine_code_of_the_small_kernels(capability):
     values, gradient = torch.empty(8, 256, **META), torch.empty(8, 4096, 1024, dtype=torch.bfloat16, **META)
