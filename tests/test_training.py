@@ -33,7 +33,7 @@ def test_zero_stages_train_alike_in_fp32(matrix, regime, backbone):
     """The stages differ in the order of sums alone. Each fp32 sum over at most 2^17 gradients errs by less than 2^-24 * 17 relatively
     (pairwise), and four updates at a rate of 1e-3 carry that on by less than a factor of ten: 1e-5."""
     curves = [matrix[f"{regime}-{backbone}-{stage}"] for stage in STAGES]
-    assert len(curves[0]["loss"]) == 4
+    assert len(curves[0]["loss"]) == len(curves[0]["seen"]) == 4
     for other in curves[1:]:
         assert other["loss"] == pytest.approx(curves[0]["loss"], rel=1e-5)
         assert other["grad_norm"] == pytest.approx(curves[0]["grad_norm"], rel=1e-4)
@@ -62,7 +62,7 @@ def test_one_process_sees_and_learns_the_same_as_two(matrix, tiny):
     alone = curves(tiny, requests, processes=1)
     for regime in REGIMES:
         one, two = alone[f"{regime}-alone"], matrix[f"{regime}-vjepa2-1"]
-        assert one["seen"] == two["seen"]
+        assert len(one["seen"]) == 4 and one["seen"] == two["seen"]
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
 
 
@@ -103,7 +103,7 @@ def test_resumed_training_is_the_undisturbed_one(resumed, regime, stage, precisi
     whole, rest = first[f"whole-{name}"], second[f"parts-{name}"]
     tolerance = 0.0 if precision == "fp32" else 2**-8
     assert rest["step"] == [1, 2, 3, 4, 5, 6]  # one file of metrics for both launches
-    assert first[f"parts-{name}"]["seen"] + rest["seen"] == whole["seen"]
+    assert first[f"parts-{name}"]["seen"] + rest["seen"] == whole["seen"] and len(whole["seen"]) == 6
     for key in ("loss", "grad_norm"):
         assert rest[key] == pytest.approx(whole[key], rel=tolerance, abs=0)
     forecast = [line["validation"][-1]["forecast_mse"] for line in (rest, whole)]  # of the averaged weights

@@ -21,24 +21,16 @@ def curve(config_path: str, name: str, overrides: list[str], process) -> dict:
     config = load_config(config_path, [f"name={name}", *overrides])
     run = build_run(config, process)
     seen = []
-    latents = run.latents
+    training_latents = run.training_latents
 
     def spy(batch):
         seen.append([[int(s), int(c)] for s, c in zip(batch.sample, batch.clip, strict=True)])
-        return latents(batch)
+        return training_latents(batch)
 
-    def validate(*arguments):
-        run.latents = latents
-        result = original_validate(*arguments)
-        run.latents = spy
-        return result
-
-    original_validate, loop.validate = loop.validate, validate
-    run.latents = spy
+    run.training_latents = spy
     folder = RunFolder(config, debug=False)
     folder.open(config, process, overwrite=False)
     loop.train(run, folder)
-    loop.validate = original_validate
     everyone: list = [None] * process.world_size
     dist.all_gather_object(everyone, seen)
     lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
