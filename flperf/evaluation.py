@@ -1,78 +1,208 @@
 """How good a forecast is, in normalised latents, beside the trivial forecasts that it must beat.
 
-Every validation clip counts once, whatever the number of processes: sums are taken over valid clips and divided at the end.
+Every number is taken for each latent frame ahead (the horizon). Every validation clip counts once, whatever the number of processes:
+sums are taken over valid clips and divided at the end. Flow matching draws k samples a clip; the forecast is their mean, and their
+own scores say whether they are good and honestly spread.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
-ERRORS = {"l1": lambda difference: difference.abs(), "mse": lambda difference: difference.square()}
+from flperf.baselines import BASELINES, Baselines
+from flperf.objective import FlowMatching, Regression, forecast
+
+# (forecast, target), both `b t h w d` or broadcastable, to the error of each frame, [b t].
+ERRORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "l1": lambda forecast, target: (forecast - target).abs().mean((2, 3, 4)),
+    "mse": lambda forecast, target: (forecast - target).square().mean((2, 3, 4)),
+    "cosine": lambda forecast, target: (1 - F.cosine_similarity(forecast, target, dim=-1)).mean((2, 3)),  # distance: 0 is best
+    "energy": lambda forecast, target: (forecast - target).square().mean((2, 3, 4)).sqrt(),  # the energy score of a single forecast
+}
+
+SMALLEST = 1e-12  # what a trivial forecast's error is taken to be where it is perfect
 
 
-class ErrorMeter:
-    """Sums each forecast's errors over clips; `result` reduces them over processes."""
+class Sums:
+    """Adds up named values of each clip over the valid clips, and over processes in the end."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.sums: dict[str, Tensor] = {}
+        self.totals: dict[str, Tensor] = {}
         self.clips = torch.zeros((), dtype=torch.float64, device=device)
 
-    def update(self, forecasts: dict[str, Tensor], target: Tensor, valid: Tensor) -> None:
-        """forecasts: name -> fp32 tensor that broadcasts to `target` `b t h w d`; valid: bool [b]."""
-        for name, forecast in forecasts.items():
-            difference = forecast - target
-            for error, distance in ERRORS.items():
-                self.add(f"{name}_{error}", distance(difference).flatten(1).mean(1), valid)
+    def count(self, valid: Tensor) -> None:
         self.clips += valid.sum()
 
-    def add(self, key: str, per_clip: Tensor, valid: Tensor) -> None:
-        total = self.sums.setdefault(key, torch.zeros((), dtype=torch.float64, device=self.device))
-        total += torch.where(valid, per_clip.double(), 0.0).sum()
+    def add(self, key: str, values: Tensor, valid: Tensor) -> None:
+        """values: [b …], of which rows that are not valid count nothing, even where they are not finite."""
+        values = values.double()
+        shown = valid.view(-1, *[1] * (values.ndim - 1))
+        total = torch.where(shown, values, 0.0).sum(0)
+        self.totals[key] = self.totals[key] + total if key in self.totals else total
 
-    def result(self) -> dict[str, float]:
-        totals = torch.stack([self.clips, *self.sums.values()])
+    def means(self) -> dict[str, Tensor]:
+        """By key, fp64 on the CPU, of one clip's shape."""
+        flat = torch.cat([self.clips.view(1), *(total.flatten() for total in self.totals.values())])
         if dist.is_initialized():
-            dist.all_reduce(totals)
-        clips, *sums = totals.tolist()
-        return dict(zip(self.sums, (total / clips for total in sums), strict=True))
+            dist.all_reduce(flat)
+        self.clips, *parts = flat.cpu().split([1, *(total.numel() for total in self.totals.values())])
+        return {key: (part / self.clips).view(total.shape) for (key, total), part in zip(self.totals.items(), parts, strict=True)}
 
 
-def trivial_forecasts(context: Tensor, position_mean: Tensor) -> dict[str, Tensor]:
-    """copy_last repeats the last context latent; mean is the mean training latent of each target place. Both fp32, broadcastable."""
-    return {"copy_last": context[:, -1:].float(), "mean": position_mean[None]}
+class Moments:
+    """Mean and covariance of tokens, for the Fréchet distance."""
+
+    def __init__(self, dim: int, device: torch.device):
+        self.total = torch.zeros(dim + 1, dim, dtype=torch.float64, device=device)  # outer products, then the sum
+        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, latents: Tensor) -> None:
+        tokens = latents.flatten(0, -2).float()
+        self.total += torch.cat([tokens.T @ tokens, tokens.sum(0, keepdim=True)]).double()
+        self.tokens += len(tokens)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Mean [d] and covariance [d d] over all processes, fp64 on the CPU."""
+        if dist.is_initialized():
+            dist.all_reduce(self.total)
+            dist.all_reduce(self.tokens)
+        total = (self.total / self.tokens).cpu()
+        mean = total[-1]
+        return mean, total[:-1] - torch.outer(mean, mean)
+
+
+def frechet_distance(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two (mean, covariance) (Heusel et al., arXiv:1706.08500, equation 6)."""
+    (mean1, covariance1), (mean2, covariance2) = first, second
+    values, vectors = torch.linalg.eigh(covariance1)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    overlap = torch.linalg.eigvalsh(root @ covariance2 @ root).clamp(min=0).sqrt().sum()
+    return ((mean1 - mean2).square().sum() + covariance1.trace() + covariance2.trace() - 2 * overlap).item()
+
+
+def sample_scores(samples: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """Scores of k > 1 samples `b k t h w d` against `b t h w d`, [b t] each.
+
+    sample_*: the error of one sample, on average; best_*: of the one that is best at that frame (best_clip_*, [b]: in that clip);
+    variance: over the samples, unbiased; forecast_energy: the energy score (Gneiting and Raftery 2007, equation 21, unbiased) with distances of a frame divided by the root of its size.
+    """
+    count = samples.shape[1]
+    scores = {}
+    for name in ("l1", "mse"):
+        errors = torch.stack([ERRORS[name](sample, target) for sample in samples.unbind(1)], dim=1)  # b k t
+        scores |= {f"sample_{name}": errors.mean(1), f"best_{name}": errors.amin(1), f"best_clip_{name}": errors.mean(2).amin(1)}
+    scores["variance"] = samples.var(1).mean((2, 3, 4))
+    flat = rearrange(samples, "b k t h w d -> b t k (h w d)")
+    scale = flat.shape[-1] ** 0.5
+    to_target = (flat - rearrange(target, "b t h w d -> b t 1 (h w d)")).norm(dim=-1).mean(-1)
+    among = sum((flat[:, :, i] - flat[:, :, j]).norm(dim=-1) for i in range(count) for j in range(i))
+    scores["forecast_energy"] = (to_target - among / (count * (count - 1))) / scale
+    return scores
+
+
+@dataclass
+class Pooled:
+    """Latents of every valid clip averaged over places and frames, by whose forecast they are ("target": the truth), for probes."""
+
+    labels: list[Tensor] = field(default_factory=list)
+    features: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def add(self, latents: dict[str, Tensor], label: Tensor, valid: Tensor) -> None:
+        self.labels.append(label[valid.cpu()])
+        for name, values in latents.items():
+            self.features.setdefault(name, []).append(values.mean((1, 2, 3))[valid].float().cpu())
+
+    def gathered(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """labels [n] and features [n d] by name, of all processes."""
+        mine = torch.cat(self.labels), {name: torch.cat(parts) for name, parts in self.features.items()}
+        everyone = [mine]
+        if dist.is_initialized():
+            everyone = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, mine)
+        labels = torch.cat([labels for labels, _ in everyone])
+        return labels, {name: torch.cat([features[name] for _, features in everyone]) for name in mine[1]}
 
 
 @torch.no_grad()
 def evaluate(
     head: torch.nn.Module,
-    objective,
+    objective: Regression | FlowMatching,
     batches: Iterable,
     latents_of: Callable,
-    position_mean: Tensor,
-) -> dict[str, float]:
+    baselines: Baselines,
+    pooled: Pooled | None = None,
+) -> dict[str, float | list]:
     """Validation loss, errors of the forecast (the mean of its samples) and of the trivial forecasts, and skill.
 
-    batches yield `ClipBatch`es; latents_of turns one into normalised (context, target). skill = 1 - forecast's error / the better
-    trivial forecast's, for each error; above 0 the head knows something.
+    batches yield `ClipBatch`es; latents_of turns one into normalised (context, target). skill = 1 - forecast's error / the best trivial
+    forecast's, for each error; above 0 the head knows something. The result holds means over all frames by name, and under "horizon" the
+    same names with a list, one number a latent frame ahead. `frechet` compares the tokens of one sample with the true ones.
     """
-    meter = ErrorMeter(position_mean.device)
+    device = baselines.position_mean.device
+    sums, moments = Sums(device), {}
     for batch in batches:
         context, target = latents_of(batch)
-        meter.add("loss", objective.loss(head, context, target, batch.sample, reduction="sample"), batch.valid)
-        forecast = objective.forecast(head, context, batch.sample).mean(1)
-        meter.update({"forecast": forecast, **trivial_forecasts(context, position_mean)}, target.float(), batch.valid)
-    result = meter.result()
+        valid, truth = batch.valid, target.float()
+        sums.count(valid)
+        sums.add("loss", objective.loss(head, context, target, batch.sample, reduction="sample"), valid)
+        samples = forecast(objective, head, context, batch.sample)
+        forecasts = {"forecast": samples.mean(1), **baselines.forecasts(context)}
+        scores = {f"{name}_{error}": ERRORS[error](latents, truth) for name, latents in forecasts.items() for error in ERRORS}
+        if samples.shape[1] > 1:
+            scores |= sample_scores(samples, truth)
+        for name, score in scores.items():
+            sums.add(name, score, valid)
+        for name, latents in {**forecasts, "forecast": samples[:, 0], "target": truth}.items():
+            moments.setdefault(name, Moments(truth.shape[-1], device)).add(latents.expand_as(truth)[valid])
+        if pooled is not None:
+            pooled.add({"target": truth, "forecast": samples.mean(1), "copy_last": context[:, -1:].float()}, batch.label, valid)
+    return _result(sums, moments, objective.samples)
+
+
+def _result(sums: Sums, moments: dict[str, Moments], samples: int) -> dict[str, float | list]:
+    means = sums.means()
     for error in ERRORS:
-        result[f"skill_{error}"] = 1 - result[f"forecast_{error}"] / min(result[f"copy_last_{error}"], result[f"mean_{error}"])
+        best = torch.stack([means[f"{name}_{error}"].expand_as(means[f"forecast_{error}"]) for name in BASELINES])
+        means[f"skill_{error}"] = 1 - means[f"forecast_{error}"] / best.amin(0).clamp(min=SMALLEST)
+    if samples > 1:
+        # The mean of k honest samples errs by 1 + 1/k of their variance (Fortin et al. 2014, equation 15): 1 is calibrated, less too sure.
+        means["spread"] = ((1 + 1 / samples) * means["variance"] / means["forecast_mse"]).sqrt()
+    result: dict[str, float | list] = {"clips": int(sums.clips)}
+    result |= {key: value.mean().item() for key, value in means.items() if not key.startswith("skill")}
+    for error in ERRORS:  # of the means: not the mean of skills
+        result[f"skill_{error}"] = 1 - result[f"forecast_{error}"] / max(min(result[f"{name}_{error}"] for name in BASELINES), SMALLEST)
+    distributions = {name: moment.result() for name, moment in moments.items()}
+    result |= {f"{name}_frechet": frechet_distance(distributions[name], distributions["target"]) for name in ("forecast", *BASELINES)}
+    for error in ("l1", "mse"):  # a clip's best sample, not the best of each frame
+        if f"best_{error}" in result:
+            result[f"best_{error}"] = result.pop(f"best_clip_{error}")
+    result["horizon"] = {key: value.tolist() for key, value in means.items() if value.ndim == 1}
     return result
 
 
-def summary(result: dict[str, float]) -> str:
-    """The comparison as a few lines of text."""
-    rows = [f"{'':>12}{'L1':>9}{'MSE':>9}"]
-    names = {"forecast": "forecast", "copy_last": "copy last", "mean": "mean latent"}
-    rows += [f"{label:>12}{result[f'{name}_l1']:9.4f}{result[f'{name}_mse']:9.4f}" for name, label in names.items()]
-    return "\n".join([*rows, f"{'skill':>12}{result['skill_l1']:9.1%}{result['skill_mse']:9.1%}"])
+NAMES = {"forecast": "forecast", "copy_last": "copy last", "mean": "mean latent", "median": "median latent", "ridge": "ridge"}
+
+
+def summary(result: dict) -> str:
+    """The comparison as a few lines of text: errors over all frames, then the skill of each frame ahead."""
+    columns = {"l1": "L1", "mse": "MSE", "cosine": "1 - cos", "energy": "energy", "frechet": "Fréchet"}
+    rows = ["".join([f"{'':>14}", *(f"{column:>9}" for column in columns.values())])]
+    for name, label in NAMES.items():
+        rows.append("".join([f"{label:>14}", *(f"{result[f'{name}_{error}']:9.4f}" for error in columns)]))
+    rows.append("".join([f"{'skill':>14}", *(f"{result[f'skill_{error}']:9.1%}" for error in ERRORS)]))
+    ahead = result["horizon"]["skill_l1"]
+    shown = sorted({round(i * (len(ahead) - 1) / 7) for i in range(8)}) if len(ahead) > 1 else [0]
+    rows.append(f"{'frames ahead':>14}" + "".join(f"{f'+{frame + 1}':>9}" for frame in shown))
+    rows.append(f"{'skill (L1)':>14}" + "".join(f"{ahead[frame]:9.1%}" for frame in shown))
+    if "spread" in result:
+        rows.append(
+            f"{'samples':>14}  L1 of one {result['sample_l1']:.4f}, of the best {result['best_l1']:.4f}; "
+            f"spread / error {result['spread']:.2f} (1 is calibrated)"
+        )
+    return "\n".join(rows)

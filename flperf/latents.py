@@ -5,12 +5,9 @@ zero then forecasts the mean latent.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flperf.config import Config, UserError
@@ -51,19 +48,10 @@ def latent_layout(config: Config, frames: int, height: int, width: int, dim: int
 
 @dataclass
 class Statistics:
-    """Measured once a run from training clips. channel_mean, channel_std: fp32 [d]; position_mean: fp32 [t' h w d], the mean of each
-    target place in normalised latents, one of the forecasts that a head must beat."""
+    """Mean and deviation of every channel of the raw latents, fp32 [d]."""
 
     channel_mean: Tensor
     channel_std: Tensor
-    position_mean: Tensor
-
-    def save(self, path: Path) -> None:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in vars(self).items()}, path)
-
-    @classmethod
-    def load(cls, path: Path, device: torch.device) -> "Statistics":
-        return cls(**load_file(path, device=str(device)))
 
 
 class Normaliser(nn.Module):
@@ -97,42 +85,3 @@ class Normaliser(nn.Module):
             case "layer":
                 x = F.layer_norm(x, x.shape[-1:], eps=EPSILON)
         return x.to(self.dtype)
-
-
-class StatisticsMeter:
-    """Accumulates `Statistics` batch by batch, in fp64, so that neither the order of clips nor their share between processes matters."""
-
-    def __init__(self, kind: str, layout: Layout, device: torch.device):
-        # Standardising is affine, so the mean per place is taken of raw latents and standardised at the end.
-        self.per_token = Normaliser(kind if kind != "standardize" else "none", torch.float32)
-        self.kind = kind
-        place = (layout.target_frames, layout.height, layout.width, layout.dim)
-        shapes = {"sum": (layout.dim,), "squares": (layout.dim,), "tokens": (), "place": place, "clips": ()}
-        self.sums = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
-
-    @torch.no_grad()
-    def update(self, context: Tensor, target: Tensor) -> None:
-        """Raw latents, `b t h w d` and `b t' h w d`."""
-        for latents in (context, target):
-            tokens = latents.flatten(0, -2).double()
-            self.sums["sum"] += tokens.sum(0)
-            self.sums["squares"] += tokens.square().sum(0)
-            self.sums["tokens"] += len(tokens)
-        self.sums["place"] += self.per_token(target).double().sum(0)
-        self.sums["clips"] += len(target)
-
-    def result(self, channels: tuple[Tensor, Tensor] | None = None) -> Statistics:
-        """Over all processes; `channels`, mean and deviation [d] known from more clips, replace those measured here."""
-        for total in self.sums.values():
-            if dist.is_initialized():
-                dist.all_reduce(total)
-        mean = self.sums["sum"] / self.sums["tokens"]
-        std = (self.sums["squares"] / self.sums["tokens"] - mean.square()).clamp(min=0).sqrt()
-        if channels is not None:
-            mean, std = (statistic.to(mean) for statistic in channels)
-        # A channel that never changes carries no information; it must not be blown up to infinity.
-        std = torch.where(std < EPSILON, torch.ones_like(std), std)
-        place = self.sums["place"] / self.sums["clips"]
-        if self.kind == "standardize":
-            place = (place - mean) / std
-        return Statistics(mean.float(), std.float(), place.float())

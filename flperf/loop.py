@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from flperf.baselines import LatentSample, load_statistics, save_statistics
 from flperf.checkpoint import resume, save_checkpoint
 from flperf.config import UserError, parse_interval
 from flperf.data.clips import ClipBatch
 from flperf.engine import head_weights, load_weights, set_schedule
 from flperf.evaluation import evaluate, summary
-from flperf.latents import Statistics, StatisticsMeter
 from flperf.run import Run, flops_per_clip
 from flperf.throughput import StageTimer, memory_gb, peak_flops
 from flperf.tracking import RunFolder, Tracker
@@ -92,13 +92,12 @@ def train(run: Run, folder: RunFolder) -> None:
     schedule = Schedule(run, first_step)
     tracker = Tracker(run.config, folder, run.process.is_main, first_step, schedule.total_steps)
     tracker.say(f"resumed at step {first_step}" if first_step else f"training {schedule.total_steps} steps; the first compiles")
-    statistics = latent_statistics(run, folder)
-    run.use_statistics(statistics)
+    use_latent_statistics(run, folder)
     batches = run.dataset.train_batches(first_step, run.place, run.process.device)
     try:
         if run.dataset.validation_size and run.config.evaluation.eval_first and first_step == 0:
-            validate(run, statistics, tracker, 0, 0)
-        train_steps(run, schedule, batches, statistics, tracker, folder)
+            validate(run, tracker, 0, 0)
+        train_steps(run, schedule, batches, tracker, folder)
     finally:
         batches.close()
         tracker.close()
@@ -109,9 +108,7 @@ def train(run: Run, folder: RunFolder) -> None:
         print("  checkpoints/            resumed by the same command")
 
 
-def train_steps(
-    run: Run, schedule: Schedule, batches: Iterator[ClipBatch], statistics: Statistics, tracker: Tracker, folder: RunFolder
-) -> None:
+def train_steps(run: Run, schedule: Schedule, batches: Iterator[ClipBatch], tracker: Tracker, folder: RunFolder) -> None:
     config, engine, window = run.config, run.engine, Window(run)
     in_a_row = 0
     for step in schedule.steps:
@@ -131,7 +128,7 @@ def train_steps(
             tracker.log(window.read(done, schedule.epoch(done), rate))
         paused = time.perf_counter()
         if run.dataset.validation_size and schedule.due(config.evaluation.eval_every, done):
-            validate(run, statistics, tracker, done, schedule.epoch(done))
+            validate(run, tracker, done, schedule.epoch(done))
         if schedule.due(config.checkpoint.save_every, done):
             save_checkpoint(engine, folder.checkpoints, done, config.checkpoint.keep)
         window.started += time.perf_counter() - paused  # throughput is that of training alone
@@ -156,12 +153,12 @@ def train_step(run: Run, batches: Iterator[ClipBatch], window: Window) -> Tensor
     return torch.stack(losses).mean()
 
 
-def validate(run: Run, statistics: Statistics, tracker: Tracker, step: int, epoch: int) -> dict[str, float]:
+def validate(run: Run, tracker: Tracker, step: int, epoch: int) -> dict[str, float | list]:
     """Evaluate the averaged weights on the validation clips, log and print the comparison with the trivial forecasts."""
     config, device = run.config.evaluation, run.process.device
     load_weights(run.forecaster, head_weights(run.engine, average=run.config.trainer.ema_decay is not None), run.dtype)
     batches = run.dataset.validation_batches(run.place, config.batch_size or run.place.micro_batch_size, config.max_clips, device)
-    result = evaluate(run.forecaster, run.objective, on_device(batches, device), run.latents, statistics.position_mean)
+    result = evaluate(run.forecaster, run.objective, on_device(batches, device), run.latents, run.baselines)
     tracker.log({"step": step, "epoch": epoch, "split": "val", **result})
     tracker.say(f"step {step}: validation loss {result['loss']:.4f}; errors of normalised latents:\n{summary(result)}")
     return result
@@ -173,19 +170,20 @@ def on_device(batches: Iterator[ClipBatch], device: torch.device) -> Iterator[Cl
         yield batch
 
 
-def latent_statistics(run: Run, folder: RunFolder) -> Statistics:
-    """The run's statistics of the latents: read from its folder, or measured on the first training clips and written there."""
+def use_latent_statistics(run: Run, folder: RunFolder) -> None:
+    """Statistics and trivial forecasts: read from the run's folder, or fitted on the first training clips and written there."""
     device = run.process.device
     if not folder.statistics.exists():
-        meter = StatisticsMeter(run.config.latents.embedding_norm, run.layout, device)
+        latents = LatentSample(run.config.latents.embedding_norm, run.layout, device)
         batches = run.dataset.train_batches(0, run.place, device)
         clips = min(run.config.latents.statistics_clips, run.dataset.train_size)
         rounds = math.ceil(clips / (run.place.micro_batch_size * run.place.world_size))
         for _ in tqdm(range(rounds), desc="latent statistics", leave=False, disable=None if run.process.is_main else True):
-            meter.update(*run.raw_latents(next(batches)))
+            batch = next(batches)
+            latents.add(*run.raw_latents(batch), batch.sample)
         batches.close()
-        statistics = meter.result(run.dataset.channel_statistics)
+        measured = latents.result(run.dataset.channel_statistics)
         if run.process.is_main:
-            statistics.save(folder.statistics)
+            save_statistics(folder.statistics, *measured)
     dist.barrier()
-    return Statistics.load(folder.statistics, device)
+    run.use_statistics(*load_statistics(folder.statistics, device))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from flperf_kernels.flow_matching import flow_matching_loss, flow_matching_noise, philox_normal
 from torch import Tensor, nn
 
@@ -19,11 +19,14 @@ from flperf.sampler import Velocity, guided, integrate
 
 # The shift is that of Esser et al. (arXiv:2403.03206, section 5.3.2); the size that needs none is Zheng et al.'s (arXiv:2510.11690).
 DIMENSION_SHIFT_BASE = 4096
-TAU_STREAM, SAMPLING_STREAM, DROPOUT_STREAM = 1, 2, 3  # keep these random numbers apart from those of the training noise
+# Keep these random numbers apart from those of the training noise, and the parts of a roll-out from one another.
+TAU_STREAM, SAMPLING_STREAM, DROPOUT_STREAM, PART_STREAM = 1, 2, 3, 2**32
 
 
 class Regression:
     """The head outputs the target latents; the loss compares them per element, or by cosine per token."""
+
+    samples = 1
 
     def __init__(self, config: Config, layout: Layout):
         self.distance = REGRESSION_LOSSES[config.objective.loss]
@@ -37,8 +40,8 @@ class Regression:
         per_sample = distance.flatten(1).mean(1)
         return per_sample.mean() if reduction == "mean" else per_sample
 
-    def forecast(self, head: nn.Module, context: Tensor, sample: Tensor) -> Tensor:
-        """fp32 `b 1 t h w d`: one forecast a clip."""
+    def draw(self, head: nn.Module, context: Tensor, keys: Tensor, part: int = 0) -> Tensor:
+        """fp32 `b 1 t h w d`: one forecast a clip; there is nothing to draw."""
         return head(context).float()[:, None]
 
 
@@ -71,9 +74,14 @@ class FlowMatching:
         uniform = torch.special.ndtr(philox_normal(sample, 1, seed=self.seed + DROPOUT_STREAM)[:, 0])
         return uniform >= self.objective.context_dropout
 
-    def forecast(self, head: nn.Module, context: Tensor, sample: Tensor) -> Tensor:
-        """fp32 `b k t h w d`: k samples a clip, one after another, all from one computation of the context's keys and values."""
-        count, layout = self.sampling.samples, self.layout
+    @property
+    def samples(self) -> int:
+        return self.sampling.samples
+
+    def draw(self, head: nn.Module, context: Tensor, keys: Tensor, part: int = 0) -> Tensor:
+        """fp32 `b k t h w d`: a sample for each of `keys` int64 [b k], one after another, all from one computation of the context's keys
+        and values. A sample's noise is a function of its key and of the part of a roll-out."""
+        layout = self.layout
 
         def velocity_given(context: Tensor) -> Velocity:
             memory = head.remember(context)
@@ -83,11 +91,29 @@ class FlowMatching:
         if self.sampling.guidance != 1:
             velocity = guided(velocity, velocity_given(torch.zeros_like(context)), self.sampling)
         forecasts = []
-        for draw in range(count):
-            noise = philox_normal(sample * count + draw, layout.target_tokens * layout.dim, seed=self.seed + SAMPLING_STREAM)
+        for key in keys.unbind(1):
+            noise = philox_normal(key, layout.target_tokens * layout.dim, seed=self.seed + SAMPLING_STREAM + PART_STREAM * part)
             noise = noise.view(-1, layout.target_frames, layout.height, layout.width, layout.dim)
             forecasts.append(integrate(velocity, noise, self.sampling))
         return torch.stack(forecasts, dim=1)
+
+
+def forecast(objective: Regression | FlowMatching, head: nn.Module, context: Tensor, sample: Tensor, frames: int | None = None) -> Tensor:
+    """fp32 `b k t h w d`: k samples (1 in regression) of what follows the normalised context `b t h w d`; sample: int64 [b].
+
+    More frames than the head forecasts at once are rolled out: each sample goes on from its own last frames as context.
+    """
+    keys = sample[:, None] * objective.samples + torch.arange(objective.samples, device=sample.device)
+    forecasts = objective.draw(head, context, keys)
+    part = 0
+    while frames is not None and forecasts.shape[2] < frames:
+        part += 1
+        past = torch.cat([repeat(context.float(), "b t h w d -> b k t h w d", k=keys.shape[1]), forecasts], dim=2)
+        past = past[:, :, -context.shape[1] :].to(context.dtype)
+        # Sample by sample, so that the batch keeps its shape and nothing is compiled again.
+        following = [objective.draw(head, past[:, i].contiguous(), keys[:, i : i + 1], part) for i in range(keys.shape[1])]
+        forecasts = torch.cat([forecasts, torch.cat(following, dim=1)], dim=2)
+    return forecasts[:, :, :frames]
 
 
 OBJECTIVES = {"regression": Regression, "flow_matching": FlowMatching}

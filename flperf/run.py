@@ -1,12 +1,14 @@
 """Everything a run is made of, built from its configuration in the order in which data flows."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from flperf.baselines import Baselines
 from flperf.config import Config
 from flperf.data import WITHOUT_VIDEO, Dataset, open_dataset, prepare_dataset
 from flperf.data.clips import ClipBatch, Place
@@ -30,9 +32,10 @@ class Run:
     encoder: Encoder | None  # None where the dataset holds latents
     layout: Layout
     objective: Regression | FlowMatching
-    engine: deepspeed.DeepSpeedEngine  # the head in training
+    engine: deepspeed.DeepSpeedEngine | None  # the head in training; None in evaluation
     forecaster: nn.Module  # the same head, filled with averaged weights for evaluation
-    normaliser: Normaliser | None = None  # once the statistics are known
+    normaliser: Normaliser | None = None  # both once the statistics are known
+    baselines: Baselines | None = None
 
     def raw_latents(self, batch: ClipBatch) -> tuple[Tensor, Tensor]:
         """Context and target latents of a batch as the encoder (or the cache) gives them, `b t h w d`, on the device."""
@@ -55,12 +58,14 @@ class Run:
         context, target = self.raw_latents(batch)
         return self.normaliser(context), target
 
-    def use_statistics(self, statistics: Statistics) -> None:
+    def use_statistics(self, statistics: Statistics, baselines: Baselines) -> None:
         self.normaliser = Normaliser(self.config.latents.embedding_norm, self.dtype, statistics)
+        self.baselines = baselines
 
 
-def build_run(config: Config, process: Process) -> Run:
-    """Data, encoder, head, engine. Takes no step and writes nothing (but the demo's clips, if they are not there yet)."""
+def build_run(config: Config, process: Process, *, training: bool = True) -> Run:
+    """Data, encoder, head and, for training, the engine. Takes no step and writes nothing (but the demo's clips, if they are not there
+    yet)."""
     dtype = compute_dtype(config.engine.precision, process.device)
     place = place_among(config.trainer, process)
     if process.local_rank == 0:
@@ -74,9 +79,9 @@ def build_run(config: Config, process: Process) -> Run:
         shape = encoder.latent_shape(config.dataset.n_frames)
     layout = latent_layout(config, *shape)
     objective = build_objective(config, layout)
-    head, forecaster = (build_head(config.model, layout, seed=config.seed, compile=config.engine.compile) for _ in range(2))
-    forecaster = forecaster.to(process.device).requires_grad_(False).eval()
-    engine = build_engine(head, config, place, dtype, process.device)
+    new_head = partial(build_head, config.model, layout, seed=config.seed, compile=config.engine.compile)
+    forecaster = new_head().to(process.device).requires_grad_(False).eval()
+    engine = build_engine(new_head(), config, place, dtype, process.device) if training else None
     return Run(config, process, place, dtype, dataset, encoder, layout, objective, engine, forecaster)
 
 

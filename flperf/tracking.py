@@ -117,8 +117,7 @@ class Tracker:
         self.file.write(json.dumps(metrics) + "\n")
         self.file.flush()
         if self.wandb is not None:
-            split = metrics.get("split", "train")
-            self.wandb.log({f"{split}/{k}": v for k, v in metrics.items() if isinstance(v, int | float)}, step=metrics["step"])
+            self.wandb.log(scalars(metrics), step=metrics["step"])
         if "split" not in metrics:
             self.bar.set_postfix_str(progress_text(metrics))
 
@@ -133,6 +132,15 @@ class Tracker:
         self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def scalars(metrics: dict) -> dict[str, float]:
+    """Numbers under `train/` or `val/`; those of each latent frame ahead, lists in metrics.jsonl, under `val/horizon_01/` and so on."""
+    split = metrics.get("split", "train")
+    values = {f"{split}/{key}": value for key, value in metrics.items() if isinstance(value, int | float)}
+    for key, ahead in metrics.get("horizon", {}).items():
+        values |= {f"{split}/horizon_{frame:02d}/{key}": value for frame, value in enumerate(ahead, start=1)}
+    return values
 
 
 def progress_text(metrics: dict) -> str:

@@ -8,7 +8,7 @@ import torch
 from flperf.config import Config, Model, Objective, Sampling, UserError, load_config
 from flperf.heads import build_head
 from flperf.latents import Layout
-from flperf.objective import build_objective
+from flperf.objective import build_objective, forecast
 from flperf.sampler import guided, integrate, time_grid
 
 
@@ -93,7 +93,7 @@ def draw(head, samples: int, context: torch.Tensor, **sampling) -> torch.Tensor:
     config = Config(model=MODEL, objective=Objective(kind="flow_matching"))
     config.evaluation.sampling = Sampling(samples=samples, **sampling)
     with torch.no_grad():
-        return build_objective(config, LAYOUT).forecast(head, context, torch.arange(len(context))).flatten(2)
+        return forecast(build_objective(config, LAYOUT), head, context, torch.arange(len(context))).flatten(2)
 
 
 @pytest.mark.parametrize("sampling", [{"solver": "heun", "steps": 10}, {"solver": "euler", "steps": 30}, {"solver": "dopri5"}], ids=str)
@@ -121,7 +121,7 @@ def test_guidance_moves_away_from_what_needs_no_context(gaussian_head):
     for guidance in (1.0, 2.0):
         config.evaluation.sampling = Sampling(samples=2, steps=20, guidance=guidance)
         with torch.no_grad():
-            means.append(build_objective(config, LAYOUT).forecast(gaussian_head, context, torch.arange(200)).mean().item())
+            means.append(forecast(build_objective(config, LAYOUT), gaussian_head, context, torch.arange(200)).mean().item())
     assert means[1] > means[0] + 0.2
 
 
