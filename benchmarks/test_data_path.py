@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from flperf import loop
+from flperf.baselines import LatentSample
 from flperf.config import Config, load_config
 from flperf.data import Place, latent_shards
 from flperf.data.clips import Annotations, ClipBatch, TrainingOrder
@@ -51,11 +52,11 @@ class Steps:
     def __init__(self, folder: Path, source: str):
         config = configuration(folder, "cache" if source == "cached latents" else "video")
         self.run = build_run(config, start_process())
-        meter = loop.StatisticsMeter("standardize", self.run.layout, torch.device("cpu"))
+        latents = LatentSample("standardize", self.run.layout, torch.device("cpu"))
         self.stream = self.run.dataset.train_batches(0, self.run.place, torch.device("cpu"))
         batch = next(self.stream)
-        meter.update(*self.run.raw_latents(batch))
-        self.run.use_statistics(meter.result())
+        latents.add(*self.run.raw_latents(batch), batch.sample)
+        self.run.use_statistics(*latents.result())
         self.batches = itertools.repeat(batch) if source == "video, decoded before" else self.stream
         self.window = loop.Window(self.run)
 

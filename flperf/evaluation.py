@@ -90,7 +90,8 @@ def sample_scores(samples: Tensor, target: Tensor) -> dict[str, Tensor]:
     """Scores of k > 1 samples `b k t h w d` against `b t h w d`, [b t] each.
 
     sample_*: the error of one sample, on average; best_*: of the one that is best at that frame (best_clip_*, [b]: in that clip);
-    variance: over the samples, unbiased; forecast_energy: the energy score (Gneiting and Raftery 2007, equation 21, unbiased) with distances of a frame divided by the root of its size.
+    variance: over the samples, unbiased; forecast_energy: the energy score (Gneiting and Raftery 2007, equation 21, unbiased), a frame's
+    distances divided by the root of its size.
     """
     count = samples.shape[1]
     scores = {}

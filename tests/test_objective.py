@@ -96,7 +96,7 @@ def test_losses_of_samples_average_to_the_loss():
 def test_raw_targets_are_normalised_on_the_way(kind, config):
     """The target may be a strided view of the clip's latents, as the encoder left it."""
     objective, latents, sample = build_objective(config, LAYOUT), 3 * torch.randn(3, 4, 3, 3, 12) + 1, torch.arange(3)
-    normaliser = Normaliser(kind, torch.float32, Statistics(torch.linspace(0, 2, 12), torch.linspace(1, 4, 12), torch.zeros(2, 3, 3, 12)))
+    normaliser = Normaliser(kind, torch.float32, Statistics(torch.linspace(0, 2, 12), torch.linspace(1, 4, 12)))
     seen = []
 
     def head(context, *noised):
