@@ -1,9 +1,9 @@
-"""The `flperf` command."""
+"""The `flperf` command; `deepspeed flperf/cli.py COMMAND …` runs one of them on many processes."""
 
 import argparse
 import sys
 
-from flperf import encode, train
+from flperf import encode, forecasting, train
 from flperf.command import run_command
 
 
@@ -25,11 +25,14 @@ COMMANDS = {
     "train": (train.train, "train a head on one process (use the deepspeed launcher for more)"),
     "index": (index, "probe a dataset's files once: what they are, and which are unusable"),
     "encode": (encode.encode, "write a dataset's latents down, to train from them without an encoder"),
+    "evaluate": (forecasting.evaluate, "judge a trained head beside the trivial forecasts"),
+    "sample": (forecasting.sample, "write a trained head's forecasts of validation clips"),
+    "export": (forecasting.export, "write a trained head as one safetensors file"),
 }
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]  # the launcher's; the environment has it
     if not arguments or arguments[0] not in COMMANDS:
         listing = "\n".join(f"  {name:10} {what}" for name, (_, what) in COMMANDS.items())
         wanted_help = not arguments or arguments[0] in ("-h", "--help")
@@ -37,3 +40,7 @@ def main() -> None:
         print(text, file=sys.stdout if wanted_help else sys.stderr)
         sys.exit(0 if wanted_help else 2)
     run_command(COMMANDS[arguments[0]][0], arguments[1:])
+
+
+if __name__ == "__main__":
+    main()

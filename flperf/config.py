@@ -6,6 +6,7 @@ replace). Every layer is merged into the typed tree by itself, so that a bad key
 
 import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -152,6 +153,7 @@ class Evaluation:
     max_clips: Optional[int] = 512
     batch_size: Optional[int] = None  # clips a process; null: the training micro-batch
     sampling: Sampling = field(default_factory=Sampling)
+    probe_clips: int = 2000  # training clips on which `flperf evaluate` trains its linear probe
 
 
 @dataclass
@@ -191,8 +193,17 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     and the key.
     """
     path = Path(path)
+    return _resolve(_layers(path, ()), overrides, str(path), path.stem)
+
+
+def parse_config(text: str, source: str, overrides: list[str] = ()) -> Config:
+    """A configuration that `dump_config` wrote, with overrides; `source` names it in errors."""
+    return _resolve([(source, yaml.safe_load(text))], overrides, source, "")
+
+
+def _resolve(layers: Iterable[tuple[Path | str, dict]], overrides: list[str], source: str, name: str) -> Config:
     tree = OmegaConf.structured(Config)
-    for file, layer in _layers(path, ()):
+    for file, layer in layers:
         tree = _merge(tree, layer, str(file))
     for override in overrides:
         key, separator, _ = override.partition("=")
@@ -200,12 +211,12 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
             raise UserError(f"command line: {override!r} is not of the form section.key=value")
         tree = _merge(tree, _parse_override(override), "command line")
     if OmegaConf.is_missing(tree, "name"):
-        tree.name = path.stem
+        tree.name = name
     try:
         config = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {error.full_key}: {_first_line(error)}") from error
-    _check_values(config, str(path))
+        raise UserError(f"{source}: {error.full_key}: {_first_line(error)}") from error
+    _check_values(config, source)
     return config
 
 

@@ -16,6 +16,7 @@ from flperf.data.preprocessing import Preprocessing
 from flperf.encoder import Encoder, build_encoder, encode_clip
 from flperf.engine import Process, compute_dtype
 from flperf.latents import Layout, latent_layout
+from flperf.run import evaluation_place
 
 
 def encode_dataset(config: Config, process: Process, out: Path, *, as_files: bool) -> None:
@@ -93,7 +94,7 @@ class SplitEncoding:
 
     @property
     def _batch_size(self) -> int:
-        return self.config.evaluation.batch_size or self.config.trainer.micro_batch_size or self.config.trainer.batch_size
+        return evaluation_place(self.config, self.process).micro_batch_size
 
     @torch.no_grad()
     def _encode(self, groups: list[range]) -> Iterator[tuple[Tensor, Tensor]]:

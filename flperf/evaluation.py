@@ -5,7 +5,7 @@ sums are taken over valid clips and divided at the end. Flow matching draws k sa
 own scores say whether they are good and honestly spread.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -13,9 +13,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from tqdm import tqdm
 
 from flperf.baselines import BASELINES, Baselines
+from flperf.data.clips import ClipBatch
 from flperf.objective import FlowMatching, Regression, forecast
+from flperf.run import Run
 
 # (forecast, target), both `b t h w d` or broadcastable, to the error of each frame, [b t].
 ERRORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -134,7 +137,7 @@ class Pooled:
 def evaluate(
     head: torch.nn.Module,
     objective: Regression | FlowMatching,
-    batches: Iterable,
+    batches: Iterable[ClipBatch],
     latents_of: Callable,
     baselines: Baselines,
     pooled: Pooled | None = None,
@@ -185,6 +188,23 @@ def _result(sums: Sums, moments: dict[str, Moments], samples: int) -> dict[str, 
             result[f"best_{error}"] = result.pop(f"best_clip_{error}")
     result["horizon"] = {key: value.tolist() for key, value in means.items() if value.ndim == 1}
     return result
+
+
+def evaluate_run(run: Run, pooled: Pooled | None = None) -> dict[str, float | list]:
+    """`evaluate` on the first `evaluation.max_clips` validation clips, shared out over the processes, with a progress bar."""
+    config, device = run.config.evaluation, run.process.device
+    batch_size = config.batch_size or run.place.micro_batch_size
+    batches = run.dataset.validation_batches(run.place, batch_size, config.max_clips, device)
+    clips = min(run.dataset.validation_size, config.max_clips or run.dataset.validation_size)
+    rounds = -(-clips // (batch_size * run.process.world_size))
+    shown = tqdm(_on_device(batches, device), "evaluating", rounds, leave=False, disable=None if run.process.is_main else True)
+    return evaluate(run.forecaster, run.objective, shown, run.latents, run.baselines, pooled)
+
+
+def _on_device(batches: Iterable[ClipBatch], device: torch.device) -> Iterator[ClipBatch]:
+    for batch in batches:
+        batch.sample, batch.valid = batch.sample.to(device), batch.valid.to(device)
+        yield batch
 
 
 NAMES = {"forecast": "forecast", "copy_last": "copy last", "mean": "mean latent", "median": "median latent", "ridge": "ridge"}

@@ -17,7 +17,7 @@ from flperf.checkpoint import resume, save_checkpoint
 from flperf.config import UserError, parse_interval
 from flperf.data.clips import ClipBatch
 from flperf.engine import head_weights, load_weights, set_schedule
-from flperf.evaluation import evaluate, summary
+from flperf.evaluation import evaluate_run, summary
 from flperf.run import Run, flops_per_clip
 from flperf.throughput import StageTimer, memory_gb, peak_flops
 from flperf.tracking import RunFolder, Tracker
@@ -155,19 +155,11 @@ def train_step(run: Run, batches: Iterator[ClipBatch], window: Window) -> Tensor
 
 def validate(run: Run, tracker: Tracker, step: int, epoch: int) -> dict[str, float | list]:
     """Evaluate the averaged weights on the validation clips, log and print the comparison with the trivial forecasts."""
-    config, device = run.config.evaluation, run.process.device
     load_weights(run.forecaster, head_weights(run.engine, average=run.config.trainer.ema_decay is not None), run.dtype)
-    batches = run.dataset.validation_batches(run.place, config.batch_size or run.place.micro_batch_size, config.max_clips, device)
-    result = evaluate(run.forecaster, run.objective, on_device(batches, device), run.latents, run.baselines)
+    result = evaluate_run(run)
     tracker.log({"step": step, "epoch": epoch, "split": "val", **result})
     tracker.say(f"step {step}: validation loss {result['loss']:.4f}; errors of normalised latents:\n{summary(result)}")
     return result
-
-
-def on_device(batches: Iterator[ClipBatch], device: torch.device) -> Iterator[ClipBatch]:
-    for batch in batches:
-        batch.sample, batch.valid = batch.sample.to(device), batch.valid.to(device)
-        yield batch
 
 
 def use_latent_statistics(run: Run, folder: RunFolder) -> None:

@@ -67,7 +67,7 @@ def build_run(config: Config, process: Process, *, training: bool = True) -> Run
     """Data, encoder, head and, for training, the engine. Takes no step and writes nothing (but the demo's clips, if they are not there
     yet)."""
     dtype = compute_dtype(config.engine.precision, process.device)
-    place = place_among(config.trainer, process)
+    place = place_among(config.trainer, process) if training else evaluation_place(config, process)
     if process.local_rank == 0:
         prepare_dataset(config)
     dist.barrier()
@@ -83,6 +83,12 @@ def build_run(config: Config, process: Process, *, training: bool = True) -> Run
     forecaster = new_head().to(process.device).requires_grad_(False).eval()
     engine = build_engine(new_head(), config, place, dtype, process.device) if training else None
     return Run(config, process, place, dtype, dataset, encoder, layout, objective, engine, forecaster)
+
+
+def evaluation_place(config: Config, process: Process) -> Place:
+    """No update is taken, so any number of processes will do."""
+    batch_size = config.evaluation.batch_size or config.trainer.micro_batch_size or config.trainer.batch_size
+    return Place(process.rank, process.world_size, batch_size, batch_size * process.world_size)
 
 
 def flops_per_clip(run: Run) -> dict[str, int]:

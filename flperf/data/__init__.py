@@ -31,9 +31,9 @@ class Dataset:
     read: Reader
     seed: int
     latent_shape: tuple[int, int, int, int] | None = None  # (t, h, w, d) of cached latents
-    channel_statistics: tuple[Tensor, Tensor] | None = (
-        None  # mean and deviation [d] of cached latents, where they were taken while encoding
-    )
+    # Mean and deviation [d] of cached latents, where they were taken while encoding.
+    channel_statistics: tuple[Tensor, Tensor] | None = None
+    frame_rate: Callable[[str], float] | None = None  # frames a second of a file, where clips are files of video
 
     @property
     def train_size(self) -> int:
@@ -85,7 +85,13 @@ def _open_kinetics(config: Config, preprocessing: Preprocessing, seed: int) -> D
         read_batches = _decoder(dataset.decoder, device)
         return read_batches(batches, order, splits[split], window, preprocessing, _threads(dataset), dataset.prefetch, device)
 
-    return Dataset(splits, read_labels(dataset.labels, list(splits.values())), read, seed)
+    return Dataset(splits, read_labels(dataset.labels, list(splits.values())), read, seed, frame_rate=_frame_rate)
+
+
+def _frame_rate(path: str) -> float:
+    from flperf.data.pyav import frame_rate
+
+    return frame_rate(path)
 
 
 def _open_cached(config: Config, preprocessing: None, seed: int) -> Dataset:

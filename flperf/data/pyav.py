@@ -57,6 +57,18 @@ def read_clip(path: str, window: Window, uniform: float, preprocessing: Preproce
         raise BadClip(path, describe(error)) from None
 
 
+def frame_rate(path: str) -> float:
+    """Frames a second of a file, on average; raises `BadClip` if that can't be had."""
+    try:
+        with av.open(path, metadata_errors="ignore") as container:
+            rate = video_stream(container).average_rate
+    except DECODE_ERRORS as error:
+        raise BadClip(path, describe(error)) from None
+    if not rate:
+        raise BadClip(path, "has no frame rate")
+    return float(rate)
+
+
 def video_stream(container) -> av.VideoStream:
     """The first video stream that isn't the cover picture of an audio file."""
     for stream in container.streams.video:

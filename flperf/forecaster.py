@@ -1,0 +1,144 @@
+"""A trained head outside training: read from a run, from one of its checkpoints or from an exported file; and put to use in Python.
+
+An export is one safetensors file: the head's weights (`head.*`) and the statistics of its latents (`statistics.*`), with the resolved
+configuration and the step in the metadata. It holds no encoder, which the configuration names.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flperf.baselines import Baselines, load_statistics, split_statistics
+from flperf.checkpoint import latest_checkpoint, read_weights
+from flperf.config import Config, UserError, parse_config
+from flperf.data.preprocessing import Preprocessing
+from flperf.encoder import build_encoder
+from flperf.engine import compute_dtype, load_weights
+from flperf.heads import build_head
+from flperf.latents import Layout, Normaliser, Statistics
+from flperf.objective import build_objective, forecast
+
+FORMAT = "flperf forecaster 1"
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training leaves: weights fp32 by parameter name, statistics, and the configuration as YAML text."""
+
+    source: str
+    config: str
+    step: int
+    weights: dict[str, Tensor]
+    statistics: Statistics
+    baselines: Baselines
+
+    def resolved(self, overrides: list[str] = ()) -> Config:
+        return parse_config(self.config, f"{self.source}: config.yaml", overrides)
+
+    def layout(self, config: Config) -> Layout:
+        frames, height, width, dim = self.baselines.position_mean.shape
+        return Layout(config.model.num_context_latents, frames, height, width, dim)
+
+
+def read_trained(path: str | Path, *, average: bool = True) -> Trained:
+    """From an exported file, a run's folder (its newest checkpoint) or one checkpoint's folder; its averaged weights if it keeps any.
+
+    Raises `UserError` that names what is missing.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _read_export(path)
+    checkpoint = path if path.name.startswith("step_") else latest_checkpoint(path / "checkpoints")
+    if checkpoint is None or not checkpoint.is_dir():
+        raise UserError(f"{path}: is neither an exported file nor a run's folder with a checkpoint")
+    run = checkpoint.parent.parent
+    for name in ("config.yaml", "latent_statistics.safetensors"):
+        if not (run / name).is_file():
+            raise UserError(f"{checkpoint}: belongs to a run, but {run / name} is missing")
+    config = (run / "config.yaml").read_text()
+    average = average and parse_config(config, str(run / "config.yaml")).trainer.ema_decay is not None
+    statistics, baselines = load_statistics(run / "latent_statistics.safetensors", CPU)
+    step = int(checkpoint.name.removeprefix("step_"))
+    return Trained(str(checkpoint), config, step, read_weights(checkpoint, average), statistics, baselines)
+
+
+def write_export(trained: Trained, path: str | Path) -> None:
+    """One safetensors file; a file of this name is replaced only once the new one is complete."""
+    path = Path(path)
+    statistics = {**vars(trained.statistics), **vars(trained.baselines)}
+    tensors = {f"head.{name}": tensor for name, tensor in trained.weights.items()}
+    tensors |= {f"statistics.{name}": tensor for name, tensor in statistics.items()}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, unfinished, metadata={"format": FORMAT, "config": trained.config, "step": str(trained.step)})
+    unfinished.replace(path)
+
+
+def _read_export(path: Path) -> Trained:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: is not a safetensors file that can be read ({error})") from None
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path}: was not written by `flperf export` (format {metadata.get('format')!r}, expected {FORMAT!r})")
+    weights = {name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")}
+    measured = {name.removeprefix("statistics."): tensor for name, tensor in tensors.items() if name.startswith("statistics.")}
+    return Trained(str(path), metadata["config"], int(metadata["step"]), weights, *split_statistics(measured))
+
+
+class Forecaster:
+    """The frozen encoder and a trained head, for videos in memory.
+
+        forecaster = load_forecaster("forecaster.safetensors")
+        latents = forecaster.forecast(video)  # video: uint8 f h w c, any size
+
+    `context_frames` is how many video frames it looks at; `config`, `layout` and `statistics` say what it was trained with.
+    """
+
+    def __init__(self, trained: Trained, device: torch.device, overrides: list[str], compile: bool):
+        self.config = config = trained.resolved(overrides)
+        self.device, self.layout, self.statistics = device, trained.layout(config), trained.statistics
+        dtype = compute_dtype(config.engine.precision, device)
+        self.preprocessing = Preprocessing.of(config.backbone)
+        self.encoder = build_encoder(config.backbone, self.preprocessing, dtype=dtype, device=device, compile=compile)
+        self.head = build_head(config.model, self.layout, seed=config.seed, compile=compile).to(device).requires_grad_(False).eval()
+        load_weights(self.head, trained.weights, dtype)
+        self.normaliser = Normaliser(config.latents.embedding_norm, dtype, trained.statistics).to(device)
+        self.objective = build_objective(config, self.layout)
+        self.context_frames = self.layout.context_frames * self.encoder.frames_per_latent
+
+    @torch.no_grad()
+    def context(self, video: Tensor) -> Tensor:
+        """Normalised latents `1 t h w d` of the last `context_frames` frames of a video, uint8 `f h w c`, at the stride of training."""
+        stride = self.config.dataset.stride
+        frames = video[-1 - (self.context_frames - 1) * stride :: stride]
+        if video.dtype != torch.uint8 or video.ndim != 4 or len(frames) < self.context_frames:
+            needed = (self.context_frames - 1) * stride + 1
+            raise ValueError(f"video: needs uint8 f h w c of at least {needed} frames, got {video.dtype} {list(video.shape)}")
+        pixels = self.preprocessing.apply(frames)[None].contiguous().to(self.device)
+        return self.normaliser(self.encoder(pixels))
+
+    @torch.no_grad()
+    def forecast(self, video: Tensor, frames: int | None = None, seed: int = 0) -> Tensor:
+        """fp32 `k t h w d`: samples (one in regression) of the normalised latents that follow a video, uint8 `f h w c`.
+
+        frames: how many latent frames (default: those of training; more are rolled out). Raises `ValueError` for a video that is too short.
+        """
+        sample = torch.tensor([seed], device=self.device)
+        return forecast(self.objective, self.head, self.context(video), sample, frames)[0]
+
+
+def load_forecaster(
+    path: str | Path, *, device: str | torch.device | None = None, overrides: list[str] = (), compile: bool = False
+) -> Forecaster:
+    """The forecaster of a run, a checkpoint or an export. `overrides`: such as `["backbone.weights=/data/vjepa2"]`."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Forecaster(read_trained(path), device, list(overrides), compile)

@@ -1,0 +1,131 @@
+"""`flperf evaluate`, `flperf sample` and `flperf export`: what is done with a trained head.
+
+All three take a run's folder, one of its checkpoints or an exported file. `evaluate` runs on any number of processes
+(`deepspeed flperf/cli.py evaluate …`).
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+from flperf.config import Config, UserError, differences
+
+DATA_SECTIONS = ("dataset", "evaluation", "engine", "trainer", "tracking", "checkpoint")  # another --config may differ in these
+DATA_KEYS = ("name", "experiment")
+
+
+def _parser(command: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"flperf {command}", description=description)
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a run's folder, a checkpoint's, or an exported file")
+    parser.add_argument("--weights", choices=("average", "last"), default="average", help="the moving average (default) or the last ones")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def _add_configuration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="another configuration, for other data (default: that of the checkpoint)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the configuration")
+
+
+def export(arguments: list[str]) -> None:
+    """Write a trained head (its moving average), its statistics and its configuration as one safetensors file."""
+    parser = _parser("export", export.__doc__)
+    parser.add_argument("--out", required=True, metavar="FILE", help="such as forecaster.safetensors")
+    options = parser.parse_args(arguments)
+    from flperf.forecaster import read_trained, write_export
+
+    trained = read_trained(options.checkpoint, average=options.weights == "average")
+    write_export(trained, options.out)
+    parameters = sum(tensor.numel() for tensor in trained.weights.values())
+    print(f"{options.out}: the head of {trained.source} after {trained.step} steps, {parameters / 1e6:.1f} M parameters")
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Judge a trained head on the validation clips, beside the trivial forecasts; with class labels a linear probe, too."""
+    parser = _parser("evaluate", evaluate.__doc__)
+    _add_configuration(parser)
+    parser.add_argument("--out", metavar="FILE", help="also append the result as a line of JSON (default: the run's metrics.jsonl)")
+    options = parser.parse_intermixed_args(arguments)
+    trained, run = _trained_run(options)
+    from flperf.evaluation import Pooled, evaluate_run, summary
+    from flperf.probe import has_classes, probe_accuracies, training_features
+
+    probed = run.config.evaluation.probe_clips > 0 and has_classes(run.dataset.splits["train"].labels)
+    pooled = Pooled() if probed else None
+    result = {"step": trained.step, "split": "val", "source": trained.source, **evaluate_run(run, pooled)}
+    if pooled is not None:
+        training, validation = training_features(run), pooled.gathered()
+        if run.process.is_main:
+            result["probe"] = probe_accuracies(training, validation)
+    if run.process.is_main:
+        print(f"{trained.source}, step {trained.step}, {result['clips']} clips; errors of normalised latents:\n{summary(result)}")
+        path = Path(options.out) if options.out else _metrics_of(trained.source)
+        if path is not None:
+            with path.open("a") as lines:
+                lines.write(json.dumps(result) + "\n")
+            print(f"appended to {path}")
+
+
+def sample(arguments: list[str]) -> None:
+    """Write forecasts of validation clips: OUT/forecasts.safetensors, and a folder of pictures and tensors for each clip."""
+    parser = _parser("sample", sample.__doc__)
+    _add_configuration(parser)
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--clips", type=int, default=4, help="the first so many validation clips (default: 4)")
+    horizon = parser.add_mutually_exclusive_group()
+    horizon.add_argument("--frames", type=int, help="latent frames ahead (default: as in training; more are rolled out)")
+    horizon.add_argument("--seconds", type=float, help="the same as a time, by the clips' frame rate")
+    options = parser.parse_intermixed_args(arguments)
+    for name in ("clips", "frames", "seconds"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name}: must be above 0, is {value}")
+    _, run = _trained_run(options)
+    from flperf.forecast_files import write_forecasts
+
+    print(write_forecasts(run, Path(options.out), options.clips, options.frames, options.seconds))
+
+
+def _trained_run(options: argparse.Namespace):
+    """The head of `options.checkpoint` and a run without an engine that holds its weights and statistics."""
+    from flperf.engine import load_weights, start_process
+    from flperf.forecaster import read_trained
+    from flperf.run import build_run
+
+    trained = read_trained(options.checkpoint, average=options.weights == "average")
+    config = trained.resolved(options.overrides)
+    if options.config:
+        config = _other_data(config, options)
+    process = start_process()
+    run = build_run(config, process, training=False)
+    if run.layout != trained.layout(config):
+        raise UserError(f"{trained.source}: forecasts {trained.layout(config)}, but this configuration gives {run.layout}")
+    load_weights(run.forecaster, trained.weights, run.dtype)
+    statistics, baselines = (trained.statistics, trained.baselines)
+    for part in (statistics, baselines):
+        for name, tensor in vars(part).items():
+            setattr(part, name, tensor.to(process.device))
+    run.use_statistics(statistics, baselines)
+    return trained, run
+
+
+def _other_data(trained: Config, options: argparse.Namespace) -> Config:
+    """Another configuration, which must agree with the head's in all that made it what it is."""
+    import yaml
+
+    from flperf.config import dump_config, load_config
+
+    config = load_config(options.config, options.overrides)
+    old, new = (yaml.safe_load(dump_config(tree)) for tree in (trained, config))
+    new["model"]["num_target_latents"] = old["model"]["num_target_latents"]  # checked with the layout
+    wrong = [line for line in differences(old, new) if line.split(":")[0].split(".")[0] not in (*DATA_SECTIONS, *DATA_KEYS)]
+    if wrong:
+        raise UserError(f"{options.config}: the head of {options.checkpoint} was trained otherwise: {'; '.join(wrong)}")
+    return config
+
+
+def _metrics_of(source: str) -> Path | None:
+    """metrics.jsonl of the run that a checkpoint belongs to; an exported file has none."""
+    checkpoint = Path(source)
+    return checkpoint.parent.parent / "metrics.jsonl" if checkpoint.is_dir() else None
