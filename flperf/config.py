@@ -43,6 +43,7 @@ class Shapes:
     square_init: Optional[list[float]] = None  # (x, y) of the centre; null: seeded random
     square_vel: Optional[list[float]] = None  # null: seeded random
     disk_radius: int = 20
+    splice_at: Optional[int] = None  # from this frame on another clip goes on, so that nothing tells what follows; to show leaks
 
 
 @dataclass

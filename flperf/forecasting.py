@@ -6,7 +6,6 @@ All three take a run's folder, one of its checkpoints or an exported file. `eval
 
 import argparse
 import json
-import math
 from pathlib import Path
 
 from flperf.config import Config, UserError, differences

@@ -19,6 +19,7 @@ from flperf.data.preprocessing import Size
 SQUARE_COLOUR = (230, 60, 50)
 DISK_COLOUR = (60, 110, 235)
 BACKGROUND = (16, 16, 16)
+SPLICED = 2**32  # added to the seed of what is spliced in
 
 
 def read_batches(
@@ -44,6 +45,9 @@ def draw_clips(
 ) -> tuple[Tensor, Tensor]:
     """The clips of some indices: video uint8 `b f h w c`, and centres `b f 2 2` of square and disk as (x, y) on the canvas."""
     centres = torch.stack([torch.from_numpy(_centres(index, shapes, seed, n_frames, stride)) for index in indices])
+    if shapes.splice_at is not None:
+        others = [torch.from_numpy(_centres(index, shapes, seed + SPLICED, n_frames, stride)) for index in indices]
+        centres[:, shapes.splice_at :] = torch.stack(others)[:, shapes.splice_at :]
     return draw_shapes(centres.to(device), shapes, size), centres
 
 

@@ -7,7 +7,7 @@ import torch
 from flperf.config import Config, Dataset, Shapes, UserError
 from flperf.data import Place, open_dataset
 from flperf.data.preprocessing import Preprocessing
-from flperf.data.shapes import DISK_COLOUR, SQUARE_COLOUR, bounce, draw_clips
+from flperf.data.shapes import DISK_COLOUR, SQUARE_COLOUR, bounce, draw_clips, draw_shapes
 
 CPU = torch.device("cpu")
 SHAPES = Shapes(train_clips=10, validation_clips=4, image_size=64, square_size=12, disk_radius=5)
@@ -92,3 +92,10 @@ def test_a_limit_moves_no_clip():
 def test_shapes_beyond_the_canvas_are_refused(keys):
     with pytest.raises(UserError, match="dataset.shapes"):
         open_dataset(Config(dataset=Dataset(kind="bouncing_shapes", shapes=Shapes(**keys))), PREPROCESSING, 0)
+
+
+def test_a_spliced_clip_goes_on_as_another():
+    whole, _ = draw_clips([3], Shapes(), 0, 8, 1, (32, 32), CPU)
+    spliced, centres = draw_clips([3], Shapes(splice_at=5), 0, 8, 1, (32, 32), CPU)
+    assert torch.equal(whole[:, :5], spliced[:, :5]) and not torch.equal(whole[:, 5], spliced[:, 5])
+    torch.testing.assert_close(draw_shapes(centres, Shapes(), (32, 32)), spliced)
