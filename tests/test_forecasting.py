@@ -1,0 +1,148 @@
+"""evaluate, sample and export of a trained head, and its use from Python."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from runs import ROOT, launch
+from safetensors.torch import load_file, save_file
+
+from flperf import forecasting
+from flperf.config import UserError
+from flperf.forecast_files import frames_for, seconds_ahead
+
+CONFIG = """
+inherits: [{root}/configs/demo.yaml]
+experiment: {folder}/experiment
+backbone: {{architecture: {{crop_size: 32, hidden_size: 24, num_hidden_layers: 1}}}}
+dataset: {{n_frames: 8, train: {folder}/demo/train.csv, validation: {folder}/demo/validation.csv, labels: {folder}/demo/labels.csv}}
+model: {{num_context_latents: 2, hidden_dim: 32, depth: 1}}
+trainer: {{batch_size: 4, max_steps: 3, warmup_steps: 1}}
+latents: {{statistics_clips: 8}}
+engine: {{compile: false, precision: fp32}}
+evaluation: {{sampling: {{steps: 2, samples: 3}}, probe_clips: 40}}
+checkpoint: {{keep: 1}}
+tracking: {{log_every: 1}}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run of a tiny flow-matching head on the demo's clips, and its export."""
+    from flperf.data.demo import write_demo
+
+    folder = tmp_path_factory.mktemp("forecasting")
+    write_demo(folder / "demo")
+    (folder / "tiny.yaml").write_text(CONFIG.format(root=ROOT, folder=folder))
+    command = [sys.executable, str(ROOT / "flperf/train.py"), "--config", str(folder / "tiny.yaml")]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    forecasting.export(["--checkpoint", str(folder / "experiment/tiny"), "--out", str(folder / "head.safetensors")])
+    return folder
+
+
+def trained_result(folder) -> dict:
+    lines = (folder / "experiment/tiny/metrics.jsonl").read_text().splitlines()
+    return next(line for line in map(json.loads, lines) if line.get("split") == "val")
+
+
+def evaluated(folder, checkpoint: str, *arguments: str) -> dict:
+    out = folder / "evaluation.jsonl"
+    forecasting.evaluate(["--checkpoint", str(folder / checkpoint), "--out", str(out), *arguments])
+    return json.loads(out.read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize("checkpoint", ["experiment/tiny", "experiment/tiny/checkpoints/step_00000003", "head.safetensors"])
+def test_a_trained_head_is_judged_as_it_was_in_training(folder, checkpoint, capsys):
+    result, before = evaluated(folder, checkpoint), trained_result(folder)
+    for key in ("loss", "forecast_l1", "best_mse", "forecast_frechet", "median_l1", "skill_mse"):
+        assert result[key] == pytest.approx(before[key], rel=1e-6)
+    assert result["horizon"]["ridge_l1"] == pytest.approx(before["horizon"]["ridge_l1"], rel=1e-6)
+    assert result["clips"] == 16 and "median latent" in capsys.readouterr().out
+    assert result["probe"].keys() == {"target", "forecast", "copy_last", "chance"}
+    assert all(0 <= accuracy <= 1 for accuracy in result["probe"].values())
+
+
+def test_two_processes_judge_as_one(folder):
+    out = folder / "two.jsonl"
+    arguments = ["--checkpoint", str(folder / "head.safetensors"), "--out", str(out), "evaluation.batch_size=3", "evaluation.max_clips=7"]
+    finished = launch(2, str(ROOT / "flperf/cli.py"), "evaluate", *arguments)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    two = json.loads(out.read_text())
+    one = evaluated(folder, "head.safetensors", "evaluation.max_clips=7")
+    assert two["clips"] == one["clips"] == 7
+    for key in ("forecast_l1", "copy_last_mse", "ridge_cosine", "forecast_energy", "forecast_frechet"):
+        assert two[key] == pytest.approx(one[key], rel=1e-5)
+    assert two["probe"] == pytest.approx(one["probe"])
+
+
+def test_the_last_weights_differ_from_the_averaged_ones(folder):
+    assert evaluated(folder, "experiment/tiny", "--weights", "last")["loss"] != trained_result(folder)["loss"]
+
+
+def test_samples_are_written_and_reproducible(folder, capsys):
+    arguments = ["--checkpoint", str(folder / "head.safetensors"), "--clips", "3"]
+    forecasting.sample([*arguments, "--out", str(folder / "first")])
+    forecasting.sample([*arguments, "--out", str(folder / "second")])
+    first, second = (load_file(folder / name / "forecasts.safetensors") for name in ("first", "second"))
+    assert first["forecast"].shape == (3, 3, 2, 2, 2, 24) and first["clip"].tolist() == [0, 1, 2]
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    # 24 frames a second, stride 2, 2 frames a latent: a sixth of a second each.
+    torch.testing.assert_close(first["seconds"][0], torch.tensor([1 / 6, 2 / 6]))
+
+
+def test_a_horizon_in_seconds_is_rolled_out(folder):
+    arguments = ["--checkpoint", str(folder / "head.safetensors"), "--clips", "2", "--out"]
+    forecasting.sample([*arguments, str(folder / "long"), "--seconds", "0.8"])
+    forecasting.sample([*arguments, str(folder / "short")])
+    long, short = (load_file(folder / name / "forecasts.safetensors") for name in ("long", "short"))
+    assert long["forecast"].shape[2] == 5 and long["seconds"][0, -1] >= 0.8 > long["seconds"][0, -2]
+    assert torch.equal(long["forecast"][:, :, :2], short["forecast"])
+    assert not torch.equal(long["forecast"][:, :, 2:4], short["forecast"])
+
+
+@pytest.mark.parametrize(("seconds", "rate", "frames"), [(1.0, 24.0, 6), (1.0, 25.0, 7), (0.1, 24.0, 1), (1 / 3, 24.0, 2)])
+def test_frames_reach_the_seconds_asked_for_and_no_further(seconds, rate, frames):
+    assert frames_for(seconds, 2, 2, rate) == frames
+    ahead = seconds_ahead(frames, 2, 2, rate)
+    assert ahead[-1] >= seconds - 1e-9 and (frames == 1 or ahead[-2] < seconds)
+
+
+def test_forecasting_from_python(folder):
+    """The same latents as the whole line gives, from a video in memory."""
+    from flperf.data.clips import Window
+    from flperf.data.pyav import read_clip
+    from flperf.forecaster import load_forecaster
+
+    forecaster = load_forecaster(folder / "head.safetensors")
+    assert forecaster.context_frames == 4
+    path = next(iter((folder / "demo/validation.csv").read_text().split()))
+    video = torch.empty(4, *forecaster.preprocessing.size, 3, dtype=torch.uint8)
+    read_clip(str(folder / "demo" / path), Window(4, 2, "first"), 0.0, forecaster.preprocessing, video)
+    frames = video.repeat_interleave(2, dim=0)[1:]  # frames between those at stride 2 are not looked at
+    latents = forecaster.forecast(frames)
+    assert latents.shape == (3, 2, 2, 2, 24) and latents.dtype == torch.float32
+    assert torch.equal(latents, forecaster.forecast(frames)) and not torch.equal(latents, forecaster.forecast(frames, seed=1))
+    assert forecaster.forecast(frames, frames=5).shape[1] == 5
+    with pytest.raises(ValueError, match="at least 7 frames"):
+        forecaster.forecast(frames[:6])
+
+
+def test_mistakes_are_named(folder, tmp_path):
+    for path, message in [(tmp_path, "neither an exported file nor a run's folder"), (tmp_path / "x", "neither")]:
+        with pytest.raises(UserError, match=message):
+            forecasting.evaluate(["--checkpoint", str(path)])
+    (tmp_path / "broken.safetensors").write_bytes((folder / "head.safetensors").read_bytes()[:1000])
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    for name, message in [("broken", "not a safetensors file"), ("other", "was not written by")]:
+        with pytest.raises(UserError, match=message):
+            forecasting.evaluate(["--checkpoint", str(tmp_path / f"{name}.safetensors")])
+    with pytest.raises(UserError, match="num_context_latents 3|forecasts Layout"):
+        forecasting.evaluate(["--checkpoint", str(folder / "head.safetensors"), "dataset.n_frames=12"])
+    (tmp_path / "other.yaml").write_text(f"inherits: [{folder}/tiny.yaml]\nmodel: {{depth: 2}}\n")
+    with pytest.raises(UserError, match="model.depth: 1 -> 2"):
+        forecasting.evaluate(["--checkpoint", str(folder / "head.safetensors"), "--config", str(tmp_path / "other.yaml")])
+    with pytest.raises(UserError, match="--frames: must be above 0"):
+        forecasting.sample(["--checkpoint", "x", "--out", "y", "--frames", "0"])
