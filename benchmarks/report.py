@@ -1,0 +1,129 @@
+"""What saved benchmark results say over time: a table and a picture for each cohort, and which are slower than they were.
+
+    python -m pytest benchmarks --benchmark-autosave
+    python -m benchmarks.report
+
+Results of different devices don't compare, so runs are grouped by device (the cohort). A regression is slower than the median of the
+last five earlier runs of its cohort both by a percentage and by an absolute floor: a percentage alone flags microseconds of noise,
+a floor alone hides what is small.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+HISTORY = 5
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One saved run: medians in seconds by benchmark."""
+
+    cohort: str
+    time: str
+    commit: str
+    medians: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Regression:
+    benchmark: str
+    before: float  # s, the median of the earlier runs
+    now: float
+
+    def __str__(self) -> str:
+        return f"{self.benchmark}: {self.before * 1e3:.2f} ms -> {self.now * 1e3:.2f} ms ({self.now / self.before - 1:+.0%})"
+
+
+def read_results(folder: Path) -> dict[str, list[Saved]]:
+    """Every JSON file below the folder that pytest-benchmark wrote, by cohort, oldest first. Raises `ValueError` naming a broken one."""
+    cohorts: dict[str, list[Saved]] = {}
+    for path in folder.rglob("*.json"):
+        try:
+            content = json.loads(path.read_text())
+            medians = {entry["fullname"]: entry["stats"]["median"] for entry in content["benchmarks"]}
+            saved = Saved(content["machine_info"]["device"], content["datetime"], content["commit_info"]["id"][:9], medians)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: is not a result of these benchmarks ({type(error).__name__}: {error})") from None
+        cohorts.setdefault(saved.cohort, []).append(saved)
+    return {cohort: sorted(runs, key=lambda run: run.time) for cohort, runs in sorted(cohorts.items())}
+
+
+def earlier_median(runs: list[Saved], benchmark: str) -> float | None:
+    """Of the last runs before the newest that have this benchmark; None where there are none."""
+    medians = [run.medians[benchmark] for run in runs[:-1] if benchmark in run.medians][-HISTORY:]
+    return statistics.median(medians) if medians else None
+
+
+def regressions(runs: list[Saved], percent: float, floor: float) -> list[Regression]:
+    """What the newest run of a cohort does slower than the earlier ones, by more than `percent` and by more than `floor` seconds."""
+    found = []
+    for benchmark, now in runs[-1].medians.items():
+        before = earlier_median(runs, benchmark)
+        if before is not None and now > before * (1 + percent / 100) and now > before + floor:
+            found.append(Regression(benchmark, before, now))
+    return found
+
+
+def table(runs: list[Saved]) -> str:
+    """The newest run beside the earlier ones, as text."""
+    width = max(map(len, runs[-1].medians))
+    lines = [f"{'':{width}}  {'earlier':>12}  {'now':>12}"]
+    for benchmark, now in sorted(runs[-1].medians.items()):
+        before = earlier_median(runs, benchmark)
+        shown = f"{before * 1e3:9.2f} ms" if before is not None else "-"
+        change = f"{now / before - 1:+7.0%}" if before is not None else ""
+        lines.append(f"{benchmark:{width}}  {shown:>12}  {now * 1e3:9.2f} ms {change}")
+    return "\n".join(lines)
+
+
+def draw(cohorts: dict[str, list[Saved]], path: Path) -> None:
+    """Every benchmark's time relative to its first one, over the runs of each cohort; the furthest from 1 are named."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(cohorts), 1, figsize=(10, 4 * len(cohorts)), squeeze=False, constrained_layout=True)
+    for axis, (cohort, runs) in zip(axes[:, 0], cohorts.items(), strict=True):
+        names = sorted({name for run in runs for name in run.medians})
+        curves = {name: [(i, run.medians[name]) for i, run in enumerate(runs) if name in run.medians] for name in names}
+        furthest = sorted(curves, key=lambda name: -abs(curves[name][-1][1] / curves[name][0][1] - 1))[:8]
+        for name, points in curves.items():
+            label = name.removeprefix("benchmarks/") if name in furthest else None
+            style = {"label": label, "linewidth": 1.8} if label else {"color": "lightgrey", "linewidth": 1}
+            axis.plot([i for i, _ in points], [seconds / points[0][1] for _, seconds in points], "o-", markersize=3, **style)
+        axis.set(title=cohort, ylabel="time / first time", xticks=range(len(runs)))
+        axis.set_xticklabels([run.commit for run in runs], rotation=45, fontsize=7)
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=90)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="also draw the history as a PNG")
+    parser.add_argument("--percent", type=float, default=10.0, help="how much slower is a regression (default: 10)")
+    parser.add_argument("--floor-ms", type=float, default=1.0, help="and by how many milliseconds at least (default: 1)")
+    options = parser.parse_args(arguments)
+    cohorts = read_results(options.results)
+    if not cohorts:
+        print(f"{options.results} holds no results; run: python -m pytest benchmarks --benchmark-autosave")
+        return 2
+    slower = []
+    for cohort, runs in cohorts.items():
+        print(f"{cohort}: {len(runs)} runs, the newest {runs[-1].commit} of {runs[-1].time}\n{table(runs)}\n")
+        slower += regressions(runs, options.percent, options.floor_ms / 1e3)
+    if options.picture:
+        draw(cohorts, options.picture)
+        print(f"drawn to {options.picture}")
+    print("\n".join(["regressions:", *map(str, slower)]) if slower else "no regression")
+    return 1 if slower else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

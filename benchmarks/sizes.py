@@ -1,0 +1,71 @@
+"""The sizes that benchmarks run at: the reference's on a GPU, a small one on a CPU; random weights, so that nothing is downloaded."""
+
+import torch
+
+from flperf.config import Config, load_config
+from flperf.data.preprocessing import Preprocessing
+from flperf.encoder import Encoder, build_encoder
+from flperf.engine import compute_dtype
+from flperf.heads import build_head
+from flperf.latents import Layout, latent_layout
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = DEVICE.type == "cuda"
+DTYPE = compute_dtype("auto", DEVICE)
+BATCH = 8 if ON_GPU else 4
+
+HEADS = {"predictor": [], "cross_attention": ["model.head=cross_attention"], "dit": ["model.head=dit", "objective.kind=flow_matching"]}
+BACKBONES = ("vjepa2", "dinov3")
+REFERENCE = {
+    "frames": 64,
+    "vjepa2": {},  # transformers' default is ViT-L at 256
+    "dinov3": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096, "image_size": 224},
+    "model": ["model.hidden_dim=1024", "model.depth=12", "model.num_heads=8", "model.num_context_latents=16"],
+}
+SMALL = {
+    "frames": 16,
+    "vjepa2": {"crop_size": 96, "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3},
+    "dinov3": {"image_size": 96, "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 768},
+    "model": ["model.hidden_dim=256", "model.depth=4", "model.num_heads=4", "model.num_context_latents=4"],
+}
+SIZE = REFERENCE if ON_GPU else SMALL
+DEMO = "configs/demo.yaml"
+
+
+def configuration(head: str = "predictor", backbone: str = "vjepa2", *overrides: str) -> Config:
+    """Drawn clips, the backbone with random weights, a head, all at this device's size."""
+    # The demo's backbone is replaced key by key: what this size does not set must not be the demo's.
+    defaults = {key: "null" for key in ("crop_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+    architecture = [f"backbone.architecture.{key}={value}" for key, value in (defaults | SIZE[backbone]).items()]
+    stride = ["backbone.frame_stride=4" if ON_GPU else "backbone.frame_stride=2"] if backbone == "dinov3" else []
+    common = ["dataset.kind=bouncing_shapes", f"dataset.n_frames={SIZE['frames']}", f"trainer.batch_size={BATCH}"]
+    kind = ["objective.kind=regression", *HEADS[head]]
+    return load_config(DEMO, [*common, f"backbone.kind={backbone}", *architecture, *stride, *SIZE["model"], *kind, *overrides])
+
+
+def encoder_of(config: Config, dtype: torch.dtype, compile: bool) -> Encoder:
+    return build_encoder(config.backbone, Preprocessing.of(config.backbone), dtype=dtype, device=DEVICE, compile=compile)
+
+
+def layout_of(config: Config, encoder: Encoder) -> Layout:
+    return latent_layout(config, *encoder.latent_shape(config.dataset.n_frames))
+
+
+def head_of(config: Config, layout: Layout, dtype: torch.dtype, compile: bool) -> torch.nn.Module:
+    head = build_head(config.model, layout, seed=0, compile=compile).to(DEVICE)
+    for parameter in head.parameters():  # tables (buffers) stay fp32
+        parameter.data = parameter.data.to(dtype)
+    return head
+
+
+def video_of(config: Config, batch: int = BATCH) -> torch.Tensor:
+    height, width = Preprocessing.of(config.backbone).size
+    return torch.randint(0, 256, (batch, config.dataset.n_frames, height, width, 3), dtype=torch.uint8, device=DEVICE)
+
+
+def latents_of(layout: Layout, dtype: torch.dtype, batch: int = BATCH) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random context and target latents."""
+    grid = (layout.height, layout.width, layout.dim)
+    shapes = ((batch, frames, *grid) for frames in (layout.context_frames, layout.target_frames))
+    context, target = (torch.randn(shape, device=DEVICE, dtype=dtype) for shape in shapes)
+    return context, target
