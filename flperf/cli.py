@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from flperf import encode, forecasting, train
+from flperf import doctor, encode, forecasting, train
 from flperf.command import run_command
 
 
@@ -22,6 +22,7 @@ def index(arguments: list[str]) -> None:
 
 
 COMMANDS = {
+    "doctor": (doctor.doctor, "say what this machine has for a run, and what is missing"),
     "train": (train.train, "train a head on one process (use the deepspeed launcher for more)"),
     "index": (index, "probe a dataset's files once: what they are, and which are unusable"),
     "encode": (encode.encode, "write a dataset's latents down, to train from them without an encoder"),

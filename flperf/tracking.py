@@ -5,6 +5,7 @@ shapes the result, and stops with the differences otherwise.
 """
 
 import json
+import netrc
 import os
 import platform
 import shutil
@@ -13,6 +14,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -151,11 +153,22 @@ def progress_text(metrics: dict) -> str:
     return f"loss {metrics['loss']:.4f}, {metrics['clips_per_s']:.1f} clips/s, {slowest} {share:.0%}"
 
 
+def has_wandb_key() -> bool:
+    """Whether `wandb login` or the environment has left a key for the W&B server in use."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc().authenticators(server) is not None
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return False
+
+
 def start_wandb(config: Config, folder: RunFolder):
     """A W&B run: online where a key is set, else offline in the run's folder (upload it later with `wandb sync`)."""
     import wandb
 
-    online = config.tracking.wandb == "auto" and bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+    online = config.tracking.wandb == "auto" and has_wandb_key()
     return wandb.init(
         project=config.tracking.project,
         name=config.name,
