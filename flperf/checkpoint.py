@@ -1,70 +1,194 @@
-"""Save and resume a run: DeepSpeed's own files, with `latest` moved only when all of them are complete.
+"""Save and resume a run, cheaply and at any number of processes and ZeRO stage.
 
-A checkpoint is written into its own folder `step_XXXXXXXX`; `latest` names the newest complete one and is replaced in one atomic
-rename. A kill at any moment therefore leaves `latest` on a checkpoint that loads; a folder it does not name yet is written anew.
+Training is held up only while the state is copied to host memory; a thread writes that copy, one write at a time. The threads of
+all processes agree over a gloo group of their own, beside whatever training communicates, so `latest` moves only when every file is on
+disk, and a failed write is an error everywhere. Every process reads only what it holds.
 """
 
-import os
-import re
-import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from shutil import rmtree
+from typing import TypeVar
 
 import deepspeed
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from flperf.config import UserError
+from flperf import checkpoint_files as files
+from flperf.config import UserError, differences
+from flperf.engine_state import (
+    allocate_states,
+    held_fragments,
+    optimizer_step,
+    parameter_shapes,
+    state_tensors,
+    use_masters,
+    written_fragments,
+)
 
-
-def save_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, keep: int) -> Path:
-    """Write head, optimizer (with EMA) and step of all processes, then move `latest`, then drop all but the `keep` newest."""
-    tag = f"step_{step:08d}"
-    if dist.get_rank() == 0:
-        shutil.rmtree(folder / tag, ignore_errors=True)  # what a killed process left of this very step
-    dist.barrier()
-    engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False)
-    _sync_files(folder / tag)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        _write_atomically(folder / "latest", tag)
-        for old in complete_checkpoints(folder)[:-keep]:
-            shutil.rmtree(folder / old)
-    return folder / tag
+T = TypeVar("T")
 
 
-def resume(engine: deepspeed.DeepSpeedEngine, folder: Path) -> int:
-    """Load the checkpoint that `latest` names; returns its step, 0 if there is none. Raises `UserError` if it can't be loaded."""
-    latest = folder / "latest"
-    if not latest.exists():
+class Checkpoints:
+    """The checkpoints of one run. All methods but `check` are called by all processes alike.
+
+    A write that failed in the background raises its `UserError`, which names the file, in the next call; the checkpoints before it
+    stay, and so does `latest`.
+    """
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, folder: Path, keep: int):
+        self.engine, self.folder, self.keep = engine, folder, keep
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.group = dist.new_group(backend="gloo")
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self.writing: Future | None = None
+        self.newest: int | None = None  # the step last read or handed to the thread
+        self.host = torch.empty(0)  # the copy that is written; kept, because fresh memory costs as much as the copy
+
+    def resume(self) -> int:
+        """Load the newest undamaged checkpoint and return its step, 0 if the run has none. Raises `UserError` if all are damaged."""
+        problems = []
+        for path in self._together(lambda: files.candidates(self.folder))[0]:
+            found = [problem for problem in self._together(lambda path=path: self._problem(path)) if problem]
+            if not found:
+                self._load(path, files.read_index(path))
+                return self.newest
+            problems.append(found[0])
+            if self.rank == 0:
+                print(f"{found[0]}: leaving {path.name} for the checkpoint before it", flush=True)
+        if problems:
+            raise UserError(f"no undamaged checkpoint is left ({'; '.join(problems)}): restore one, or start anew with --overwrite")
         return 0
-    tag = latest.read_text().strip()
-    try:
-        path, client_state = engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
-    except Exception as error:  # DeepSpeed and pickle raise anything here; what matters is which checkpoint it was
-        raise UserError(f"{folder / tag}: cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0]}") from error
-    if path is None:
-        raise UserError(f"{folder / tag}: named by {latest}, but there is no checkpoint")
-    return client_state["step"]
+
+    def save(self, step: int) -> None:
+        """Copy the state after `step` updates to the host and write it beside training. Waits for the write before."""
+        self.wait()
+        if step == self.newest:
+            return
+        header, states = self._copy_to_host()
+        index = files.Index(
+            step=step,
+            skipped_updates=self.engine.skipped_steps,
+            optimizer_step=optimizer_step(self.engine),
+            zero_stage=self.engine.zero_optimization_stage(),
+            world_size=self.world_size,
+            states=states,
+            parameters=parameter_shapes(self.engine),
+        )
+        self.newest = step
+        self.writing = self.thread.submit(self._write, index, header)
+
+    def check(self) -> None:
+        """Raise the error of a write that failed; never waits."""
+        if self.writing is not None and self.writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the write in flight, if there is one."""
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """Wait for the write in flight and give back the thread and the group."""
+        self.wait()
+        self.thread.shutdown()
+        dist.destroy_process_group(self.group)
+
+    def _copy_to_host(self) -> tuple[bytes, list[str]]:
+        """Fill `host` with what this process writes, in the order of the file; returns the file's header and the names of the states."""
+        fragments = written_fragments(self.engine, self.rank, self.world_size)
+        tensors = {
+            f"{state}/{name}": tensor
+            for name, fragment in fragments.items()
+            for state, tensor in state_tensors(self.engine, fragment).items()
+        }
+        lengths = {key: tensor.numel() for key, tensor in tensors.items()}
+        if sum(lengths.values()) != self.host.numel():
+            self.host = torch.empty(sum(lengths.values()), pin_memory=self.engine.device.type == "cuda")
+        for place, tensor in zip(self.host.split(list(lengths.values())), tensors.values(), strict=True):
+            place.copy_(tensor, non_blocking=True)
+        if self.engine.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        header = files.shard_header({name: fragment.start for name, fragment in fragments.items()}, lengths)
+        return header, list(dict.fromkeys(key.partition("/")[0] for key in tensors))
+
+    def _write(self, index: files.Index, header: bytes) -> None:
+        """In the thread: write `host`, and on the main process complete the checkpoint."""
+        unfinished = files.unfinished_folder(self.folder, index.step)
+        shard = unfinished / f"rank_{self.rank:05d}.safetensors"
+        try:
+            self._on_main(unfinished, lambda: files.begin(unfinished))
+            entries = self._together(lambda: (shard.name, self._named(shard, lambda: files.write_shard(shard, header, self.host))))
+            self._on_main(unfinished / files.INDEX, lambda: files.commit(unfinished, replace(index, files=dict(entries)), self.keep))
+        except Exception:
+            if self.rank == 0:
+                rmtree(unfinished, ignore_errors=True)  # a full disk is full for the logs too
+            raise
+
+    def _named(self, path: Path, work: Callable[[], T]) -> T:
+        try:
+            return work()
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or path}: the checkpoint cannot be written: {error.strerror}; "
+                "mend that and start again: the run goes on from the checkpoint before"
+            ) from error
+
+    def _on_main(self, path: Path, work: Callable[[], None]) -> None:
+        self._together(lambda: self._named(path, work) if self.rank == 0 else None)
+
+    def _together(self, work: Callable[[], T]) -> list[T]:
+        """Do `work` on every process; returns the results of all, or raises on all if it raised on one."""
+        result, failure = None, None
+        try:
+            result = work()
+        except Exception as error:  # whatever it is: the others wait to hear of it
+            failure = error
+        everyone: list = [None] * self.world_size
+        dist.all_gather_object(everyone, (result, None if failure is None else str(failure)), group=self.group)
+        if failure is not None:
+            raise failure
+        for _, text in everyone:
+            if text is not None:
+                raise UserError(text)
+        return [result for result, _ in everyone]
+
+    def _problem(self, path: Path) -> str | None:
+        """What is wrong with this process's share of a checkpoint's files."""
+        try:
+            files.check(path, self.rank, self.world_size)
+        except files.Damaged as damage:
+            return str(damage)
+        return None
+
+    def _load(self, path: Path, index: files.Index) -> None:
+        engine = self.engine
+        changed = differences(index.parameters, parameter_shapes(engine))
+        if changed:
+            raise UserError(f"{path}: holds another head ({changed[0]}); set name=... for a new run")
+        fragments = held_fragments(engine)
+        allocate_states(engine, fragments, index.states, index.optimizer_step)
+        targets = {name: state_tensors(engine, fragment) for name, fragment in fragments.items()}
+        filled = 0
+        for name, start, slices in files.stored_fragments(path, index):
+            if name in fragments:
+                filled += sum(copy_overlap(slices[state], start, targets[name][state], fragments[name].start) for state in index.states)
+        if filled != len(index.states) * sum(fragment.numel for fragment in fragments.values()):
+            raise UserError(f"{path}: does not hold every element of the head")
+        use_masters(engine)
+        engine.global_steps, engine.skipped_steps = index.step, index.skipped_updates
+        engine.global_samples = index.step * engine.train_batch_size()
+        self.newest = index.step
 
 
-def complete_checkpoints(folder: Path) -> list[str]:
-    """Tags up to the one `latest` names, oldest first; a later folder was never completed."""
-    latest = (folder / "latest").read_text().strip()
-    tags = sorted(path.name for path in folder.iterdir() if re.fullmatch(r"step_\d+", path.name))
-    return [tag for tag in tags if tag <= latest]
-
-
-def _sync_files(folder: Path) -> None:
-    """Put this host's files on disk before `latest` may name them."""
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".new")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def copy_overlap(source, source_start: int, target: Tensor, target_start: int) -> int:
+    """Copy those elements of a stored slice that `target` holds too; returns how many. Both begin somewhere in one parameter."""
+    first = max(source_start, target_start)
+    last = min(source_start + source.get_shape()[0], target_start + len(target))
+    if last > first:
+        target[first - target_start : last - target_start] = source[first - source_start : last - source_start]
+    return max(0, last - first)

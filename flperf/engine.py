@@ -65,15 +65,21 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def place_among(trainer: Trainer, process: Process) -> Place:
-    """How the clips of one update are shared out: batch_size = micro_batch_size * accumulation_steps * processes."""
-    world_size = process.world_size
-    micro = trainer.micro_batch_size or trainer.batch_size // world_size
-    if micro < 1 or trainer.batch_size % (micro * world_size):
+    """How the clips of one update are shared out: batch_size = micro_batch_size * accumulation_steps * processes.
+
+    The batch is what is learnt from, so it stays whatever the number of processes; the micro-batch gives way.
+    """
+    share, rest = divmod(trainer.batch_size, process.world_size)
+    if rest or not share:
         raise UserError(
-            f"trainer.batch_size: {trainer.batch_size} clips are not a multiple of {world_size} processes x "
-            f"trainer.micro_batch_size {max(micro, 1)}"
+            f"trainer.batch_size: {trainer.batch_size} clips cannot be shared out evenly among {process.world_size} processes; "
+            "start a number of processes that divides it"
         )
-    return Place(process.rank, world_size, micro, trainer.batch_size)
+    wanted = trainer.micro_batch_size or share
+    micro = max(size for size in range(1, min(wanted, share) + 1) if share % size == 0)
+    if micro != wanted and process.is_main:
+        print(f"trainer.micro_batch_size: {wanted} does not divide the {share} clips of a process: {micro} x {share // micro} instead")
+    return Place(process.rank, process.world_size, micro, trainer.batch_size)
 
 
 class AdamWWithEMA(torch.optim.AdamW):
@@ -189,11 +195,11 @@ def head_weights(engine: deepspeed.DeepSpeedEngine, *, average: bool) -> dict[st
         # DeepSpeed 0.19 links optimizer states to parameters once, after the first group's first step, when the others have none.
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
-    masters = _unsharded_masters(engine)
+    masters = unsharded_masters(engine)
     return {name: _full_weight(engine, parameter, masters, average) for name, parameter in engine.module.named_parameters()}
 
 
-def _unsharded_masters(engine: deepspeed.DeepSpeedEngine) -> dict[nn.Parameter, Tensor]:
+def unsharded_masters(engine: deepspeed.DeepSpeedEngine) -> dict[nn.Parameter, Tensor]:
     """ZeRO 0: what the optimizer updates for each parameter of the head: the parameter itself in fp32, a master copy in bf16."""
     if engine.zero_optimization_stage() > 0:
         return {}

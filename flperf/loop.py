@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flperf.baselines import LatentSample, load_statistics, save_statistics
-from flperf.checkpoint import resume, save_checkpoint
+from flperf.checkpoint import Checkpoints
 from flperf.config import UserError, parse_interval
 from flperf.data.clips import ClipBatch
 from flperf.engine import head_weights, load_weights, set_schedule
@@ -88,7 +88,8 @@ class Window:
 
 def train(run: Run, folder: RunFolder) -> None:
     """Train from the folder's last checkpoint, or from the start, to the end of the budget."""
-    first_step = resume(run.engine, folder.checkpoints)
+    checkpoints = Checkpoints(run.engine, folder.checkpoints, run.config.checkpoint.keep)
+    first_step = checkpoints.resume()
     schedule = Schedule(run, first_step)
     tracker = Tracker(run.config, folder, run.process.is_main, first_step, schedule.total_steps)
     tracker.say(f"resumed at step {first_step}" if first_step else f"training {schedule.total_steps} steps; the first compiles")
@@ -97,7 +98,8 @@ def train(run: Run, folder: RunFolder) -> None:
     try:
         if run.dataset.validation_size and run.config.evaluation.eval_first and first_step == 0:
             validate(run, tracker, 0, 0)
-        train_steps(run, schedule, batches, tracker, folder)
+        train_steps(run, schedule, batches, tracker, checkpoints)
+        checkpoints.close()
     finally:
         batches.close()
         tracker.close()
@@ -108,7 +110,7 @@ def train(run: Run, folder: RunFolder) -> None:
         print("  checkpoints/            resumed by the same command")
 
 
-def train_steps(run: Run, schedule: Schedule, batches: Iterator[ClipBatch], tracker: Tracker, folder: RunFolder) -> None:
+def train_steps(run: Run, schedule: Schedule, batches: Iterator[ClipBatch], tracker: Tracker, checkpoints: Checkpoints) -> None:
     config, engine, window = run.config, run.engine, Window(run)
     in_a_row = 0
     for step in schedule.steps:
@@ -130,7 +132,8 @@ def train_steps(run: Run, schedule: Schedule, batches: Iterator[ClipBatch], trac
         if run.dataset.validation_size and schedule.due(config.evaluation.eval_every, done):
             validate(run, tracker, done, schedule.epoch(done))
         if schedule.due(config.checkpoint.save_every, done):
-            save_checkpoint(engine, folder.checkpoints, done, config.checkpoint.keep)
+            checkpoints.save(done)
+        checkpoints.check()
         window.started += time.perf_counter() - paused  # throughput is that of training alone
 
 

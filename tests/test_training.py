@@ -213,7 +213,6 @@ def test_a_diverging_run_ends_with_one_clear_line(tiny):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["trainer.batch_size=3", "trainer.micro_batch_size=2"], "trainer.batch_size"),
         (["dataset.kind=kinetics_400", "dataset.train=nowhere.csv"], "dataset.train"),
         (["dataset.kind=kinetics_400_cached", "dataset.train=nowhere.csv"], "dataset.train"),
         (["backbone.weights=/no/such/folder"], "backbone"),
