@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flperf.baselines import Baselines, load_statistics, split_statistics
-from flperf.checkpoint import latest_checkpoint, read_weights
+from flperf.checkpoint_files import latest_checkpoint, read_weights
 from flperf.config import Config, UserError, parse_config
 from flperf.data.preprocessing import Preprocessing
 from flperf.encoder import build_encoder

@@ -4,7 +4,6 @@ It is trained on the true target latents of training clips, averaged over frames
 and of their forecasts. Accuracy on the true ones is the upper bound; on the copied last context latent, what needs no forecast.
 """
 
-import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -35,5 +34,5 @@ def probe_accuracies(training: tuple[Tensor, Tensor], validation: tuple[Tensor, 
     return accuracies | {"chance": (true_labels == labels.mode().values).double().mean().item()}
 
 
-def has_classes(labels: Tensor) -> bool:
-    return len(torch.unique(labels)) > 1
+def has_classes(labels: list[int]) -> bool:
+    return len(set(labels)) > 1
