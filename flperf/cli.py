@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from flperf import doctor, encode, forecasting, train
+from flperf import doctor, encode, forecasting, import_config, train
 from flperf.command import run_command
 
 
@@ -29,6 +29,7 @@ COMMANDS = {
     "evaluate": (forecasting.evaluate, "judge a trained head beside the trivial forecasts"),
     "sample": (forecasting.sample, "write a trained head's forecasts of validation clips"),
     "export": (forecasting.export, "write a trained head as one safetensors file"),
+    "import-config": (import_config.import_config, "turn a FutureLatents configuration into one of ours"),
 }
 
 

@@ -6,7 +6,7 @@ replace). Every layer is merged into the typed tree by itself, so that a bad key
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -194,7 +194,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     and the key.
     """
     path = Path(path)
-    return _resolve(_layers(path, ()), overrides, str(path), path.stem)
+    return _resolve(layers(path), overrides, str(path), path.stem)
 
 
 def parse_config(text: str, source: str, overrides: list[str] = ()) -> Config:
@@ -246,7 +246,7 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     return lines
 
 
-def _layers(path: Path, open_files: tuple[Path, ...]):
+def layers(path: Path, open_files: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict]]:
     """Yield (file, mapping) from the most distant ancestor to the file itself."""
     resolved = path.resolve()
     if resolved in open_files:
@@ -257,7 +257,7 @@ def _layers(path: Path, open_files: tuple[Path, ...]):
     if isinstance(parents, str) or not all(isinstance(parent, str) for parent in parents or []):
         raise UserError(f"{path}: inherits: must be a list of paths")
     for parent in parents or []:
-        yield from _layers(path.parent / parent, (*open_files, resolved))
+        yield from layers(path.parent / parent, (*open_files, resolved))
     yield path, mapping
 
 

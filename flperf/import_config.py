@@ -1,0 +1,195 @@
+"""`flperf import-config OLD.yaml`: a FutureLatents file as one of ours, and what could not be carried over.
+
+Old files differ in nesting and in case from version to version (`TRAINER.N_FRAMES`, `trainer.training.loss`, `model.predictor.dit.depth`),
+but a key's own name always meant the same. So sections are looked through, keys are found by name, and every key is either translated
+or reported: none is dropped silently.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from flperf.config import Config, UserError, layers, parse_config
+
+HEADS = {
+    "deterministic": ("predictor", "regression"),
+    "deterministic_cross_attention": ("cross_attention", "regression"),
+    "flow_matching": ("dit", "flow_matching"),
+}
+DATASETS = {
+    "kinetics_400": "kinetics_400",
+    "kinetics_400_cached": "kinetics_400_cached",
+    "synthetic_bouncing_shapes": "bouncing_shapes",
+    "synthetic_bouncing_shapes_video": "bouncing_shapes",
+    "synthetic_bouncing_shapes_images": "bouncing_shapes",
+    "syntheticbouncingshapes": "bouncing_shapes",
+    "bouncing_shapes": "bouncing_shapes",
+}
+PRECISIONS = {"no": "fp32", "fp16": "bf16", "bf16": "bf16"}
+Changes = dict[str, Any]
+
+
+def epochs(value: Any) -> str:
+    return f"{value} epochs"
+
+
+# Old key to ours, and how its value is turned into ours.
+SAME = lambda value: value  # noqa: E731
+TRANSLATED: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "backbone_type": ("backbone.kind", SAME),
+    "hf_repo": ("backbone.weights", SAME),
+    "frame_stride": ("backbone.frame_stride", SAME),
+    "n_frame": ("dataset.n_frames", SAME),
+    "n_frames": ("dataset.n_frames", SAME),
+    "stride": ("dataset.stride", SAME),
+    "labels_txt": ("dataset.labels", SAME),
+    "path_col": ("dataset.out_path_column", SAME),
+    "square_size": ("dataset.shapes.square_size", SAME),
+    "square_init": ("dataset.shapes.square_init", SAME),
+    "square_vel": ("dataset.shapes.square_vel", SAME),
+    "disk_radius": ("dataset.shapes.disk_radius", SAME),
+    "size": ("dataset.shapes.image_size", SAME),
+    "num_workers": ("dataset.threads", SAME),
+    "embedding_norm": ("latents.embedding_norm", lambda value: value or "none"),
+    "normalize_embeddings": ("latents.embedding_norm", lambda value: "l2" if value else "none"),
+    "num_context_latents": ("model.num_context_latents", SAME),
+    "num_target_latents": ("model.num_target_latents", SAME),
+    "hidden_dim": ("model.hidden_dim", SAME),
+    "depth": ("model.depth", SAME),
+    "num_heads": ("model.num_heads", SAME),
+    "mlp_ratio": ("model.mlp_ratio", SAME),
+    "gradient_checkpointing": ("model.activation_checkpointing", SAME),
+    "loss": ("objective.loss", SAME),
+    "learning_rate": ("trainer.learning_rate", float),
+    "weight_decay": ("trainer.weight_decay", float),
+    "max_grad_norm": ("trainer.max_grad_norm", SAME),
+    "epochs": ("trainer.max_epochs", SAME),
+    "mixed_precision": ("engine.precision", lambda value: PRECISIONS[str(value).lower()]),
+    "eval_every": ("evaluation.eval_every", epochs),
+    "eval_first": ("evaluation.eval_first", SAME),
+    "save_every": ("checkpoint.save_every", epochs),
+    "wandb": ("tracking.wandb", lambda value: "auto" if value else "off"),
+    "seed": ("seed", SAME),
+}
+# Old keys that have no counterpart, and why none is needed.
+DROPPED = {
+    "name": "which dataset it is stands in dataset.kind",
+    "model_name": "backbone.weights names the model",
+    "patch_size": "read from the backbone's weights",
+    "input_dim": "the latents' width comes from the backbone",
+    "num_train_timesteps": "tau is continuous",
+    "find_unused_parameters": "every parameter of a head is used",
+    "overfit_single_video": "point dataset.train to a CSV of one row",
+    "overfit_video_path": "point dataset.train to a CSV of one row",
+    "checkpoint_dir": "checkpoints lie in the run's folder",
+    "device": "the launcher chooses it",
+}
+NOTES = (
+    "the context is encoded by itself; FutureLatents encodes the whole clip at once, which leaks: backbone.encode=joint does the same",
+    "output layers start at zero; learning rate, betas and warm-up are the file's, constant as there: see trainer.* for better ones",
+)
+
+
+def translate(old: dict, processes: int) -> tuple[Changes, list[str]]:
+    """Our keys (dotted) with values, and a line for everything that changed or went. Raises `UserError` for what can't be had."""
+    ours: Changes = {"trainer.warmup_steps": 0, "trainer.schedule": "constant", "trainer.ema_decay": None, "trainer.betas": [0.9, 0.999]}
+    said, per_device, accumulation = [], 1, 1
+    for path, value in leaves(old):
+        key, section = path[-1], path[:-1]
+        match key:
+            case "type" if section[-1:] == ("model",):
+                ours["model.head"], ours["objective.kind"] = known(HEADS, value, path)
+            case "batch_size_per_gpu" if "evaluation" in section:
+                ours["evaluation.batch_size"] = value
+            case "batch_size_per_gpu":
+                per_device = value
+            case "gradient_accumulation_steps":
+                accumulation = value
+            case "csv" | "metadata":
+                split = "validation" if {"val", "validation"} & set(section) else "train"
+                ours[f"dataset.{split}"] = value
+            case "image_size":
+                ours["backbone.processor"] = {"size": value, "crop_size": value}
+            case "max_grad_value" if value is not None:
+                raise UserError(f"{'.'.join(path)}: gradients are clipped by their norm; set max_grad_norm and remove this key")
+            case "encoder_trainable" if value:
+                raise UserError(f"{'.'.join(path)}: the encoder is always frozen")
+            case "max_grad_value" | "encoder_trainable":
+                pass
+            case _ if key in TRANSLATED:
+                target, turned = TRANSLATED[key]
+                if value is not None or key == "embedding_norm":
+                    ours[target] = turned(value)
+                    if target.split(".")[-1] != key:
+                        said.append(f"{'.'.join(path)}: is {target} here")
+            case _ if key in DROPPED:
+                said.append(f"{'.'.join(path)}: left out, {DROPPED[key]}")
+            case _:
+                raise UserError(
+                    f"{'.'.join(path)}: is not a key of FutureLatents that flperf knows; remove it, or say what it should become"
+                )
+        kinds = [DATASETS[part] for part in path if part in DATASETS]
+        if kinds:
+            ours["dataset.kind"] = kinds[0]
+    ours |= {"trainer.micro_batch_size": per_device, "trainer.batch_size": per_device * accumulation * processes}
+    said.append(f"trainer.batch_size: {per_device} a device x {accumulation} accumulated x {processes} processes")
+    return ours, [*said, *NOTES]
+
+
+def known(table: dict, value: Any, path: tuple[str, ...]) -> Any:
+    if value not in table:
+        raise UserError(f"{'.'.join(path)}: {value!r} is none of {', '.join(table)}")
+    return table[value]
+
+
+def leaves(tree: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path, value) of every value that is not itself a mapping; keys in lower case."""
+    for key, value in tree.items():
+        here = (*path, str(key).lower())
+        if isinstance(value, dict):
+            yield from leaves(value, here)
+        else:
+            yield here, value
+
+
+def read_old(path: Path) -> dict:
+    """The file with all it inherits, interpolations resolved; keys may be in either case."""
+    merged = OmegaConf.create({})
+    for _, layer in layers(path):
+        merged = OmegaConf.merge(merged, OmegaConf.create(lowered(layer)))
+    try:
+        return OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+
+
+def lowered(value: Any) -> Any:
+    """Keys, and the names inside interpolations, in lower case."""
+    if isinstance(value, dict):
+        return {str(key).lower(): lowered(item) for key, item in value.items()}
+    return value.lower() if isinstance(value, str) and value.startswith("${") else value
+
+
+def import_config(arguments: list[str]) -> None:
+    """Turn a FutureLatents configuration into one of ours, and say what changed."""
+    parser = argparse.ArgumentParser(prog="flperf import-config", description=import_config.__doc__)
+    parser.add_argument("old", metavar="OLD.yaml")
+    parser.add_argument("--out", metavar="FILE", help="the new file (default: OLD.flperf.yaml beside it)")
+    parser.add_argument("--processes", type=int, default=1, help="how many devices the old file was run on (default: 1)")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    options = parser.parse_args(arguments)
+    old = Path(options.old)
+    out = Path(options.out) if options.out else old.with_suffix(".flperf.yaml")
+    ours, said = translate(read_old(old), options.processes)
+    tree: Config | dict = OmegaConf.create({})
+    for key, value in ours.items():
+        OmegaConf.update(tree, key, value, force_add=True)
+    text = yaml.safe_dump(OmegaConf.to_container(tree), sort_keys=False)
+    parse_config(text, str(out), ["name=imported"])  # what is written must load
+    out.write_text(f"# From {old.name} of FutureLatents by `flperf import-config`.\n" + "".join(f"# {line}\n" for line in said) + text)
+    print("\n".join([f"{out}: written", *(f"  {line}" for line in said)]))
