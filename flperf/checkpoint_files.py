@@ -134,7 +134,7 @@ def _check_file(path: Path, bytes: int, checksum: int) -> None:
 
 def begin(unfinished: Path) -> None:
     """Make the folder to write into, in place of what interrupted writes left."""
-    for left in unfinished.parent.glob("step_*.unfinished"):
+    for left in unfinished.parent.glob("step_*.*"):
         shutil.rmtree(left)
     unfinished.mkdir(parents=True)
 
@@ -145,13 +145,20 @@ def commit(unfinished: Path, index: Index, keep: int) -> None:
     _write_durably(unfinished / INDEX, index_text(index))
     _sync(unfinished)
     if final.exists():  # a damaged one, from which the run went back
-        shutil.rmtree(final)
+        _remove(final)
     os.rename(unfinished, final)
     _write_durably(folder / f"{LATEST}.unfinished", final.name)
     os.replace(folder / f"{LATEST}.unfinished", folder / LATEST)
     _sync(folder)
     for old in candidates(folder)[keep:]:
-        shutil.rmtree(old)
+        _remove(old)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Under another name first: a kill must not leave half a folder that looks like a checkpoint."""
+    dropped = checkpoint.with_suffix(".dropped")
+    os.rename(checkpoint, dropped)
+    shutil.rmtree(dropped)
 
 
 def candidates(folder: Path) -> list[Path]:

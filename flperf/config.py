@@ -323,6 +323,7 @@ def _check_values(config: Config, source: str) -> None:
         "model.num_context_latents": config.model.num_context_latents,
         "model.depth": config.model.depth,
         "trainer.batch_size": config.trainer.batch_size,
+        "trainer.micro_batch_size": 1 if config.trainer.micro_batch_size is None else config.trainer.micro_batch_size,
         "checkpoint.keep": config.checkpoint.keep,
         "tracking.log_every": config.tracking.log_every,
         "latents.statistics_clips": config.latents.statistics_clips,
