@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flperf.checkpoint import Checkpoints
-from flperf.checkpoint_files import candidates, check, read_index, read_weights, stored_fragments
+from flperf.checkpoint_files import Damaged, candidates, check, read_index, read_weights, stored_fragments
 from flperf.config import UserError, load_config
 from flperf.engine import build_engine, head_weights, place_among, set_schedule, start_process, unsharded_masters
 from flperf.engine_state import held_fragments, state_tensors
@@ -196,7 +196,7 @@ def save_until_killed(process, folder: str, ready: int, report: str) -> None:
 
 def kill_writers(folder: Path, rounds: int) -> dict:
     """Kill both processes of a world at a random moment of its writes, again and again; what did each find?"""
-    moments, found, unfinished = random.Random(0), [], 0
+    moments, found, unfinished, damaged = random.Random(0), [], 0, []
     for number in range(rounds):
         here, there = os.pipe()
         report = folder.with_name(f"report_{number}.json")
@@ -213,8 +213,11 @@ def kill_writers(folder: Path, rounds: int) -> dict:
         found.append(json.loads(report.read_text()))
         unfinished += any(folder.glob("*.unfinished"))
         for checkpoint in candidates(folder):
-            check(checkpoint)
-    return {"found": found, "unfinished": unfinished}
+            try:
+                check(checkpoint)
+            except Damaged as damage:
+                damaged.append(str(damage))
+    return {"found": found, "unfinished": unfinished, "damaged": damaged}
 
 
 def write_filled(process, folder: str, steps: list[int]) -> None:
