@@ -143,6 +143,7 @@ class Engine:
     zero_stage: int = 1
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device computes it natively
     compile: bool = True
+    timeout: float = 600  # seconds a collective may take (cold compilation, first decode); a process silent for a tenth of it is lost
 
 
 @dataclass
@@ -326,6 +327,7 @@ def _check_values(config: Config, source: str) -> None:
         "trainer.micro_batch_size": 1 if config.trainer.micro_batch_size is None else config.trainer.micro_batch_size,
         "checkpoint.keep": config.checkpoint.keep,
         "tracking.log_every": config.tracking.log_every,
+        "engine.timeout": config.engine.timeout,
         "latents.statistics_clips": config.latents.statistics_clips,
         "evaluation.sampling.steps": config.evaluation.sampling.steps,
         "evaluation.sampling.samples": config.evaluation.sampling.samples,

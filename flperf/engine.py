@@ -8,6 +8,7 @@ of the step (so nothing about a schedule is stored); blocks are compiled before 
 import math
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import deepspeed
 import torch
@@ -34,8 +35,9 @@ class Process:
         return self.rank == 0
 
 
-def start_process() -> Process:
-    """Join the process group that the launcher (deepspeed, torchrun, srun) describes in the environment, or be alone."""
+def start_process(timeout: float = Engine.timeout) -> Process:
+    """Join the process group that the launcher (deepspeed, torchrun, srun) describes in the environment, or be alone; collectives fail
+    after `timeout` seconds."""
     for name, alone in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, alone)
     os.environ.setdefault("MASTER_PORT", "29500" if int(os.environ["WORLD_SIZE"]) > 1 else "0")
@@ -52,7 +54,8 @@ def start_process() -> Process:
     # On a CPU DeepSpeed would first compile, for a minute or more, a shared-memory all-reduce that only its inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout))
     return Process(dist.get_rank(), local_rank, dist.get_world_size(), device)
 
 

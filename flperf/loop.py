@@ -14,12 +14,14 @@ from tqdm import tqdm
 
 from flperf.baselines import LatentSample, load_statistics, save_statistics
 from flperf.checkpoint import Checkpoints
+from flperf.compile_cache import compile_cache_state
 from flperf.config import UserError, parse_interval
 from flperf.data.clips import ClipBatch
 from flperf.engine import head_weights, load_weights, set_schedule
 from flperf.evaluation import evaluate_run, summary
+from flperf.interruption import Interrupted, StopVote
 from flperf.run import Run, flops_per_clip
-from flperf.throughput import StageTimer, memory_gb, peak_flops
+from flperf.throughput import StageTimer, memory_gb, peak_flops, process_seconds
 from flperf.tracking import RunFolder, Tracker
 
 
@@ -111,7 +113,7 @@ def train(run: Run, folder: RunFolder) -> None:
 
 
 def train_steps(run: Run, schedule: Schedule, batches: Iterator[ClipBatch], tracker: Tracker, checkpoints: Checkpoints) -> None:
-    config, engine, window = run.config, run.engine, Window(run)
+    config, engine, window, vote = run.config, run.engine, Window(run), StopVote(run.process.device)
     in_a_row = 0
     for step in schedule.steps:
         rate = set_schedule(engine, step, config.trainer, schedule.total_steps)
@@ -126,15 +128,29 @@ def train_steps(run: Run, schedule: Schedule, batches: Iterator[ClipBatch], trac
         window.steps += 1
         done = step + 1
         tracker.step()
-        if done % config.tracking.log_every == 0 or done == schedule.steps.stop or done == schedule.steps.start + 1:
+        interrupted = vote.passed()
+        if done % config.tracking.log_every == 0 or done in (schedule.steps.start + 1, schedule.steps.stop) or interrupted:
             tracker.log(window.read(done, schedule.epoch(done), rate))
+        if done == schedule.steps.start + 1:
+            say_first_step(tracker)
         paused = time.perf_counter()
         if run.dataset.validation_size and schedule.due(config.evaluation.eval_every, done):
             validate(run, tracker, done, schedule.epoch(done))
-        if schedule.due(config.checkpoint.save_every, done):
+        if schedule.due(config.checkpoint.save_every, done) or interrupted:
             checkpoints.save(done)
         checkpoints.check()
+        if interrupted:
+            checkpoints.wait()
+            tracker.say(f"stopped by a signal and saved at step {done}; the same command goes on from there")
+            raise Interrupted
         window.started += time.perf_counter() - paused  # throughput is that of training alone
+
+
+def say_first_step(tracker: Tracker) -> None:
+    """How long the start took, from the start of this process to the end of its first step, which was just waited for."""
+    seconds, state = process_seconds(), compile_cache_state()
+    tracker.say(f"first step after {seconds:.1f} s (compile cache: {state})")
+    tracker.describe(first_step_s=round(seconds, 2), compile_cache=state)
 
 
 def train_step(run: Run, batches: Iterator[ClipBatch], window: Window) -> Tensor:

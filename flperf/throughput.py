@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from contextlib import contextmanager
 
+import psutil
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -95,6 +96,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
             a @ b
         best = min(best, timer.read(1)["product_ms"])
     return 2 * size**3 / (best * 1e-3)
+
+
+def process_seconds() -> float:
+    """Seconds since this process was started, imports included."""
+    return time.time() - psutil.Process().create_time()
 
 
 def memory_gb(device: torch.device) -> float:

@@ -72,8 +72,14 @@ class RunFolder:
                 self.path.rename(self.path.with_name(f"{self.path.name}.replaced-{count}"))
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             (self.path / "config.yaml").write_text(dump_config(config))
-            (self.path / "run.json").write_text(json.dumps(describe_run(process), indent=2) + "\n")
+            self.describe(**describe_run(process))
         dist.barrier()
+
+    def describe(self, **facts) -> None:
+        """Write facts about this launch into `run.json`, beside or in place of those that stand there."""
+        path = self.path / "run.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(known | facts, indent=2) + "\n")
 
 
 def _is_free(key: str) -> bool:
@@ -101,7 +107,7 @@ class Tracker:
 
     def __init__(self, config: Config, folder: RunFolder, is_main: bool, first_step: int, total_steps: int):
         self.active = is_main
-        self.wandb = None
+        self.folder, self.wandb = folder, None
         if not is_main:
             return
         self.file = folder.metrics.open("a")
@@ -126,6 +132,11 @@ class Tracker:
     def say(self, text: str) -> None:
         if self.active:
             tqdm.write(text)
+
+    def describe(self, **facts) -> None:
+        """Into `run.json`."""
+        if self.active:
+            self.folder.describe(**facts)
 
     def close(self) -> None:
         if not self.active:

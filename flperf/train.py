@@ -4,6 +4,7 @@ import argparse
 import time
 
 from flperf.command import run_command
+from flperf.compile_cache import use_compile_cache
 from flperf.config import Config, dump_config, load_config
 
 
@@ -31,25 +32,30 @@ def train(arguments: list[str]) -> None:
     config = load_config(options.config, options.overrides)
     if options.debug:
         shrink(config)
+    use_compile_cache(config.experiment)
 
     # Imported late, so that a mistake in the configuration shows at once.
     from flperf import loop
     from flperf.engine import start_process
+    from flperf.interruption import catch_stop_signals
+    from flperf.peers import Watch
     from flperf.run import build_run, describe
     from flperf.tracking import RunFolder
 
     started = time.perf_counter()
-    process = start_process()
-    folder = RunFolder(config, options.debug)
-    if not options.overwrite:
-        folder.check(config)
-    run = build_run(config, process)
-    if process.is_main:
-        print((dump_config(config) if options.dry_run else "") + describe(run), flush=True)
-    if options.dry_run:
-        return
-    folder.open(config, process, overwrite=options.overwrite)
-    loop.train(run, folder)
+    catch_stop_signals()
+    process = start_process(config.engine.timeout)
+    with Watch(process, config.engine.timeout):
+        folder = RunFolder(config, options.debug)
+        if not options.overwrite:
+            folder.check(config)
+        run = build_run(config, process)
+        if process.is_main:
+            print((dump_config(config) if options.dry_run else "") + describe(run), flush=True)
+        if options.dry_run:
+            return
+        folder.open(config, process, overwrite=options.overwrite)
+        loop.train(run, folder)
     if process.is_main:
         print(f"  {time.perf_counter() - started:.0f} s in all")
 
