@@ -29,6 +29,9 @@ class Baselines:
     position_median: Tensor
     ridge: Tensor
 
+    def to(self, device: torch.device) -> "Baselines":
+        return Baselines(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
     def forecasts(self, context: Tensor) -> dict[str, Tensor]:
         """By name, fp32 tensors that broadcast to `b t' h w d`, of normalised context latents `b t h w d`."""
         context = context.float()
@@ -135,7 +138,10 @@ def ridge_solution(gram: Tensor, cross: Tensor, penalty: float) -> Tensor:
 
 
 def save_statistics(path: Path, statistics: Statistics, baselines: Baselines) -> None:
-    save_file({name: tensor.cpu().contiguous() for name, tensor in {**vars(statistics), **vars(baselines)}.items()}, path)
+    """The file appears complete or not at all: a run that is killed here measures anew."""
+    unfinished = path.with_suffix(".unfinished")
+    save_file({name: tensor.cpu().contiguous() for name, tensor in {**vars(statistics), **vars(baselines)}.items()}, unfinished)
+    unfinished.replace(path)
 
 
 def load_statistics(path: Path, device: torch.device) -> tuple[Statistics, Baselines]:

@@ -155,6 +155,7 @@ class Evaluation:
     max_clips: Optional[int] = 512
     batch_size: Optional[int] = None  # clips a process; null: the training micro-batch
     sampling: Sampling = field(default_factory=Sampling)
+    dump_examples: int = 2  # clips of which tensors, videos and a picture are written at every evaluation
     probe_clips: int = 2000  # training clips on which `flperf evaluate` trains its linear probe
 
 

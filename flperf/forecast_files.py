@@ -5,11 +5,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from flperf.config import UserError
 from flperf.data.prefetch import BadClip
 from flperf.objective import forecast
 from flperf.run import Run
+from flperf.visualise import Example, write_example
 
 
 def frames_for(seconds: float, stride: int, frames_per_latent: int, rate: float) -> int:
@@ -38,21 +40,31 @@ def write_forecasts(run: Run, out: Path, clips: int, frames: int | None, seconds
         raise UserError(f"--seconds: clips of dataset.kind {run.config.dataset.kind!r} have no frame rate; use --frames")
     if seconds is not None:
         frames = frames_for(seconds, run.config.dataset.stride, run.encoder.frames_per_latent, max(rates))
-    parts = []
-    for batch in run.dataset.chosen_batches([range(clips)], run.place.micro_batch_size, "validation", run.process.device):
-        context, target = run.latents(batch)
-        sample = batch.sample.to(run.process.device)
-        samples = forecast(run.objective, run.forecaster, context, sample, frames)
-        kept = {"forecast": samples.to(run.dtype), "context": context, "target": target, "clip": batch.clip}
-        parts.append({name: tensor[batch.valid].cpu() for name, tensor in kept.items()})
-    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    tensors, videos = _forecasts(run, clips, frames)
     if rates is not None:
         pace = (tensors["forecast"].shape[2], run.config.dataset.stride, run.encoder.frames_per_latent)
         tensors["seconds"] = torch.tensor([seconds_ahead(*pace, rates[clip]) for clip in tensors["clip"].tolist()])
     out.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / "forecasts.safetensors")
+    save_file(tensors, out / "forecasts.safetensors")
+    baselines = run.baselines.to(torch.device("cpu"))
+    for row, clip in enumerate(tensors["clip"].tolist()):
+        context, samples, target = (tensors[name][row].float() for name in ("context", "forecast", "target"))
+        write_example(out / f"clip_{clip:05d}", Example(context, samples[0], target, videos[clip], baselines))
     count, k, ahead = tensors["forecast"].shape[:3]
     return f"{out / 'forecasts.safetensors'}: {count} clips, {k} samples each, {ahead} latent frames ahead"
+
+
+def _forecasts(run: Run, clips: int, frames: int | None) -> tuple[dict[str, Tensor], dict[int, Tensor | None]]:
+    """Latents of the clips that could be read, and their videos by row of the split, all on the CPU."""
+    parts, videos = [], {}
+    for batch in run.dataset.chosen_batches([range(clips)], run.place.micro_batch_size, "validation", run.process.device):
+        context, target = run.latents(batch)
+        samples = forecast(run.objective, run.forecaster, context, batch.sample.to(run.process.device), frames)
+        kept = {"forecast": samples.to(run.dtype), "context": context, "target": target, "clip": batch.clip}
+        parts.append({name: tensor[batch.valid].cpu() for name, tensor in kept.items()})
+        for place in batch.valid.nonzero()[:, 0].tolist():
+            videos[int(batch.clip[place])] = None if batch.video is None else batch.video[place].cpu()
+    return {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}, videos
 
 
 def clip_rates(run: Run, clips: int) -> list[float] | None:

@@ -101,11 +101,7 @@ def _trained_run(options: argparse.Namespace):
     if run.layout != trained.layout(config):
         raise UserError(f"{trained.source}: forecasts {trained.layout(config)}, but this configuration gives {run.layout}")
     load_weights(run.forecaster, trained.weights, run.dtype)
-    statistics, baselines = (trained.statistics, trained.baselines)
-    for part in (statistics, baselines):
-        for name, tensor in vars(part).items():
-            setattr(part, name, tensor.to(process.device))
-    run.use_statistics(statistics, baselines)
+    run.use_statistics(trained.statistics.to(process.device), trained.baselines.to(process.device))
     return trained, run
 
 

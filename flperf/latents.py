@@ -53,6 +53,9 @@ class Statistics:
     channel_mean: Tensor
     channel_std: Tensor
 
+    def to(self, device: torch.device) -> "Statistics":
+        return Statistics(self.channel_mean.to(device), self.channel_std.to(device))
+
 
 class Normaliser(nn.Module):
     """`b t h w d` latents of any float dtype to normalised ones, computed in fp32 and returned in `dtype`."""

@@ -6,6 +6,8 @@ Nothing in a step waits for the device on our account; numbers are read when the
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,12 +17,13 @@ from tqdm import tqdm
 from flperf.baselines import LatentSample, load_statistics, save_statistics
 from flperf.checkpoint import Checkpoints
 from flperf.compile_cache import compile_cache_state
-from flperf.config import UserError, parse_interval
+from flperf.config import Config, UserError, parse_interval
 from flperf.data.clips import ClipBatch
 from flperf.engine import head_weights, load_weights, set_schedule
 from flperf.evaluation import evaluate_run, summary
 from flperf.interruption import Interrupted, StopVote
 from flperf.run import Run, flops_per_clip
+from flperf.step_profile import PROFILED_STEPS, StepProfile
 from flperf.throughput import StageTimer, memory_gb, peak_flops, process_seconds
 from flperf.tracking import RunFolder, Tracker
 
@@ -48,8 +51,8 @@ class Schedule:
 class Window:
     """What happened since the last logged line: losses stay on the device until then."""
 
-    def __init__(self, run: Run):
-        self.run = run
+    def __init__(self, run: Run, profile: StepProfile | None = None):
+        self.run, self.profile = run, profile
         self.timer = StageTimer(run.process.device)
         flops = sum(flops_per_clip(run).values())
         self.flops_per_step = flops * run.place.batch_size / run.process.world_size
@@ -60,6 +63,12 @@ class Window:
     def restart(self) -> None:
         self.steps, self.losses, self.started = 0, [], time.perf_counter()
 
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage; "data" by the host's clock even on CUDA, where the device is idle then."""
+        with self.timer.stage(name, host=name == "data"), self.profile.stage(name) if self.profile else nullcontext():
+            yield
+
     def read(self, step: int, epoch: int, rate: float) -> dict:
         """One line of metrics; loss and skipped clips over all processes, times of this one."""
         totals = torch.stack([torch.stack(self.losses).mean().double().cpu(), torch.tensor(float(self.skipped_clips)).double()])
@@ -67,7 +76,7 @@ class Window:
         dist.all_reduce(totals)
         loss, skipped = totals.tolist()
         seconds = (time.perf_counter() - self.started) / self.steps
-        layout, engine = self.run.layout, self.run.engine
+        layout, engine, stages = self.run.layout, self.run.engine, self.timer.read(self.steps)
         norm = engine.get_global_grad_norm()
         metrics = {
             "step": step,
@@ -78,7 +87,8 @@ class Window:
             "clips_per_s": self.run.place.batch_size / seconds,
             "tokens_per_s": self.run.place.batch_size * (layout.context_tokens + layout.target_tokens) / seconds,
             "step_ms": seconds * 1e3,
-            **self.timer.read(self.steps),
+            **stages,
+            "head_ms": stages["forward_ms"] + stages["backward_ms"],
             "mfu": self.flops_per_step / seconds / self.peak,
             "memory_gb": memory_gb(self.run.process.device),
             "skipped_clips": int(skipped),
@@ -88,7 +98,7 @@ class Window:
         return metrics
 
 
-def train(run: Run, folder: RunFolder) -> None:
+def train(run: Run, folder: RunFolder, *, profiled: bool = False) -> None:
     """Train from the folder's last checkpoint, or from the start, to the end of the budget."""
     checkpoints = Checkpoints(run.engine, folder.checkpoints, run.config.checkpoint.keep)
     first_step = checkpoints.resume()
@@ -100,7 +110,10 @@ def train(run: Run, folder: RunFolder) -> None:
     try:
         if run.dataset.validation_size and run.config.evaluation.eval_first and first_step == 0:
             validate(run, tracker, 0, 0)
-        train_steps(run, schedule, batches, tracker, checkpoints)
+        if profiled and len(schedule.steps) < PROFILED_STEPS:
+            raise UserError(f"--profile: watches the first {PROFILED_STEPS} steps, but only {len(schedule.steps)} are left to do")
+        with StepProfile(folder.path / "profile", run.process) if profiled else nullcontext() as profile:
+            train_steps(run, schedule, batches, tracker, checkpoints, profile)
         checkpoints.close()
     finally:
         batches.close()
@@ -110,10 +123,19 @@ def train(run: Run, folder: RunFolder) -> None:
         print("  config.yaml, run.json   what ran")
         print("  metrics.jsonl           one line a logged step")
         print("  checkpoints/            resumed by the same command")
+        if run.config.evaluation.dump_examples:
+            print("  dump/                   forecasts to look at: overview.png, videos, tensors")
 
 
-def train_steps(run: Run, schedule: Schedule, batches: Iterator[ClipBatch], tracker: Tracker, checkpoints: Checkpoints) -> None:
-    config, engine, window, vote = run.config, run.engine, Window(run), StopVote(run.process.device)
+def train_steps(
+    run: Run,
+    schedule: Schedule,
+    batches: Iterator[ClipBatch],
+    tracker: Tracker,
+    checkpoints: Checkpoints,
+    profile: StepProfile | None,
+) -> None:
+    config, engine, window, vote = run.config, run.engine, Window(run, profile), StopVote(run.process.device)
     in_a_row = 0
     for step in schedule.steps:
         rate = set_schedule(engine, step, config.trainer, schedule.total_steps)
@@ -128,6 +150,8 @@ def train_steps(run: Run, schedule: Schedule, batches: Iterator[ClipBatch], trac
         window.steps += 1
         done = step + 1
         tracker.step()
+        if profile and profile.step():
+            tracker.say(f"{profile.table}\nthe trace is in {profile.folder}; open it at https://ui.perfetto.dev")
         interrupted = vote.passed()
         if done % config.tracking.log_every == 0 or done in (schedule.steps.start + 1, schedule.steps.stop) or interrupted:
             tracker.log(window.read(done, schedule.epoch(done), rate))
@@ -155,15 +179,16 @@ def say_first_step(tracker: Tracker) -> None:
 
 def train_step(run: Run, batches: Iterator[ClipBatch], window: Window) -> Tensor:
     """One update; returns the loss (a scalar on the device), the mean over this process's micro-batches."""
-    stage, losses = window.timer.stage, []
+    stage, losses = window.stage, []
     for _ in range(run.place.accumulation_steps):
-        with stage("data", host=True):
+        with stage("data"):
             batch = next(batches)
         with stage("encode"):
             context, target = run.training_latents(batch)
             sample = batch.sample.to(run.process.device, non_blocking=True)
-        with stage("head"):
+        with stage("forward"):
             loss = run.objective.loss(run.engine, context, target, sample, normaliser=run.normaliser)
+        with stage("backward"):
             run.engine.backward(loss)
         with stage("optim"):
             run.engine.step()
@@ -178,7 +203,18 @@ def validate(run: Run, tracker: Tracker, step: int, epoch: int) -> dict[str, flo
     result = evaluate_run(run)
     tracker.log({"step": step, "epoch": epoch, "split": "val", **result})
     tracker.say(f"step {step}: validation loss {result['loss']:.4f}; errors of normalised latents:\n{summary(result)}")
+    if run.config.evaluation.dump_examples and run.process.is_main:
+        from flperf.visualise import dump_examples  # matplotlib takes a second to load
+
+        for picture in dump_examples(run, dump_folder(run.config, tracker.folder, step, epoch)):
+            tracker.picture(picture.parent.name, picture, step)
     return result
+
+
+def dump_folder(config: Config, folder: RunFolder, step: int, epoch: int) -> Path:
+    """`dump/epoch_EE`; with the step where evaluations are counted in steps, of which an epoch may hold several."""
+    _, unit = parse_interval(config.evaluation.eval_every, "evaluation.eval_every")
+    return folder.path / "dump" / (f"epoch_{epoch:02d}" if unit == "epoch" else f"epoch_{epoch:02d}_step_{step:06d}")
 
 
 def use_latent_statistics(run: Run, folder: RunFolder) -> None:

@@ -133,6 +133,13 @@ class Tracker:
         if self.active:
             tqdm.write(text)
 
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """A PNG of the run's folder to W&B."""
+        if self.active and self.wandb is not None:
+            import wandb
+
+            self.wandb.log({f"forecast/{name}": wandb.Image(str(path))}, step=step)
+
     def describe(self, **facts) -> None:
         """Into `run.json`."""
         if self.active:

@@ -15,6 +15,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--debug", action="store_true", help="a few clips and steps, no W&B, tracebacks; writes to experiment/debug/")
     parser.add_argument("--overwrite", action="store_true", help="put an earlier run of this name aside and start anew")
     parser.add_argument("--dry-run", action="store_true", help="build everything, say its sizes, take no step, write no run")
+    parser.add_argument("--profile", action="store_true", help="watch a few steps: where their time goes, as a table and a trace")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher passes it; the environment says the same
     return parser.parse_intermixed_args(arguments)
 
@@ -55,7 +56,7 @@ def train(arguments: list[str]) -> None:
         if options.dry_run:
             return
         folder.open(config, process, overwrite=options.overwrite)
-        loop.train(run, folder)
+        loop.train(run, folder, profiled=options.profile)
     if process.is_main:
         print(f"  {time.perf_counter() - started:.0f} s in all")
 
