@@ -45,7 +45,7 @@ class Checkpoints:
         self.group = dist.new_group(backend="gloo")
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.writing: Future | None = None
-        self.newest: int | None = None  # the step last read or handed to the thread
+        self.newest: int | None = None  # the step last read or completely written
         self.host = torch.empty(0)  # the copy that is written; kept, because fresh memory costs as much as the copy
 
     def resume(self) -> int:
@@ -78,7 +78,6 @@ class Checkpoints:
             states=states,
             parameters=parameter_shapes(self.engine),
         )
-        self.newest = step
         self.writing = self.thread.submit(self._write, index, header)
 
     def check(self) -> None:
@@ -124,6 +123,7 @@ class Checkpoints:
             self._on_main(unfinished, lambda: files.begin(unfinished))
             entries = self._together(lambda: (shard.name, self._named(shard, lambda: files.write_shard(shard, header, self.host))))
             self._on_main(unfinished / files.INDEX, lambda: files.commit(unfinished, replace(index, files=dict(entries)), self.keep))
+            self.newest = index.step
         except Exception:
             if self.rank == 0:
                 rmtree(unfinished, ignore_errors=True)  # a full disk is full for the logs too

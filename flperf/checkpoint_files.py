@@ -144,7 +144,7 @@ def commit(unfinished: Path, index: Index, keep: int) -> None:
     folder, final = unfinished.parent, unfinished.with_suffix("")
     _write_durably(unfinished / INDEX, index_text(index))
     _sync(unfinished)
-    if final.exists():  # a damaged one, from which the run went back
+    if final.exists():  # damaged, so that the run went back, or killed before `latest` named it
         _remove(final)
     os.rename(unfinished, final)
     _write_durably(folder / f"{LATEST}.unfinished", final.name)

@@ -121,7 +121,7 @@ class Trainer:
     """Optimisation. `batch_size` counts the clips of one update over all processes and accumulation steps."""
 
     batch_size: int = 32
-    micro_batch_size: Optional[int] = None  # clips of one forward pass on one process; null: batch_size / processes
+    micro_batch_size: Optional[int] = None  # at most so many clips in one forward pass on one process; null: batch_size / processes
     max_steps: Optional[int] = None
     max_epochs: Optional[float] = None
     stop_after: Optional[int] = None  # leave after this many steps of this launch, with a checkpoint; the schedule is unchanged

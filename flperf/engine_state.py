@@ -86,12 +86,14 @@ def state_tensors(engine: deepspeed.DeepSpeedEngine, fragment: Fragment) -> dict
 
 
 def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> int:
-    """The updates that Adam's bias correction counts: those not skipped."""
-    return max((int(state["step"]) for state in engine.basic_optimizer.state.values()), default=0)
+    """The updates that Adam's bias correction counts, which are those not skipped: the same for all parameters."""
+    return next((int(state["step"]) for state in engine.basic_optimizer.state.values()), 0)
 
 
 def allocate_states(engine: deepspeed.DeepSpeedEngine, fragments: dict[str, Fragment], states: list[str], step: int) -> None:
     """Give the optimizer the states that a checkpoint holds, as its first update would, and the count of updates."""
+    if states == [WEIGHT]:  # written before the first update, which still is to come
+        return
     for fragment in fragments.values():
         state = engine.basic_optimizer.state[fragment.master]
         for name in states:

@@ -61,6 +61,11 @@ def test_what_two_processes_wrote_at_zero_2_is_the_same_state_anywhere(report, w
     assert differences == [[]] * int(world_size)
 
 
+def test_a_checkpoint_of_an_untrained_head_changes_nothing(report):
+    """Its optimizer has no state yet at ZeRO 0, 1 and 2, and zeros at ZeRO 3."""
+    assert report["untrained"] == {"0 3": [], "1 0": [], "3 2": []}
+
+
 @pytest.mark.parametrize("rest", ["rest on 1", "rest on 4"])
 def test_the_loss_goes_on_at_another_world_size_and_stage(report, rest):
     """2 processes at ZeRO 2, then 1 at ZeRO 0 or 4 at ZeRO 3, against one undisturbed run: the order of sums alone differs, hence the

@@ -149,6 +149,25 @@ def read_states(process, folder: str, precision: str, stage: str) -> list[str]:
     return different + stored_differences(written, reference) if process.is_main else different
 
 
+def begin_again(process, folder: str) -> dict[str, list[str]]:
+    """By stages: what two updates differ in after a checkpoint of the untrained head, against two without it."""
+    found = {}
+    for written, read in (("0", "3"), ("1", "0"), ("3", "2")):
+        engine, *_ = new_engine(process, f"engine.zero_stage={written}")
+        first = Checkpoints(engine, Path(folder, written), keep=1)
+        first.save(0)
+        first.close()
+        states = []
+        for resumed in (False, True):
+            engine, config, dtype = new_engine(process, f"engine.zero_stage={read}")
+            if resumed:
+                Checkpoints(engine, Path(folder, written), keep=1).resume()
+            train(process, engine, config, dtype, steps=2)
+            states.append(named_state(engine))
+        found[f"{written} {read}"] = [key for key in states[0] if not torch.equal(states[0][key], states[1][key])]
+    return found
+
+
 def stored_differences(written: Path, reference: dict[str, Tensor]) -> list[str]:
     stored = {f"weight/{name}": tensor for name, tensor in read_weights(written, average=False).items()}
     stored |= {f"ema/{name}": tensor for name, tensor in read_weights(written, average=True).items()}
@@ -278,9 +297,8 @@ def fill_disk(process, folder: str, limit: str) -> dict:
     filler.unlink(missing_ok=True)
     found = resume_once(process, Path(folder))
     fill(engine, 2)
-    second = Checkpoints(engine, Path(folder), keep=2)
-    second.save(2)
-    second.close()
+    checkpoints.save(2)
+    checkpoints.close()
     return {"error": error, "left": left, "latest": latest, "found": found, "after": resume_once(process, Path(folder))}
 
 
@@ -328,6 +346,8 @@ def main() -> None:
         report["tensors"] = run_world(2, write_states, str(folder / "states" / precision), precision)[0]
     for world_size in (1, 4):
         report["states"][world_size] = run_world(world_size, read_all_states, str(folder / "states"))
+
+    report["untrained"] = run_world(1, begin_again, str(folder / "untrained"))[0]
 
     run_folder = Path(load_config(CONFIG, []).experiment)
     common = ["trainer.max_steps=6", "dataset.shapes.validation_clips=0"]
