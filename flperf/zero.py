@@ -1,0 +1,97 @@
+"""What ZeRO costs: the bytes that a process holds and those it sends for one update, by stage.
+
+Formulas, not measurements, of what DeepSpeed 0.19 does with flperf's options; `tests/test_zero.py` holds them against both counted in
+real runs. That is not everywhere the textbook (Rajbhandari et al., arXiv:1910.02054, section 7: 2 Psi at stages 0 to 2, 3 Psi at 3,
+for Psi parameters and many processes):
+- Stages 1 and 2 all-reduce gradients where a reduce-scatter would do, so they send 3 Psi: `use_multi_rank_bucket_allreduce`, on by default.
+- Stage 3 keeps weights from the forward to the backward pass unless it holds more than 1e9 elements, so it gathers once: 2 Psi.
+"""
+
+from dataclasses import dataclass
+
+REDUCE_BUCKET = 500_000_000  # elements of the buffer in which DeepSpeed collects gradients, its default
+LIVE_PARAMETERS = 1_000_000_000  # elements of gathered weights that stage 3 keeps, its default
+MASTER = 4  # bytes of an fp32 element: master weights, each moment, the moving average, gradients that accumulate
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes held by one process for the head in training. Padding (some elements a tensor) is left out."""
+
+    weights: float
+    gathered: float  # whole weights while stage 3 computes
+    gradients: float  # as the optimizer steps, where they are most
+    buckets: float  # in which gradients are collected during the backward pass
+    master: float
+    moments: float
+    average: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gathered + self.gradients + self.buckets + self.optimizer
+
+    @property
+    def optimizer(self) -> float:
+        """What ZeRO shards from stage 1 on: falls as 1 / processes."""
+        return self.master + self.moments + self.average
+
+
+def model_states(
+    parameters: int, stage: int, processes: int, element_bytes: int, *, average: bool, accumulates: bool = False, overlaps: bool = True
+) -> States:
+    """element_bytes: of the compute dtype. average: whether a moving average is kept. accumulates: more than one micro-batch an update.
+    overlaps: gradients are sent during the backward pass (two buckets in turn), as flperf asks for on GPUs."""
+    shard = parameters / (processes if stage > 0 else 1)
+    bare = stage == 0 and element_bytes == MASTER  # the optimizer updates the weights themselves
+    wrapped = stage == 1 and accumulates and element_bytes < MASTER  # DeepSpeed's BF16_Optimizer, which has no such buckets
+    return States(
+        weights=element_bytes * (shard if stage == 3 else parameters),
+        gathered=element_bytes * min(parameters, LIVE_PARAMETERS) if stage == 3 else 0,
+        gradients=_gradients(parameters, shard, stage, element_bytes, accumulates),
+        buckets=0 if stage == 0 or wrapped else element_bytes * REDUCE_BUCKET * (2 if overlaps and stage < 3 else 1),
+        master=0 if bare else MASTER * shard,
+        moments=2 * MASTER * shard,
+        average=MASTER * shard if average else 0,
+    )
+
+
+def _gradients(parameters: int, shard: float, stage: int, element_bytes: int, accumulates: bool) -> float:
+    low = element_bytes < MASTER
+    if stage == 0 or (stage == 1 and accumulates and low):
+        return parameters * (element_bytes + (MASTER if low else 0))
+    if stage == 2 and accumulates and low:  # accumulated in fp32, and stepped from there
+        return shard * MASTER
+    return shard * ((MASTER if accumulates else element_bytes) + MASTER)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """message: bytes of the whole tensor. hidden: sent while something is computed (`overlap_comm`), so that it need not cost time."""
+
+    kind: str
+    message: float
+    hidden: bool
+
+    def sent(self, processes: int) -> float:
+        """Bytes that each process sends in a ring; an all-reduce goes around twice (Patarasuk and Yuan, 2009)."""
+        rounds = 2 if self.kind == "all_reduce" else 1
+        return rounds * self.message * (processes - 1) / processes
+
+
+def collectives(parameters: int, stage: int, element_bytes: int, accumulation_steps: int = 1) -> list[Collective]:
+    """What one update sends, in the compute dtype. Left out, a few dozen bytes each: norms, overflow flags, padding."""
+    message = parameters * element_bytes
+    if stage == 0:
+        return [Collective("all_reduce", message, hidden=False)]
+    if stage == 3:
+        gathered_twice = parameters > LIVE_PARAMETERS
+        return [
+            Collective("all_gather", message * accumulation_steps * (2 if gathered_twice else 1), hidden=True),
+            Collective("reduce_scatter", message * accumulation_steps, hidden=True),
+        ]
+    once = stage == 1  # stage 2 keeps a shard of the gradients only, so it reduces those of every micro-batch
+    wrapped = once and accumulation_steps > 1 and element_bytes < MASTER
+    return [
+        Collective("all_reduce", message * (1 if once else accumulation_steps), hidden=not wrapped),
+        Collective("all_gather", message, hidden=False),
+    ]
