@@ -15,17 +15,19 @@ DTYPE = compute_dtype("auto", DEVICE)
 BATCH = 8 if ON_GPU else 4
 
 HEADS = {"predictor": [], "cross_attention": ["model.head=cross_attention"], "dit": ["model.head=dit", "objective.kind=flow_matching"]}
-BACKBONES = ("vjepa2", "dinov3")
+BACKBONES = ("vjepa2", "dinov3", "4ds")
 REFERENCE = {
     "frames": 64,
     "vjepa2": {},  # transformers' default is ViT-L at 256
     "dinov3": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096, "image_size": 224},
+    "4ds": {"size": "L", "image_size": 224},
     "model": ["model.hidden_dim=1024", "model.depth=12", "model.num_heads=8", "model.num_context_latents=16"],
 }
 SMALL = {
     "frames": 16,
     "vjepa2": {"crop_size": 96, "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3},
     "dinov3": {"image_size": 96, "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 768},
+    "4ds": {"image_size": 96, "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 768},
     "model": ["model.hidden_dim=256", "model.depth=4", "model.num_heads=4", "model.num_context_latents=4"],
 }
 SIZE = REFERENCE if ON_GPU else SMALL

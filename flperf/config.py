@@ -22,11 +22,11 @@ class UserError(Exception):
 
 @dataclass
 class Backbone:
-    """The frozen encoder. `weights` is a hub name or a local folder; null draws seeded random weights for `architecture`."""
+    """The frozen encoder. `weights` is a hub name, a folder or (4DS) an npz file; null draws seeded random ones for `architecture`."""
 
-    kind: str = "vjepa2"  # a key of flperf.encoder.BACKBONES
+    kind: str = "vjepa2"  # a key of flperf.backbones.BACKBONES
     weights: Optional[str] = None
-    architecture: dict[str, Any] = field(default_factory=dict)  # of the transformers configuration; null: its default
+    architecture: dict[str, Any] = field(default_factory=dict)  # of the transformers configuration (null: its default), or of FourDS
     processor: dict[str, Any] = field(default_factory=dict)  # keys that replace those of the weights' preprocessor configuration
     frame_stride: int = 1  # DINOv3: every frame_stride-th frame is encoded
     encode: Literal["split", "joint"] = "split"  # joint encodes the whole clip at once: V-JEPA 2 then leaks the future into the context

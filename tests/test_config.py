@@ -5,13 +5,14 @@ import pytest
 from flperf.config import UserError, differences, load_config, parse_interval
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-REFERENCES = [  # the configurations that FutureLatents' README names
+REFERENCES = [  # those that FutureLatents' README names, and one of 4DS
     "vjepa2_kinetics_400",
     "vjepa2_kinetics_400_deterministic",
     "vjepa2_kinetics_400_deterministic_cross_attention",
     "dinov3_kinetics_400_deterministic",
     "dinov3_kinetics_400_deterministic_cross_attention",
     "vjepa2_kinetics_400_cached",
+    "4ds_kinetics_400_deterministic",
     "vjepa2_bouncing_shapes_deterministic",
     "vjepa2_bouncing_shapes_flow_matching",
 ]

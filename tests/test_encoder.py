@@ -18,6 +18,14 @@ ARCHITECTURES = {
         "intermediate_size": 96,
         "num_register_tokens": 4,
     },
+    "4ds": {  # 2 of the 3 blocks run
+        "image_size": 32,
+        "readout": 1.0,
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "intermediate_size": 96,
+        "num_attention_heads": 2,
+    },
 }
 
 
@@ -131,7 +139,7 @@ def test_weights_come_from_a_local_folder(tmp_path):
 
 
 def test_mistakes_are_named():
-    with pytest.raises(UserError, match="backbone.kind: 'vit' is unknown; known: vjepa2, dinov3"):
+    with pytest.raises(UserError, match="backbone.kind: 'vit' is unknown; known: vjepa2, dinov3, 4ds"):
         Encoder(Backbone(kind="vit"), Preprocessing.of(Backbone()), torch.float32)
     with pytest.raises(UserError, match="backbone.architecture"):
         bad = Backbone(architecture={"hidden_size": 50, "num_attention_heads": 3, "crop_size": 32})

@@ -1,8 +1,9 @@
 """What the backbone's Hugging Face processor does to a frame, as numbers that both decoders apply.
 
 The processors themselves need torchvision, so their rules (transformers 5.23: VJEPA2VideoProcessor, DINOv3ViTImageProcessor) are
-restated here: resize with antialiased bilinear weights, centre crop, then `rescale * x`, `- mean`, `/ std`. The first two are done
-on 8-bit frames by the decoders, the last three by the compiled encoder, so that only bytes travel.
+restated here, and so is that of 4DS, whose weights come without one: resize with antialiased bilinear weights, centre crop, then
+`rescale * x`, `- mean`, `/ std`. The first two are done on 8-bit frames by the decoders, the last three by the compiled encoder, so that
+only bytes travel.
 """
 
 import json
@@ -124,7 +125,7 @@ def _extent(source: int, resized: int, end: int) -> _Extent:
 def _settings(backbone: Backbone) -> dict[str, Any]:
     """The processor's keys: its class's defaults, replaced by its file, replaced by `backbone.processor`."""
     defaults = _class_defaults(backbone)
-    stored = _read_file(backbone.weights) if backbone.weights else {}
+    stored = _read_file(backbone.weights) if backbone.weights and backbone.kind != "4ds" else {}
     settings = defaults | {key: value for key, value in stored.items() if key in defaults and value is not None}
     if backbone.kind == "vjepa2":  # its processor derives the size from the crop, whatever size its file states
         settings["size"] = {"shortest_edge": int(_as_size((settings | backbone.processor)["crop_size"])[0] * 256 / 224)}
@@ -140,6 +141,8 @@ def _class_defaults(backbone: Backbone) -> dict[str, Any]:
         crop_size = backbone.architecture.get("crop_size") or 256
         return _COMMON | {"do_center_crop": True, "crop_size": crop_size, "size": None}
     image_size = backbone.architecture.get("image_size") or 224
+    if backbone.kind == "4ds":  # pixels in [0, 1] as they are
+        return _COMMON | {"do_normalize": False, "do_center_crop": True, "crop_size": image_size, "size": {"shortest_edge": image_size}}
     return _COMMON | {"do_center_crop": False, "crop_size": image_size, "size": image_size}
 
 
