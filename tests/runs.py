@@ -45,14 +45,14 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def launch(processes: int, *command: str, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess:
+def launch(processes: int, *command: str, timeout: float = 600, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
     """`deepspeed --num_accelerators N command…` on this machine; returns it finished, with its output as text."""
     launcher = Path(sys.executable).with_name("deepspeed")
     arguments = [str(launcher), "--num_accelerators", str(processes), "--master_port", str(free_port()), *command]
     # The launcher starts `python3` of the PATH.
     path = f"{launcher.parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
-        arguments, env={**os.environ, "PATH": path, **environment}, capture_output=True, text=True, timeout=timeout, check=False
+        arguments, env={**os.environ, "PATH": path, **environment}, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False
     )
 
 
