@@ -38,6 +38,7 @@ class Shapes:
 
     train_clips: int = 10_000
     validation_clips: int = 256
+    visualisation_clips: int = 8  # a split of its own, of which dumps show the first
     image_size: int = 256  # of the canvas that the lengths below refer to; clips are drawn at the resolution of the backbone
     square_size: int = 40
     square_init: Optional[list[float]] = None  # (x, y) of the centre; null: seeded random

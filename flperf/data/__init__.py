@@ -24,9 +24,9 @@ Reader = Callable[[Iterator, TrainingOrder | ValidationOrder, str, torch.device]
 
 @dataclass(frozen=True)
 class Dataset:
-    """Two splits, the names of their classes, and the orders in which they are read."""
+    """Its splits, the names of their classes, and the orders in which they are read."""
 
-    splits: dict[str, Annotations]  # "train", "validation"
+    splits: dict[str, Annotations]  # "train", "validation"; drawn shapes have "visualisation", too
     classes: list[str]
     read: Reader
     seed: int
@@ -130,8 +130,9 @@ def _open_shapes(config: Config, preprocessing: Preprocessing, seed: int) -> Dat
 
     dataset = config.dataset
     shapes.check(dataset.shapes)
-    sizes = {"train": dataset.shapes.train_clips, "validation": dataset.shapes.validation_clips}
-    first_indices = {"train": 0, "validation": sizes["train"]}  # disjoint whatever the limit
+    drawn = dataset.shapes
+    sizes = {"train": drawn.train_clips, "validation": drawn.validation_clips, "visualisation": drawn.visualisation_clips}
+    first_indices = {"train": 0, "validation": sizes["train"], "visualisation": sizes["train"] + sizes["validation"]}  # whatever the limit
     if dataset.limit:
         sizes = {split: min(size, dataset.limit) for split, size in sizes.items()}
 

@@ -64,6 +64,7 @@ class ClipBatch:
     valid: Tensor  # bool b; False where validation is filled up or its clip could not be read
     video: Tensor | None = None  # uint8 b f h w c
     latents: Tensor | None = None  # b t h w d
+    centres: Tensor | None = None  # fp32 b f 2 2: where drawn shapes are, (x, y) in pixels of their canvas
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of the clips that were replaced
 
     @classmethod

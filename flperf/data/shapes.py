@@ -1,8 +1,12 @@
 """Bouncing shapes: a square that bounces off the walls and a disk on a circle, drawn rather than read.
 
-A clip is a pure function of (seed, index): its motion is computed in closed form for every frame at once, and the pixels of a whole
-batch are compared with the shapes in a few tensor operations on the training device. Lengths are in pixels of a canvas of
-`image_size`, drawn at whatever resolution the backbone takes.
+A clip is a pure function of (seed, index): its motion is computed in closed form for every frame at once. Every row of a shape is a run of
+pixels, and all runs of one length are written by one call; where a batch's memory is used again only the runs drawn last are
+painted over, so most of a frame is never touched. Lengths are in pixels of a canvas of `image_size`, drawn at whatever
+resolution the backbone takes.
+
+Positions have one convention: (x, y) in pixels of the canvas, the upper left corner of the first pixel at (0, 0); in [-1, 1] that
+corner is (-1, -1) and the opposite one (1, 1).
 """
 
 import math
@@ -10,16 +14,74 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flperf.config import Shapes, UserError
 from flperf.data.clips import ClipBatch, Draw
+from flperf.data.prefetch import Buffers
 from flperf.data.preprocessing import Size
 
 SQUARE_COLOUR = (230, 60, 50)
 DISK_COLOUR = (60, 110, 235)
 BACKGROUND = (16, 16, 16)
+SHAPES = ("square", "disk")  # the order of centres and heatmaps
 SPLICED = 2**32  # added to the seed of what is spliced in
+
+
+Runs = dict[int, np.ndarray]  # by length in pixels, the first pixels (of a batch) of the runs of that length, int64 [n]
+
+
+class Canvas:
+    """Batches of frames, uint8 `b f h w c`, in memory that is used again once nobody holds it."""
+
+    def __init__(self, frames: int, size: Size, device: torch.device):
+        self.buffers = Buffers((frames, *size, 3), torch.uint8, device)
+        self.drawn: dict[int, list[Runs]] = {}  # by a buffer's address, what is on it
+
+    def draw(self, centres: np.ndarray, shapes: Shapes) -> Tensor:
+        """Shapes at centres `b f 2 2` on a background; the disk lies over the square."""
+        video = self.buffers.take(len(centres))
+        pixels = video.view(-1).numpy()
+        for old in self.drawn.get(video.data_ptr(), ()):
+            paint(pixels, old, BACKGROUND)
+        new = [
+            shape_runs(centres[:, :, shape], half, video.shape[2:4], shapes.image_size, round)
+            for shape, half, round in ((0, shapes.square_size / 2, False), (1, shapes.disk_radius, True))
+        ]
+        if video.data_ptr() not in self.drawn:
+            pixels.reshape(-1, 3)[:] = BACKGROUND
+        if not self.buffers.pinned:  # pinned memory may have held something else meanwhile
+            self.drawn[video.data_ptr()] = new
+        for runs, colour in zip(new, (SQUARE_COLOUR, DISK_COLOUR), strict=True):
+            paint(pixels, runs, colour)
+        return video
+
+
+def shape_runs(centres: np.ndarray, half: float, size: Size, image_size: int, round: bool) -> Runs:
+    """The pixels whose centres lie within `half` of centres `b f 2` (in x and in y, or `round`: as distance)."""
+    height, width = size
+    x, y = np.moveaxis(centres.reshape(-1, 2, 1).astype(np.float64), 1, 0)  # frame 1
+    down, across = height / image_size, width / image_size
+    row = np.ceil((y - half) * down - 0.5) + np.arange(math.floor(2 * half * down) + 1)  # frame row
+    distance = (row + 0.5) / down - y
+    reach = np.sqrt(np.maximum(half**2 - distance**2, 0)) if round else np.full_like(distance, half)
+    left = np.maximum(np.ceil((x - reach) * across - 0.5), 0)
+    right = np.minimum(np.floor((x + reach) * across - 0.5), width - 1) + 1
+    seen = (np.abs(distance) <= half) & (row >= 0) & (row < height) & (right > left)
+    first = ((np.arange(len(x))[:, None] * height + row) * width + left)[seen].astype(np.int64)
+    length = (right - left)[seen].astype(np.uint16)  # numpy sorts these by radix
+    order = np.argsort(length, kind="stable")
+    lengths, starts = np.unique(length[order], return_index=True)
+    return dict(zip(lengths.tolist(), np.split(first[order], starts[1:]), strict=True))
+
+
+def paint(pixels: np.ndarray, runs: Runs, colour: tuple[int, int, int]) -> None:
+    """Write runs into a batch's pixels, uint8 [3 pixels]: one call a length, which copies the run as one item to each of its places."""
+    for length, first in runs.items():
+        item = np.dtype((np.void, 3 * length))
+        windows = np.ndarray(len(pixels) // 3 - length + 1, item, pixels, strides=(3,))  # from each pixel on, `length` of them
+        windows[first] = np.frombuffer(bytes(colour) * length, item)
 
 
 def read_batches(
@@ -33,37 +95,58 @@ def read_batches(
     size: Size,
     device: torch.device,
 ) -> Iterator[ClipBatch]:
-    """Yield batches drawn on `device`; clip i of the split has index `first_index + i`."""
+    """Yield batches for `device`; clip i of the split has index `first_index + i`. They carry the shapes' centres."""
+    canvas = Canvas(n_frames, size, device)
     for draws in batches:
-        indices = [first_index + draw.clip for draw in draws]
-        video, _ = draw_clips(indices, shapes, seed, n_frames, stride, size, device)
-        yield ClipBatch.of(draws, labels, video=video)
+        centres = clip_centres([first_index + draw.clip for draw in draws], shapes, seed, n_frames, stride)
+        yield ClipBatch.of(draws, labels, video=canvas.draw(centres, shapes), centres=torch.from_numpy(centres))
 
 
-def draw_clips(
-    indices: list[int], shapes: Shapes, seed: int, n_frames: int, stride: int, size: Size, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The clips of some indices: video uint8 `b f h w c`, and centres `b f 2 2` of square and disk as (x, y) on the canvas."""
-    centres = torch.stack([torch.from_numpy(_centres(index, shapes, seed, n_frames, stride)) for index in indices])
+def draw_clips(indices: list[int], shapes: Shapes, seed: int, n_frames: int, stride: int, size: Size) -> tuple[Tensor, Tensor]:
+    """The clips of some indices: video uint8 `b f h w c`, and centres fp32 `b f 2 2` of square and disk as (x, y) on the canvas."""
+    centres = clip_centres(indices, shapes, seed, n_frames, stride)
+    return Canvas(n_frames, size, torch.device("cpu")).draw(centres, shapes), torch.from_numpy(centres)
+
+
+def clip_centres(indices: list[int], shapes: Shapes, seed: int, n_frames: int, stride: int) -> np.ndarray:
+    """Centres fp32 `b f 2 2` of the clips of some indices."""
+    centres = np.stack([_centres(index, shapes, seed, n_frames, stride) for index in indices])
     if shapes.splice_at is not None:
-        others = [torch.from_numpy(_centres(index, shapes, seed + SPLICED, n_frames, stride)) for index in indices]
-        centres[:, shapes.splice_at :] = torch.stack(others)[:, shapes.splice_at :]
-    return draw_shapes(centres.to(device), shapes, size), centres
+        others = np.stack([_centres(index, shapes, seed + SPLICED, n_frames, stride) for index in indices])
+        centres[:, shapes.splice_at :] = others[:, shapes.splice_at :]
+    return centres
 
 
-def draw_shapes(centres: Tensor, shapes: Shapes, size: Size) -> Tensor:
-    """Pixels uint8 `b f h w c` of shapes at centres `b f 2 2`; the disk lies over the square."""
-    height, width = size
-    y = (torch.arange(height, device=centres.device) + 0.5) * (shapes.image_size / height)
-    x = (torch.arange(width, device=centres.device) + 0.5) * (shapes.image_size / width)
-    dx = x - centres[..., 0, None]  # b f object w
-    dy = y - centres[..., 1, None]  # b f object h
-    in_columns, in_rows = (offset[:, :, 0].abs() <= shapes.square_size / 2 for offset in (dx, dy))
-    square = in_rows[..., :, None] & in_columns[..., None, :]  # b f h w
-    disk = dy[:, :, 1, :, None] ** 2 + dx[:, :, 1, None, :] ** 2 <= shapes.disk_radius**2
-    which = torch.where(disk, 2, square.long())
-    palette = torch.tensor([BACKGROUND, SQUARE_COLOUR, DISK_COLOUR], dtype=torch.uint8, device=centres.device)
-    return palette[which]
+def to_unit(pixels: Tensor, image_size: int) -> Tensor:
+    """Pixels of the canvas to [-1, 1]."""
+    return pixels * (2 / image_size) - 1
+
+
+def to_pixels(unit: Tensor, image_size: int) -> Tensor:
+    return (unit + 1) * (image_size / 2)
+
+
+def patch_heatmaps(centres: Tensor, image_size: int, height: int, width: int) -> Tensor:
+    """For centres `… 2` in pixels of the canvas the distribution over `height` x `width` patches `… h w` whose mean is that centre.
+
+    The patches around a centre share it bilinearly; beyond the outermost patches' centres it is moved onto them.
+    """
+    axes = []
+    for axis, count in ((1, height), (0, width)):
+        place = (centres[..., axis] * (count / image_size) - 0.5).clamp(0, count - 1)  # in patches, from the first one's centre
+        low = place.floor().long().clamp(max=max(count - 2, 0))
+        share = (place - low)[..., None]
+        high = (low + 1).clamp(max=count - 1)
+        axes.append((1 - share) * F.one_hot(low, count) + share * F.one_hot(high, count))
+    rows, columns = axes
+    return rows[..., :, None] * columns[..., None, :]
+
+
+def heatmap_centres(heatmaps: Tensor, image_size: int) -> Tensor:
+    """The mean position `… 2` in pixels of the canvas of distributions over patches `… h w`; what `patch_heatmaps` is undone by."""
+    height, width = heatmaps.shape[-2:]
+    y, x = ((torch.arange(count, device=heatmaps.device) + 0.5) * (image_size / count) for count in (height, width))
+    return torch.stack([(heatmaps.sum(-2) * x).sum(-1), (heatmaps.sum(-1) * y).sum(-1)], dim=-1)
 
 
 def bounce(start: np.ndarray, velocity: np.ndarray, time: np.ndarray, low: float, high: float | np.ndarray) -> np.ndarray:

@@ -7,7 +7,19 @@ import torch
 from flperf.config import Config, Dataset, Shapes, UserError
 from flperf.data import Place, open_dataset
 from flperf.data.preprocessing import Preprocessing
-from flperf.data.shapes import DISK_COLOUR, SQUARE_COLOUR, bounce, draw_clips, draw_shapes
+from flperf.data.shapes import (
+    BACKGROUND,
+    DISK_COLOUR,
+    SQUARE_COLOUR,
+    Canvas,
+    bounce,
+    clip_centres,
+    draw_clips,
+    heatmap_centres,
+    patch_heatmaps,
+    to_pixels,
+    to_unit,
+)
 
 CPU = torch.device("cpu")
 SHAPES = Shapes(train_clips=10, validation_clips=4, image_size=64, square_size=12, disk_radius=5)
@@ -22,7 +34,7 @@ def centre_of(video, colour):
 
 
 def test_pixels_are_where_the_centres_say():
-    video, centres = draw_clips([0, 1, 2], SHAPES, 0, 40, 1, (64, 64), CPU)
+    video, centres = draw_clips([0, 1, 2], SHAPES, 0, 40, 1, (64, 64))
     assert video.shape == (3, 40, 64, 64, 3) and video.dtype == torch.uint8 and centres.shape == (3, 40, 2, 2)
     for clip in range(3):
         assert (centre_of(video[clip], DISK_COLOUR) - centres[clip, :, 1]).abs().max() < 1  # nothing lies over the disk
@@ -31,17 +43,17 @@ def test_pixels_are_where_the_centres_say():
 
 
 def test_a_clip_depends_on_seed_and_index_alone():
-    together, _ = draw_clips([3, 4, 5], SHAPES, 7, 6, 2, (32, 32), CPU)
-    alone, _ = draw_clips([4], SHAPES, 7, 6, 2, (32, 32), CPU)
+    together, _ = draw_clips([3, 4, 5], SHAPES, 7, 6, 2, (32, 32))
+    alone, _ = draw_clips([4], SHAPES, 7, 6, 2, (32, 32))
     assert torch.equal(together[1], alone[0])
-    assert not torch.equal(alone, draw_clips([4], SHAPES, 8, 6, 2, (32, 32), CPU)[0])
-    twice, _ = draw_clips([4], SHAPES, 7, 3, 4, (32, 32), CPU)
+    assert not torch.equal(alone, draw_clips([4], SHAPES, 8, 6, 2, (32, 32))[0])
+    twice, _ = draw_clips([4], SHAPES, 7, 3, 4, (32, 32))
     assert torch.equal(alone[:, ::2], twice)  # a stride skips frames
 
 
 def test_the_square_bounces_elastically():
     shapes = Shapes(image_size=64, square_size=12, square_init=[20.0, 30.0], square_vel=[3.0, -2.0])
-    _, centres = draw_clips([0], shapes, 0, 200, 1, (64, 64), CPU)
+    _, centres = draw_clips([0], shapes, 0, 200, 1, (64, 64))
     square = centres[0, :, 0].double()
     position, velocity = torch.tensor([20.0, 30.0], dtype=torch.float64), torch.tensor([3.0, -2.0], dtype=torch.float64)
     for frame in range(200):
@@ -59,7 +71,7 @@ def test_bounce_keeps_within_walls_of_each_axis():
 
 
 def test_the_disk_stays_on_its_circle():
-    _, centres = draw_clips([1], SHAPES, 0, 100, 1, (64, 64), CPU)
+    _, centres = draw_clips([1], SHAPES, 0, 100, 1, (64, 64))
     radius = (centres[0, :, 1] - 32).norm(dim=-1)
     assert radius.std() < 1e-4 and radius.max() <= 32 - 5 + 1e-3
 
@@ -95,7 +107,59 @@ def test_shapes_beyond_the_canvas_are_refused(keys):
 
 
 def test_a_spliced_clip_goes_on_as_another():
-    whole, _ = draw_clips([3], Shapes(), 0, 8, 1, (32, 32), CPU)
-    spliced, centres = draw_clips([3], Shapes(splice_at=5), 0, 8, 1, (32, 32), CPU)
+    whole, _ = draw_clips([3], Shapes(), 0, 8, 1, (32, 32))
+    spliced, centres = draw_clips([3], Shapes(splice_at=5), 0, 8, 1, (32, 32))
     assert torch.equal(whole[:, :5], spliced[:, :5]) and not torch.equal(whole[:, 5], spliced[:, 5])
-    torch.testing.assert_close(draw_shapes(centres, Shapes(), (32, 32)), spliced)
+    assert torch.equal(torch.from_numpy(clip_centres([3], Shapes(splice_at=5), 0, 8, 1)), centres)
+
+
+def compared_pixel_by_pixel(centres, shapes, size):
+    """What `Canvas.draw` shows, from the definition: f h w 3."""
+    height, width = size
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    position = torch.stack([x * shapes.image_size / width, y * shapes.image_size / height], dim=-1).double()
+    offset = position - torch.from_numpy(centres).double()[:, :, None, None]  # f object h w 2
+    square = (offset[:, 0].abs() <= shapes.square_size / 2).all(-1)
+    disk = offset[:, 1].square().sum(-1) <= shapes.disk_radius**2
+    return torch.tensor([BACKGROUND, SQUARE_COLOUR, DISK_COLOUR], dtype=torch.uint8)[torch.where(disk, 2, square.long())]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 80), (16, 16)])
+def test_a_shape_is_every_pixel_whose_centre_it_covers_though_memory_is_used_again(size):
+    canvas = Canvas(30, size, CPU)
+    addresses = set()
+    for clip in range(5):
+        centres = clip_centres([clip, clip + 5], SHAPES, 0, 30, 1)
+        video = canvas.draw(centres, SHAPES)
+        addresses.add(video.data_ptr())
+        for drawn, where in zip(video, centres, strict=True):
+            assert torch.equal(drawn, compared_pixel_by_pixel(where, SHAPES, size))
+        del video, drawn
+    assert len(addresses) == 1
+
+
+def test_shapes_partly_beyond_the_edge_are_cut():
+    centres = np.array([[[[1.0, 63.0], [62.5, -2.0]]]], dtype=np.float32)
+    drawn = Canvas(1, (64, 64), CPU).draw(centres, SHAPES)
+    assert torch.equal(drawn[0], compared_pixel_by_pixel(centres[0], SHAPES, (64, 64)))
+
+
+def test_heatmaps_are_distributions_around_the_centre():
+    centres = torch.rand(50, 2, 2) * 48 + 8  # within the outermost patches' centres
+    heatmaps = patch_heatmaps(centres, 64, 4, 8)
+    torch.testing.assert_close(heatmaps.sum((-2, -1)), torch.ones(50, 2))
+    assert (heatmaps >= 0).all() and ((heatmaps > 0).sum((-2, -1)) <= 4).all()
+    torch.testing.assert_close(heatmap_centres(heatmaps, 64), centres)
+    torch.testing.assert_close(to_pixels(to_unit(centres, 64), 64), centres)
+    torch.testing.assert_close(to_unit(torch.tensor([0.0, 32.0, 64.0]), 64), torch.tensor([-1.0, 0.0, 1.0]))
+
+
+def test_batches_carry_centres_and_visualisation_is_a_split_of_its_own():
+    place = Place(0, 1, 4, 4)
+    shapes = dataset(n_frames=3)
+    batch = next(shapes.validation_batches(place, 4, None, CPU))
+    for video, centres in zip(batch.video, batch.centres, strict=True):
+        assert torch.equal(video, compared_pixel_by_pixel(centres.numpy(), SHAPES, (32, 32)))
+    shown = next(shapes.chosen_batches([range(8)], 8, "visualisation", CPU)).video
+    others = torch.cat([batch.video, *(next(shapes.chosen_batches([range(10)], 10, "train", CPU)).video[None])])
+    assert len(shapes.splits["visualisation"]) == 8 and not any(torch.equal(a, b) for a in shown for b in others)
