@@ -28,6 +28,7 @@ COMMANDS = {
     "encode": (encode.encode, "write a dataset's latents down, to train from them without an encoder"),
     "evaluate": (forecasting.evaluate, "judge a trained head beside the trivial forecasts"),
     "sample": (forecasting.sample, "write a trained head's forecasts of validation clips"),
+    "locator": (forecasting.locator, "train what finds the bouncing shapes in latents, to judge forecasts by"),
     "export": (forecasting.export, "write a trained head as one safetensors file"),
     "import-config": (import_config.import_config, "turn a FutureLatents configuration into one of ours"),
 }

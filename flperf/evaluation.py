@@ -5,8 +5,9 @@ sums are taken over valid clips and divided at the end. Flow matching draws k sa
 own scores say whether they are good and honestly spread.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -110,6 +111,13 @@ def sample_scores(samples: Tensor, target: Tensor) -> dict[str, Tensor]:
     return scores
 
 
+class Observer(Protocol):
+    """Judges forecasts by something else than errors of latents."""
+
+    def add(self, latents: dict[str, Tensor], batch: ClipBatch) -> None:
+        """Normalised latents, fp32 `b t h w d`, of "forecast" (the mean of the samples), "copy_last" (t = 1) and "target"."""
+
+
 @dataclass
 class Pooled:
     """Latents of every valid clip averaged over places and frames, by whose forecast they are ("target": the truth), for probes."""
@@ -117,10 +125,11 @@ class Pooled:
     labels: list[Tensor] = field(default_factory=list)
     features: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    def add(self, latents: dict[str, Tensor], label: Tensor, valid: Tensor) -> None:
-        self.labels.append(label[valid.cpu()])
+    def add(self, latents: dict[str, Tensor], batch: ClipBatch) -> None:
+        valid = batch.valid.cpu()
+        self.labels.append(batch.label[valid])
         for name, values in latents.items():
-            self.features.setdefault(name, []).append(values.mean((1, 2, 3))[valid].float().cpu())
+            self.features.setdefault(name, []).append(values.mean((1, 2, 3)).float().cpu()[valid])
 
     def gathered(self) -> tuple[Tensor, dict[str, Tensor]]:
         """labels [n] and features [n d] by name, of all processes."""
@@ -140,13 +149,14 @@ def evaluate(
     batches: Iterable[ClipBatch],
     latents_of: Callable,
     baselines: Baselines,
-    pooled: Pooled | None = None,
+    observers: Sequence[Observer] = (),
 ) -> dict[str, float | list]:
     """Validation loss, errors of the forecast (the mean of its samples) and of the trivial forecasts, and skill.
 
     batches yield `ClipBatch`es; latents_of turns one into normalised (context, target). skill = 1 - forecast's error / the best trivial
     forecast's, for each error; above 0 the head knows something. The result holds means over all frames by name, and under "horizon" the
     same names with a list, one number a latent frame ahead. `frechet` compares the tokens of one sample with the true ones.
+    Observers see the latents of every batch.
     """
     device = baselines.position_mean.device
     sums, moments = Sums(device), {}
@@ -164,8 +174,8 @@ def evaluate(
             sums.add(name, score, valid)
         for name, latents in {**forecasts, "forecast": samples[:, 0], "target": truth}.items():
             moments.setdefault(name, Moments(truth.shape[-1], device)).add(latents.expand_as(truth)[valid])
-        if pooled is not None:
-            pooled.add({"target": truth, "forecast": samples.mean(1), "copy_last": context[:, -1:].float()}, batch.label, valid)
+        for observer in observers:
+            observer.add({"target": truth, "forecast": samples.mean(1), "copy_last": context[:, -1:].float()}, batch)
     return _result(sums, moments, objective.samples)
 
 
@@ -190,7 +200,7 @@ def _result(sums: Sums, moments: dict[str, Moments], samples: int) -> dict[str, 
     return result
 
 
-def evaluate_run(run: Run, pooled: Pooled | None = None) -> dict[str, float | list]:
+def evaluate_run(run: Run, observers: Sequence[Observer] = ()) -> dict[str, float | list]:
     """`evaluate` on the first `evaluation.max_clips` validation clips, shared out over the processes, with a progress bar."""
     config, device = run.config.evaluation, run.process.device
     batch_size = config.batch_size or run.place.micro_batch_size
@@ -198,7 +208,7 @@ def evaluate_run(run: Run, pooled: Pooled | None = None) -> dict[str, float | li
     clips = min(run.dataset.validation_size, config.max_clips or run.dataset.validation_size)
     rounds = -(-clips // (batch_size * run.process.world_size))
     shown = tqdm(_on_device(batches, device), "evaluating", rounds, leave=False, disable=None if run.process.is_main else True)
-    return evaluate(run.forecaster, run.objective, shown, run.latents, run.baselines, pooled)
+    return evaluate(run.forecaster, run.objective, shown, run.latents, run.baselines, observers)
 
 
 def _on_device(batches: Iterable[ClipBatch], device: torch.device) -> Iterator[ClipBatch]:

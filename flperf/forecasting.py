@@ -1,6 +1,6 @@
-"""`flperf evaluate`, `flperf sample` and `flperf export`: what is done with a trained head.
+"""`flperf evaluate`, `sample`, `export` and `locator`: what is done with a trained head, and what judges it.
 
-All three take a run's folder, one of its checkpoints or an exported file. `evaluate` runs on any number of processes
+The first three take a run's folder, one of its checkpoints or an exported file. `evaluate` runs on any number of processes
 (`deepspeed flperf/cli.py evaluate …`).
 """
 
@@ -45,20 +45,27 @@ def evaluate(arguments: list[str]) -> None:
     parser = _parser("evaluate", evaluate.__doc__)
     _add_configuration(parser)
     parser.add_argument("--out", metavar="FILE", help="also append the result as a line of JSON (default: the run's metrics.jsonl)")
+    parser.add_argument("--locator", metavar="FILE", help="of `flperf locator`: also say how far from the true ones shapes are forecast")
     options = parser.parse_intermixed_args(arguments)
     trained, run = _trained_run(options)
     from flperf.evaluation import Pooled, evaluate_run, summary
+    from flperf.locator import PixelErrors, load_locator, locator_summary
     from flperf.probe import has_classes, probe_accuracies, training_features
 
     probed = run.config.evaluation.probe_clips > 0 and has_classes(run.dataset.splits["train"].labels)
-    pooled = Pooled() if probed else None
-    result = {"step": trained.step, "split": "val", "source": trained.source, **evaluate_run(run, pooled)}
-    if pooled is not None:
-        training, validation = training_features(run), pooled.gathered()
+    pooled = [Pooled()] if probed else []
+    located = [PixelErrors(load_locator(options.locator, run.config, run.process.device), run)] if options.locator else []
+    result = {"step": trained.step, "split": "val", "source": trained.source, **evaluate_run(run, pooled + located)}
+    if probed:
+        training, validation = training_features(run), pooled[0].gathered()
         if run.process.is_main:
             result["probe"] = probe_accuracies(training, validation)
+    if located:
+        result["locator"] = located[0].result()
     if run.process.is_main:
         print(f"{trained.source}, step {trained.step}, {result['clips']} clips; errors of normalised latents:\n{summary(result)}")
+        if located:
+            print(locator_summary(result["locator"]))
         path = Path(options.out) if options.out else _metrics_of(trained.source)
         if path is not None:
             with path.open("a") as lines:
@@ -84,6 +91,28 @@ def sample(arguments: list[str]) -> None:
     from flperf.forecast_files import write_forecasts
 
     print(write_forecasts(run, Path(options.out), options.clips, options.frames, options.seconds))
+
+
+def locator(arguments: list[str]) -> None:
+    """Train a head that finds the bouncing shapes in latents, for `flperf evaluate --locator`."""
+    parser = argparse.ArgumentParser(prog="flperf locator", description=locator.__doc__)
+    parser.add_argument("--config", required=True, metavar="FILE", help="whose encoder and bouncing shapes are taken")
+    parser.add_argument("--out", required=True, metavar="FILE", help="such as locator.safetensors")
+    parser.add_argument("--head", default="coordinates", help="coordinates (default): regression; heatmap: the likeliest patches")
+    parser.add_argument("--steps", type=int, default=600, help="updates of 32 clips (default: 600)")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the configuration")
+    options = parser.parse_intermixed_args(arguments)
+    import torch
+
+    from flperf.config import load_config
+    from flperf.locator import save_locator, train_locator
+
+    config = load_config(options.config, options.overrides)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trained, error = train_locator(config, options.head, options.steps, device)
+    save_locator(Path(options.out), trained, config)
+    print(f"{options.out}: finds the shapes in held-out clips to {error:.2f} pixels of {config.dataset.shapes.image_size}")
 
 
 def _trained_run(options: argparse.Namespace):

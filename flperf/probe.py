@@ -20,7 +20,7 @@ def training_features(run: Run) -> tuple[Tensor, Tensor]:
     mine = range(process.rank, count, process.world_size)
     for batch in run.dataset.chosen_batches([mine], run.place.micro_batch_size, "train", process.device):
         _, target = run.latents(batch)
-        pooled.add({"target": target.float()}, batch.label, batch.valid.to(process.device))
+        pooled.add({"target": target.float()}, batch)
     labels, features = pooled.gathered()
     return labels, features["target"]
 

@@ -100,10 +100,10 @@ def batches_of(context: torch.Tensor, target: torch.Tensor, size: int):
         yield ClipBatch(label=rows % 2, clip=rows, sample=rows, valid=valid, latents=clips)
 
 
-def evaluated(head, context, target, baselines, size, pooled=None):
+def evaluated(head, context, target, baselines, size, observers=()):
     objective = build_objective(Config(), LAYOUT)
     split = lambda batch: (batch.latents[:, :2], batch.latents[:, 2:])  # noqa: E731
-    return evaluate(head, objective, batches_of(context, target, size), split, baselines, pooled)
+    return evaluate(head, objective, batches_of(context, target, size), split, baselines, observers)
 
 
 def test_a_whole_evaluation_against_sums_by_hand():
@@ -146,7 +146,12 @@ def test_pooled_latents_are_those_of_the_valid_clips():
     place = torch.zeros(3, 1, 2, 4)
     pooled = Pooled()
     evaluated(
-        lambda context: context[:, :1].expand(-1, 3, -1, -1, -1), context, target, Baselines(place, place, torch.zeros(3, 13, 4)), 2, pooled
+        lambda context: context[:, :1].expand(-1, 3, -1, -1, -1),
+        context,
+        target,
+        Baselines(place, place, torch.zeros(3, 13, 4)),
+        2,
+        [pooled],
     )
     labels, features = pooled.gathered()
     assert labels.tolist() == [0, 1, 0, 1, 0]
