@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from runs import ROOT, launch
 
+from flperf.cli import COMMANDS
 from flperf.config import load_config
 from flperf.train import parse_arguments
 
@@ -17,7 +18,7 @@ SMALL = [
     *("backbone.architecture.hidden_size=24", "backbone.architecture.num_hidden_layers=1", "model.hidden_dim=32", "model.depth=1"),
     *("latents.statistics_clips=8", "evaluation.sampling.steps=2", "evaluation.probe_clips=12"),
 ]
-ELSEWHERE = ("/data/", "configs/references/", "configs/shapes/")  # data or minutes that a test has not got: the configuration must load
+ELSEWHERE = ("/data/", "configs/references/", "configs/shapes/", "experiment/predictor")  # data or minutes that a test has not got
 SET_UP, MEASURED = "python3 -m venv", ("pytest", "benchmarks", "tensorboard")
 
 
@@ -51,8 +52,10 @@ def test_configurations_load(command, monkeypatch):
     if "flperf/train.py" in words:
         options = parse_arguments(words[words.index("flperf/train.py") + 1 :])
         load_config(options.config, options.overrides)
-    else:
+    elif "--config" in words:
         load_config(words[words.index("--config") + 1])
+    else:
+        assert words[0] == "flperf" and words[1] in COMMANDS
 
 
 @pytest.mark.parametrize("command", of_kind("measured"))

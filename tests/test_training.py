@@ -1,7 +1,9 @@
 """Short runs of the whole line under the real launcher, with 1 and 2 processes over gloo."""
 
+import gzip
 import itertools
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -199,6 +201,18 @@ def test_debug_runs_are_small_and_apart(tiny):
     folder = tiny.parent / "experiment/debug/debugged"
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 10
     assert not (tiny.parent / "experiment/debugged").exists()
+
+
+def test_a_profile_says_where_a_step_goes(tiny):
+    finished = train(tiny, "--profile", "name=profiled", "trainer.max_steps=12")
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    folder = tiny.parent / "experiment/profiled/profile"
+    rows = [re.fullmatch(r"\s*(.+?)\s+([\d.]+) ms\s+[\d.]+%", line).groups() for line in (folder / "table.txt").read_text().splitlines()]
+    milliseconds = {name: float(value) for name, value in rows}
+    parts = sum(value for name, value in milliseconds.items() if not name.startswith("of it") and name != "whole step")
+    assert milliseconds["head, backward"] > 0 and parts == pytest.approx(milliseconds["whole step"], rel=0.2)
+    trace = json.loads(gzip.decompress((folder / "trace.json.gz").read_bytes()))
+    assert any(event.get("name") == "flperf encode" for event in trace["traceEvents"])
 
 
 def test_a_diverging_run_ends_with_one_clear_line(tiny):
