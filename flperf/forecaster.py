@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from flperf.engine import compute_dtype, load_weights
 from flperf.heads import build_head
 from flperf.latents import Layout, Normaliser, Statistics
 from flperf.objective import build_objective, forecast
+from flperf.tensor_file import read_tensor_file
 
 FORMAT = "flperf forecaster 1"
 CPU = torch.device("cpu")
@@ -81,14 +81,7 @@ def write_export(trained: Trained, path: str | Path) -> None:
 
 
 def _read_export(path: Path) -> Trained:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: is not a safetensors file that can be read ({error})") from None
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"{path}: was not written by `flperf export` (format {metadata.get('format')!r}, expected {FORMAT!r})")
+    tensors, metadata = read_tensor_file(path, FORMAT, "flperf export", CPU)
     weights = {name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")}
     measured = {name.removeprefix("statistics."): tensor for name, tensor in tensors.items() if name.startswith("statistics.")}
     return Trained(str(path), metadata["config"], int(metadata["step"]), weights, *split_statistics(measured))

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from einops import rearrange
 from omegaconf import OmegaConf
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -21,6 +20,7 @@ from flperf.evaluation import Sums
 from flperf.heads.locator import LOCATORS, Locator
 from flperf.latents import EPSILON, Normaliser, latent_layout
 from flperf.run import Run
+from flperf.tensor_file import read_tensor_file
 
 FORMAT = "flperf locator 1"
 BATCH_SIZE, LEARNING_RATE = 32, 2e-3
@@ -118,14 +118,7 @@ def save_locator(path: Path, locator: Locator, config: Config) -> None:
 
 def load_locator(path: str | Path, config: Config, device: torch.device) -> Locator:
     """Raises `UserError` where the file is no locator, or one of another encoder, normalisation or canvas than the configuration's."""
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: is not a safetensors file that can be read ({error})") from None
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"{path}: was not written by `flperf locator` (format {metadata.get('format')!r}, expected {FORMAT!r})")
+    weights, metadata = read_tensor_file(path, FORMAT, "flperf locator", device)
     theirs, ours = json.loads(metadata["identity"]), identity(config)
     wrong = [f"{key} {theirs[key]!r} (here {value!r})" for key, value in ours.items() if theirs[key] != value]
     if wrong:
