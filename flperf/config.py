@@ -169,7 +169,8 @@ class Checkpoint:
 class Tracking:
     log_every: int = 10
     wandb: Literal["auto", "offline", "off"] = "auto"  # auto: online where a key is set, else offline
-    project: str = "flperf"
+    project: str = "flperf"  # of W&B
+    tensorboard: bool = False  # event files in the run's folder; needs `pip install tensorboard`
 
 
 @dataclass

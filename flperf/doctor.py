@@ -137,12 +137,10 @@ def space() -> Iterator[Finding]:
 
 
 def tracking() -> Iterator[Finding]:
-    import wandb
+    from flperf.dashboards import has_wandb_key
 
-    online = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
-    yield Finding(
-        "W&B", "logs online" if online else "no key: logs offline (`wandb login`, or later `wandb sync experiment/*/wandb/offline-*`)"
-    )
+    offline = "no key: logs offline (`wandb login`, or later the `wandb sync` that a run prints at its end)"
+    yield Finding("W&B", "logs online" if has_wandb_key() else offline)
 
 
 def hub() -> Iterator[Finding]:
