@@ -1,20 +1,22 @@
 """The `flperf` command; `deepspeed flperf/cli.py COMMAND …` runs one of them on many processes."""
 
-import argparse
 import sys
 
 from flperf import doctor, encode, forecasting, import_config, train
-from flperf.command import run_command
+from flperf.command import command_parser, run_command
 
 
 def index(arguments: list[str]) -> None:
-    """Probe every file that a Kinetics CSV names, and write an index: `flperf index --csv FILE --out FILE`."""
-    parser = argparse.ArgumentParser(prog="flperf index", description=index.__doc__)
+    parser = command_parser(
+        "index",
+        "Probe every file that a Kinetics CSV names, and write an index that takes its place: what each file is, and which are unusable. "
+        "The same command goes on after an interruption.",
+        "flperf index --csv data/demo/train.csv --labels data/demo/labels.csv --out data/demo/train.index.csv",
+    )
     parser.add_argument("--csv", required=True, metavar="FILE", help="rows of 'path class_index'; paths are relative to it")
     parser.add_argument("--labels", metavar="FILE", help="rows of 'index name', to check that every class has a name")
     parser.add_argument("--out", required=True, metavar="FILE", help="the index, a CSV with a header; dataset.train takes it")
     parser.add_argument("--threads", type=int, help="files probed at once (default: twice the cores)")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(arguments)
     from flperf.data.index import summary, write_index
 
@@ -33,12 +35,19 @@ COMMANDS = {
 }
 
 
+EXAMPLES = """for example:
+  flperf doctor
+  flperf train --config configs/demo.yaml
+  flperf evaluate --checkpoint experiment/demo
+  flperf export --checkpoint experiment/demo --out demo.safetensors"""
+
+
 def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]  # the launcher's; the environment has it
     if not arguments or arguments[0] not in COMMANDS:
-        listing = "\n".join(f"  {name:10} {what}" for name, (_, what) in COMMANDS.items())
+        listing = "\n".join(f"  {name:14} {what}" for name, (_, what) in COMMANDS.items())
         wanted_help = not arguments or arguments[0] in ("-h", "--help")
-        text = f"usage: flperf COMMAND …\n\ncommands:\n{listing}\n\n`flperf COMMAND --help` says more."
+        text = f"usage: flperf COMMAND …\n\ncommands:\n{listing}\n\n{EXAMPLES}\n\n`flperf COMMAND --help` says more."
         print(text, file=sys.stdout if wanted_help else sys.stderr)
         sys.exit(0 if wanted_help else 2)
     run_command(COMMANDS[arguments[0]][0], arguments[1:])

@@ -5,7 +5,6 @@ but a key's own name always meant the same. So sections are looked through, keys
 or reported: none is dropped silently.
 """
 
-import argparse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from flperf.command import command_parser
 from flperf.config import Config, UserError, layers, parse_config
 
 HEADS = {
@@ -176,12 +176,15 @@ def lowered(value: Any) -> Any:
 
 
 def import_config(arguments: list[str]) -> None:
-    """Turn a FutureLatents configuration into one of ours, and say what changed."""
-    parser = argparse.ArgumentParser(prog="flperf import-config", description=import_config.__doc__)
+    """`flperf import-config`: write the new file and say what changed."""
+    parser = command_parser(
+        "import-config",
+        "Turn a FutureLatents configuration into one of ours, and say what changed.",
+        "flperf import-config OLD.yaml --out configs/mine.yaml --processes 8",
+    )
     parser.add_argument("old", metavar="OLD.yaml")
     parser.add_argument("--out", metavar="FILE", help="the new file (default: OLD.flperf.yaml beside it)")
     parser.add_argument("--processes", type=int, default=1, help="how many devices the old file was run on (default: 1)")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(arguments)
     old = Path(options.old)
     out = Path(options.out) if options.out else old.with_suffix(".flperf.yaml")
