@@ -16,6 +16,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from flperf import checkpoint_files as files
 from flperf.config import UserError, differences
@@ -174,7 +175,8 @@ class Checkpoints:
         allocate_states(engine, fragments, index.states, index.optimizer_step)
         targets = {name: state_tensors(engine, fragment) for name, fragment in fragments.items()}
         filled = 0
-        for name, start, slices in files.stored_fragments(path, index):
+        stored = files.stored_fragments(path, index)
+        for name, start, slices in tqdm(stored, f"loading {path.name}", unit="part", leave=False, disable=self.rank > 0 or None):
             if name in fragments:
                 filled += sum(copy_overlap(slices[state], start, targets[name][state], fragments[name].start) for state in index.states)
         if filled != len(index.states) * sum(fragment.numel for fragment in fragments.values()):

@@ -65,8 +65,9 @@ def build_encoder(backbone: Backbone, preprocessing: Preprocessing, *, dtype: to
     """The frozen encoder on `device`, its blocks and its pixel normalisation compiled."""
     encoder = Encoder(backbone, preprocessing, dtype).to(device)
     if compile:
-        for module in (encoder.normalise, *encoder.backbone.blocks):
-            compile_forward(module)
+        compile_forward(encoder.normalise, "the encoder's pixel normalisation")
+        for number, block in enumerate(encoder.backbone.blocks, start=1):
+            compile_forward(block, f"encoder block {number}/{len(encoder.backbone.blocks)}")
     return encoder
 
 

@@ -13,7 +13,8 @@ from flperf.heads.predictor import Predictor
 from flperf.latents import Layout
 
 HEADS = {"predictor": Predictor, "cross_attention": CrossAttentionPredictor, "dit": DiT}
-REPEATED = (Block, KeysValues)  # compiled, checkpointed and, in ZeRO 3, gathered as wholes
+PARTS = {Block: "block", KeysValues: "context projection"}
+REPEATED = tuple(PARTS)  # compiled, checkpointed and, in ZeRO 3, gathered as wholes
 
 
 def build_head(model: Model, layout: Layout, *, seed: int, compile: bool) -> nn.Module:
@@ -23,11 +24,12 @@ def build_head(model: Model, layout: Layout, *, seed: int, compile: bool) -> nn.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = HEADS[model.head](model, layout)
-    for module in head.modules():
-        if isinstance(module, REPEATED):
+    for kind in REPEATED:
+        modules = [module for module in head.modules() if isinstance(module, kind)]
+        for number, module in enumerate(modules, start=1):
             if compile:
-                compile_forward(module)
-            if model.activation_checkpointing and isinstance(module, Block):
+                compile_forward(module, f"head {PARTS[kind]} {number}/{len(modules)}")
+            if model.activation_checkpointing and kind is Block:
                 recompute_in_backward(module)
     return head
 
