@@ -23,6 +23,13 @@ def index(arguments: list[str]) -> None:
     print(summary(write_index(options.csv, options.labels, options.out, options.threads)))
 
 
+def import_weights(arguments: list[str]) -> None:
+    """Loads torch, which the other commands' help need not wait for."""
+    from flperf.import_weights import import_weights
+
+    import_weights(arguments)
+
+
 COMMANDS = {
     "doctor": (doctor.doctor, "say what this machine has for a run, and what is missing"),
     "train": (train.train, "train a head on one process (use the deepspeed launcher for more)"),
@@ -31,6 +38,7 @@ COMMANDS = {
     "evaluate": (forecasting.evaluate, "judge a trained head beside the trivial forecasts"),
     "sample": (forecasting.sample, "write a trained head's forecasts of validation clips"),
     "export": (forecasting.export, "write a trained head as one safetensors file"),
+    "import-weights": (import_weights, "take from a FutureLatents checkpoint what a head of ours can start from"),
     "import-config": (import_config.import_config, "turn a FutureLatents configuration into one of ours"),
 }
 

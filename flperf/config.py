@@ -85,6 +85,7 @@ class Model:
     depth: int = 12
     num_heads: int = 8
     mlp_ratio: float = 4.0
+    initial_weights: Optional[str] = None  # safetensors by parameter name (an export's, or import-weights'); what it lacks starts fresh
     positions: Literal["rope3d", "sincos", "none"] = "rope3d"
     activation_checkpointing: bool = False
     fused_adaln: bool = False  # DiT on CUDA: gated residual, norm and modulation as one Triton kernel each way

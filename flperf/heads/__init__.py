@@ -1,6 +1,8 @@
 """The heads by name. A new one is a file in this folder, built of `layers`, and a line in the table."""
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -32,6 +34,21 @@ def build_head(model: Model, layout: Layout, *, seed: int, compile: bool) -> nn.
             if model.activation_checkpointing and kind is Block:
                 recompute_in_backward(module)
     return head
+
+
+def use_initial_weights(head: nn.Module, file: str) -> None:
+    """Replace those of a fresh head's parameters that a safetensors file holds, by name. Raises `UserError` for what doesn't fit."""
+    try:
+        stored = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"model.initial_weights: {file} can't be read as safetensors ({error})") from None
+    parameters = dict(head.named_parameters())
+    weights = {name.removeprefix("head."): tensor for name, tensor in stored.items() if not name.startswith("statistics.")}
+    for name, tensor in weights.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            here = list(parameters[name].shape) if name in parameters else "no such parameter"
+            raise UserError(f"model.initial_weights: {file}: {name} is {list(tensor.shape)}; this head has {here}")
+        parameters[name].data.copy_(tensor)
 
 
 def recompute_in_backward(block: nn.Module) -> None:
