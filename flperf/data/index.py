@@ -20,6 +20,7 @@ from flperf.config import UserError
 from flperf.data.clips import Annotations, read_annotations, read_labels
 from flperf.data.pyav import DECODE_ERRORS, describe, is_shown, video_stream
 
+VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 MANY_RESOLUTIONS = 64  # NVDEC keeps a decoder for each; more than this many are worth a word
 
 
@@ -59,13 +60,17 @@ def read_index(file: str, limit: int | None) -> Annotations:
     return Annotations([os.path.join(folder, row.path) for row in rows], [row.label for row in rows])
 
 
-def write_index(csv_file: str, labels: str | None, out: str, threads: int | None = None) -> list[Row]:
-    """Probe every file that a Kinetics CSV names, in parallel, and write the index; rows stand in the order of the CSV.
+def write_index(source: str, labels: str | None, out: str, threads: int | None = None) -> list[Row]:
+    """Probe every file that a Kinetics CSV names, or that a folder of class folders holds, in parallel, and write the index; rows stand
+    in the order of the CSV, or of the files' names.
 
     A file named twice with the same class is kept once. Raises `UserError` that names the row of whatever can't be used.
     """
-    annotations = read_annotations(csv_file, "--csv", None)
-    read_labels(labels, [annotations])
+    if Path(source).is_dir():
+        annotations = read_folder(Path(source), labels)
+    else:
+        annotations = read_annotations(source, "--csv", None)
+        read_labels(labels, [annotations])
     folder = Path(out).absolute().parent
     wanted = {
         os.path.relpath(path, folder) if not os.path.isabs(path) else path: label
@@ -95,6 +100,26 @@ def write_index(csv_file: str, labels: str | None, out: str, threads: int | None
         os.fsync(lines.fileno())
     os.replace(partial, out)
     return rows
+
+
+def read_folder(folder: Path, labels: str | None) -> Annotations:
+    """The videos of a folder that holds one folder a class; videos at its top are of a class of their own, "unlabelled".
+
+    Classes are numbered as the `labels` file says, which is written if there is none: by name, so that a second split that is read with
+    the same file has the same numbers. Raises `UserError` for a folder without videos and for a class that the file does not name.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
+    if not files:
+        raise UserError(f"--folder: {folder} holds no videos ({', '.join(sorted(VIDEO_SUFFIXES))})")
+    parts = [path.relative_to(folder).parts for path in files]
+    classes = [part[0] if len(part) > 1 else "unlabelled" for part in parts]
+    if labels and not Path(labels).exists():
+        Path(labels).write_text("".join(f"{number} {name}\n" for number, name in enumerate(sorted(set(classes)))), encoding="utf-8")
+    names = read_labels(labels, [Annotations([], [])]) if labels else sorted(set(classes))
+    unknown = sorted(set(classes) - set(names))
+    if unknown:
+        raise UserError(f"--folder: {folder / unknown[0]}: is no class of {labels}; add it there, or name another file with --labels")
+    return Annotations([str(path.absolute()) for path in files], [names.index(name) for name in classes])
 
 
 def probe_file(folder: Path, path: str, label: int) -> Row:
