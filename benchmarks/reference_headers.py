@@ -50,15 +50,15 @@ def header(file: Path) -> str:
     flops = [3 * head_flops(head, layout, flow_matching), 0 if cached else encoder_flops(encoder, layout, config.backbone.encode)]
     states = model_states(parameters, config.engine.zero_stage, PROCESSES, BF16, average=config.trainer.ema_decay is not None)
     needs = [NEEDS[config.dataset.kind]] + ([] if cached else [NEEDS[config.backbone.kind]])
+    total = (states.total + BF16 * frozen) / 1e9
+    estimate = f"estimated: bf16, ZeRO {config.engine.zero_stage}, {PROCESSES} GPUs; elsewhere `flperf train --dry-run` says it"
     lines = [
         f"deepspeed flperf/train.py --config configs/references/{file.name}",
         f"needs       {'; '.join(needs)}",
         f"parameters  {parameters:,} in the head" + (f", {frozen:,} in the frozen encoder" if frozen else ""),
-        f"FLOPs       {flops[0] / 1e12:.2f} T in the head"
-        + (f" + {flops[1] / 1e12:.2f} T in the encoder" if frozen else "")
-        + " a training clip",
-        f"memory      {(states.total + BF16 * frozen) / 1e9:.1f} GB a GPU before activations (estimated: bf16, ZeRO {config.engine.zero_stage}, "
-        f"{PROCESSES} GPUs); `flperf train --dry-run` says what it is elsewhere",
+        f"FLOPs       a training clip: {flops[0] / 1e12:.2f} T in the head"
+        + (f" + {flops[1] / 1e12:.2f} T in the encoder" if frozen else ""),
+        f"memory      {total:.1f} GB a GPU before activations ({estimate})",
     ]
     return "".join(f"# {line}\n" for line in lines)
 
