@@ -8,6 +8,7 @@ disk, and a failed write is an error everywhere. Every process reads only what i
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from shutil import rmtree
 from typing import TypeVar
@@ -53,7 +54,7 @@ class Checkpoints:
         """Load the newest undamaged checkpoint and return its step, 0 if the run has none. Raises `UserError` if all are damaged."""
         problems = []
         for path in self._together(lambda: files.candidates(self.folder))[0]:
-            found = [problem for problem in self._together(lambda path=path: self._problem(path)) if problem]
+            found = [problem for problem in self._together(partial(self._problem, path)) if problem]
             if not found:
                 self._load(path, files.read_index(path))
                 return self.newest

@@ -4,6 +4,8 @@ Pixels are normalised inside the compiled graph, so that what crosses the bus an
 The backbones themselves stand in flperf/backbones.
 """
 
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -31,6 +33,8 @@ class PixelNormalisation(nn.Module):
 
 class Encoder(nn.Module):
     """Normalisation and backbone, frozen, in eval mode."""
+
+    backbone: Any  # a class of BACKBONES
 
     def __init__(self, backbone: Backbone, preprocessing: Preprocessing, dtype: torch.dtype):
         super().__init__()

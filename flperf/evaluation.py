@@ -7,6 +7,7 @@ own scores say whether they are good and honestly spread.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -141,7 +142,7 @@ def evaluate(
     latents_of: Callable,
     baselines: Baselines,
     pooled: Pooled | None = None,
-) -> dict[str, float | list]:
+) -> dict[str, Any]:
     """Validation loss, errors of the forecast (the mean of its samples) and of the trivial forecasts, and skill.
 
     batches yield `ClipBatch`es; latents_of turns one into normalised (context, target). skill = 1 - forecast's error / the best trivial
@@ -169,7 +170,7 @@ def evaluate(
     return _result(sums, moments, objective.samples)
 
 
-def _result(sums: Sums, moments: dict[str, Moments], samples: int) -> dict[str, float | list]:
+def _result(sums: Sums, moments: dict[str, Moments], samples: int) -> dict[str, Any]:
     means = sums.means()
     for error in ERRORS:
         best = torch.stack([means[f"{name}_{error}"].expand_as(means[f"forecast_{error}"]) for name in BASELINES])
@@ -177,7 +178,7 @@ def _result(sums: Sums, moments: dict[str, Moments], samples: int) -> dict[str, 
     if samples > 1:
         # The mean of k honest samples errs by 1 + 1/k of their variance (Fortin et al. 2014, equation 15): 1 is calibrated, less too sure.
         means["spread"] = ((1 + 1 / samples) * means["variance"] / means["forecast_mse"]).sqrt()
-    result: dict[str, float | list] = {"clips": int(sums.clips)}
+    result: dict[str, Any] = {"clips": int(sums.clips)}
     result |= {key: value.mean().item() for key, value in means.items() if not key.startswith("skill")}
     for error in ERRORS:  # of the means: not the mean of skills
         result[f"skill_{error}"] = 1 - result[f"forecast_{error}"] / max(min(result[f"{name}_{error}"] for name in BASELINES), SMALLEST)
@@ -190,7 +191,7 @@ def _result(sums: Sums, moments: dict[str, Moments], samples: int) -> dict[str, 
     return result
 
 
-def evaluate_run(run: Run, pooled: Pooled | None = None) -> dict[str, float | list]:
+def evaluate_run(run: Run, pooled: Pooled | None = None) -> dict[str, Any]:
     """`evaluate` on the first `evaluation.max_clips` validation clips, shared out over the processes, with a progress bar."""
     config, device = run.config.evaluation, run.process.device
     batch_size = config.batch_size or run.place.micro_batch_size

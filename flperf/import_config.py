@@ -7,14 +7,14 @@ or reported: none is dropped silently.
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flperf.command import command_parser
-from flperf.config import Config, UserError, layers, parse_config
+from flperf.config import UserError, layers, parse_config
 
 HEADS = {
     "deterministic": ("predictor", "regression"),
@@ -159,11 +159,11 @@ def leaves(tree: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
 
 def read_old(path: Path) -> dict:
     """The file with all it inherits, interpolations resolved; keys may be in either case."""
-    merged = OmegaConf.create({})
+    merged: Any = OmegaConf.create({})
     for _, layer in layers(path):
         merged = OmegaConf.merge(merged, OmegaConf.create(lowered(layer)))
     try:
-        return OmegaConf.to_container(merged, resolve=True)
+        return cast(dict, OmegaConf.to_container(merged, resolve=True))
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
 
@@ -189,7 +189,7 @@ def import_config(arguments: list[str]) -> None:
     old = Path(options.old)
     out = Path(options.out) if options.out else old.with_suffix(".flperf.yaml")
     ours, said = translate(read_old(old), options.processes)
-    tree: Config | dict = OmegaConf.create({})
+    tree = OmegaConf.create({})
     for key, value in ours.items():
         OmegaConf.update(tree, key, value, force_add=True)
     text = yaml.safe_dump(OmegaConf.to_container(tree), sort_keys=False)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -197,7 +198,7 @@ def train_step(run: Run, batches: Iterator[ClipBatch], window: Window) -> Tensor
     return torch.stack(losses).mean()
 
 
-def validate(run: Run, tracker: Tracker, step: int, epoch: int) -> dict[str, float | list]:
+def validate(run: Run, tracker: Tracker, step: int, epoch: int) -> dict[str, Any]:
     """Evaluate the averaged weights on the validation clips, log and print the comparison with the trivial forecasts."""
     load_weights(run.forecaster, head_weights(run.engine, average=run.config.trainer.ema_decay is not None), run.dtype)
     result = evaluate_run(run)

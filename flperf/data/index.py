@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import av
 from tqdm import tqdm
@@ -130,7 +131,9 @@ def probe_file(folder: Path, path: str, label: int) -> Row:
             context = stream.codec_context
             packets = [packet for packet in container.demux(stream) if packet.size]
             frames = sum(map(is_shown, packets))
-            facts = dict(codec=context.name, pixel_format=context.pix_fmt or "", width=context.width, height=context.height, frames=frames)
+            facts: dict[str, Any] = dict(
+                codec=context.name, pixel_format=context.pix_fmt or "", width=context.width, height=context.height, frames=frames
+            )
             rate = float(stream.average_rate or 0)
             facts |= dict(frame_rate=round(rate, 4), duration=round(frames / rate, 4) if rate else 0.0)
             if not frames:

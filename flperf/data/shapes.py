@@ -6,14 +6,14 @@ batch are compared with the shapes in a few tensor operations on the training de
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flperf.config import Shapes, UserError
-from flperf.data.clips import ClipBatch, Draw
+from flperf.data.clips import Batches, ClipBatch, Draw
 from flperf.data.preprocessing import Size
 
 SQUARE_COLOUR = (230, 60, 50)
@@ -32,7 +32,7 @@ def read_batches(
     stride: int,
     size: Size,
     device: torch.device,
-) -> Iterator[ClipBatch]:
+) -> Batches:
     """Yield batches drawn on `device`; clip i of the split has index `first_index + i`."""
     for draws in batches:
         indices = [first_index + draw.clip for draw in draws]
