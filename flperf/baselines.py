@@ -67,8 +67,10 @@ class LatentSample:
             tokens = latents.flatten(0, -2).double()
             self.channels += torch.stack([tokens.sum(0), tokens.square().sum(0)])
             self.tokens += len(tokens)
-        host = [part.to("cpu", copy=True) for part in (sample % 2, context[:, -2:], target)]  # a copy: the batch's memory is used again
-        self.pairs.append(tuple(host))
+        folds, last, following = (
+            part.to("cpu", copy=True) for part in (sample % 2, context[:, -2:], target)
+        )  # the batch's memory is used again
+        self.pairs.append((folds, last, following))
 
     @torch.no_grad()
     def result(self, channels: tuple[Tensor, Tensor] | None = None) -> tuple[Statistics, Baselines]:

@@ -8,6 +8,7 @@ disk, and a failed write is an error everywhere. Every process reads only what i
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from shutil import rmtree
 from typing import TypeVar
@@ -16,6 +17,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from flperf import checkpoint_files as files
 from flperf.config import UserError, differences
@@ -52,7 +54,7 @@ class Checkpoints:
         """Load the newest undamaged checkpoint and return its step, 0 if the run has none. Raises `UserError` if all are damaged."""
         problems = []
         for path in self._together(lambda: files.candidates(self.folder))[0]:
-            found = [problem for problem in self._together(lambda path=path: self._problem(path)) if problem]
+            found = [problem for problem in self._together(partial(self._problem, path)) if problem]
             if not found:
                 self._load(path, files.read_index(path))
                 return self.newest
@@ -174,7 +176,8 @@ class Checkpoints:
         allocate_states(engine, fragments, index.states, index.optimizer_step)
         targets = {name: state_tensors(engine, fragment) for name, fragment in fragments.items()}
         filled = 0
-        for name, start, slices in files.stored_fragments(path, index):
+        stored = files.stored_fragments(path, index)
+        for name, start, slices in tqdm(stored, f"loading {path.name}", unit="part", leave=False, disable=self.rank > 0 or None):
             if name in fragments:
                 filled += sum(copy_overlap(slices[state], start, targets[name][state], fragments[name].start) for state in index.states)
         if filled != len(index.states) * sum(fragment.numel for fragment in fragments.values()):

@@ -1,9 +1,24 @@
-"""What every `flperf` command does alike: a mistake of the user's is said in one line, anything else shows where it happened."""
+"""What every `flperf` command does alike: its help ends with an example; a mistake of the user's is said in one line, anything else
+shows where it happened."""
 
+import argparse
 import sys
+import textwrap
 from collections.abc import Callable
 
 from flperf.config import UserError
+
+
+def command_parser(name: str, description: str, *examples: str, debug: str = "show tracebacks") -> argparse.ArgumentParser:
+    """A parser with --debug whose help says what the command is for and how it is typed."""
+    parser = argparse.ArgumentParser(
+        prog=f"flperf {name}",
+        description=textwrap.fill(" ".join(description.split()), 100),
+        epilog="\n  ".join(["example:" if len(examples) == 1 else "examples:", *examples]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--debug", action="store_true", help=debug)
+    return parser
 
 
 def run_command(command: Callable[[list[str]], None], arguments: list[str] | None) -> None:

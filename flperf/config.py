@@ -6,10 +6,10 @@ replace). Every layer is merged into the typed tree by itself, so that a bad key
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Optional, cast
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -86,6 +86,7 @@ class Model:
     depth: int = 12
     num_heads: int = 8
     mlp_ratio: float = 4.0
+    initial_weights: Optional[str] = None  # safetensors by parameter name (an export's, or import-weights'); what it lacks starts fresh
     positions: Literal["rope3d", "sincos", "none"] = "rope3d"
     activation_checkpointing: bool = False
     fused_adaln: bool = False  # DiT on CUDA: gated residual, norm and modulation as one Triton kernel each way
@@ -170,7 +171,8 @@ class Checkpoint:
 class Tracking:
     log_every: int = 10
     wandb: Literal["auto", "offline", "off"] = "auto"  # auto: online where a key is set, else offline
-    project: str = "flperf"
+    project: str = "flperf"  # of W&B
+    tensorboard: bool = False  # event files in the run's folder; needs `pip install tensorboard`
 
 
 @dataclass
@@ -190,7 +192,7 @@ class Config:
     tracking: Tracking = field(default_factory=Tracking)
 
 
-def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file with all it inherits, apply `section.key=value` overrides, check every key and type.
 
     Returns a `Config` of plain dataclasses with interpolations resolved. Raises `UserError` with one line that names the file
@@ -200,12 +202,12 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     return _resolve(layers(path), overrides, str(path), path.stem)
 
 
-def parse_config(text: str, source: str, overrides: list[str] = ()) -> Config:
+def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
     """A configuration that `dump_config` wrote, with overrides; `source` names it in errors."""
     return _resolve([(source, yaml.safe_load(text))], overrides, source, "")
 
 
-def _resolve(layers: Iterable[tuple[Path | str, dict]], overrides: list[str], source: str, name: str) -> Config:
+def _resolve(layers: Iterable[tuple[Path | str, dict]], overrides: Sequence[str], source: str, name: str) -> Config:
     tree = OmegaConf.structured(Config)
     for file, layer in layers:
         tree = _merge(tree, layer, str(file))
@@ -217,7 +219,7 @@ def _resolve(layers: Iterable[tuple[Path | str, dict]], overrides: list[str], so
     if OmegaConf.is_missing(tree, "name"):
         tree.name = name
     try:
-        config = OmegaConf.to_object(tree)
+        config = cast(Config, OmegaConf.to_object(tree))
     except OmegaConfBaseException as error:
         raise UserError(f"{source}: {error.full_key}: {_first_line(error)}") from error
     _check_values(config, source)
@@ -291,21 +293,21 @@ def _parse_override(override: str) -> DictConfig:
 def _merge(tree: DictConfig, layer: dict | DictConfig, source: str) -> DictConfig:
     _check_keys(tree, layer, source)
     try:
-        return OmegaConf.merge(tree, layer)
+        return cast(DictConfig, OmegaConf.merge(tree, layer))
     except OmegaConfBaseException as error:
         raise UserError(f"{source}: {error.full_key}: {_first_line(error)}") from None
 
 
 def _check_keys(tree: DictConfig, layer: dict | DictConfig, source: str, prefix: str = "") -> None:
     """Unknown keys are refused here, not by OmegaConf, so that the message can name the nearest known one."""
-    known = list(tree.keys())
-    for key in layer:
+    known = [str(key) for key in tree]
+    for key in map(str, layer):
         full_key = f"{prefix}{key}"
         if key not in known:
-            nearest = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {prefix}{nearest[0]}?" if nearest else f"known here: {', '.join(map(str, known))}"
+            nearest = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {prefix}{nearest[0]}?" if nearest else f"known here: {', '.join(known)}"
             raise UserError(f"{source}: unknown key {full_key}: {hint}")
-        node = OmegaConf.select(tree, str(key), throw_on_missing=False)
+        node = OmegaConf.select(tree, key, throw_on_missing=False)
         value = layer[key] if isinstance(layer, dict) else layer._get_node(key)
         typed = isinstance(node, DictConfig) and OmegaConf.get_type(node) is not dict
         if typed and isinstance(value, (dict, DictConfig)):

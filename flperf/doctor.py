@@ -4,7 +4,6 @@ Each check returns one line; a lost one makes the exit status 1, so that a job s
 it also opens the data, decodes clips and loads the backbone, as a run would.
 """
 
-import argparse
 import ctypes
 import os
 import shutil
@@ -13,6 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+
+from flperf.command import command_parser
 
 CLIPS = 10
 NEEDED_DISK_GB, NEEDED_SHARED_GB = 20, 1
@@ -137,12 +138,10 @@ def space() -> Iterator[Finding]:
 
 
 def tracking() -> Iterator[Finding]:
-    import wandb
+    from flperf.dashboards import has_wandb_key
 
-    online = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
-    yield Finding(
-        "W&B", "logs online" if online else "no key: logs offline (`wandb login`, or later `wandb sync experiment/*/wandb/offline-*`)"
-    )
+    offline = "no key: logs offline (`wandb login`, or later the `wandb sync` that a run prints at its end)"
+    yield Finding("W&B", "logs online" if has_wandb_key() else offline)
 
 
 def hub() -> Iterator[Finding]:
@@ -185,11 +184,14 @@ def configured(path: str, overrides: list[str]) -> Iterator[Finding]:
 
 
 def doctor(arguments: list[str]) -> None:
-    """Say what this machine has for a run, and what is missing."""
-    parser = argparse.ArgumentParser(prog="flperf doctor", description=doctor.__doc__)
+    """`flperf doctor`: print every finding; exit status 1 if anything is lost."""
+    parser = command_parser(
+        "doctor",
+        "Say what this machine has for a run, and what is missing; the exit status is 1 if anything is lost.",
+        "flperf doctor --config configs/references/vjepa2_kinetics_400.yaml dataset.train=/data/k400/train.csv",
+    )
     parser.add_argument("--config", metavar="FILE", help="also open its data and backbone, and decode ten clips")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the file")
     options = parser.parse_intermixed_args(arguments)
     lost = 0
     for check in CHECKS:

@@ -7,17 +7,21 @@ that is not there yet, so the same command goes on after a kill.
 import argparse
 from pathlib import Path
 
-from flperf.command import run_command
+from flperf.command import command_parser, run_command
 from flperf.config import load_config
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="flperf encode", description=__doc__)
+    parser = command_parser(
+        "encode",
+        "Write the latents of a dataset's videos down once, to train from them without an encoder; under the deepspeed launcher "
+        "(deepspeed flperf/encode.py …) on all devices. The same command goes on after a kill.",
+        "flperf encode --config configs/demo.yaml --out data/demo_latents",
+    )
     parser.add_argument("--config", required=True, metavar="FILE", help="the configuration of a dataset of videos and a backbone")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for train/ and validation/")
     parser.add_argument("--files", action="store_true", help="write FutureLatents' format instead: one saved tensor `d t h w` a clip")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the file")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(arguments)
 

@@ -4,6 +4,8 @@ Pixels are normalised inside the compiled graph, so that what crosses the bus an
 The backbones themselves stand in flperf/backbones.
 """
 
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -31,6 +33,8 @@ class PixelNormalisation(nn.Module):
 
 class Encoder(nn.Module):
     """Normalisation and backbone, frozen, in eval mode."""
+
+    backbone: Any  # a class of BACKBONES
 
     def __init__(self, backbone: Backbone, preprocessing: Preprocessing, dtype: torch.dtype):
         super().__init__()
@@ -65,8 +69,9 @@ def build_encoder(backbone: Backbone, preprocessing: Preprocessing, *, dtype: to
     """The frozen encoder on `device`, its blocks and its pixel normalisation compiled."""
     encoder = Encoder(backbone, preprocessing, dtype).to(device)
     if compile:
-        for module in (encoder.normalise, *encoder.backbone.blocks):
-            compile_forward(module)
+        compile_forward(encoder.normalise, "the encoder's pixel normalisation")
+        for number, block in enumerate(encoder.backbone.blocks, start=1):
+            compile_forward(block, f"encoder block {number}/{len(encoder.backbone.blocks)}")
     return encoder
 
 

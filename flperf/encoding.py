@@ -111,5 +111,6 @@ class SplitEncoding:
                     latents = torch.cat(encode_clip(self.encoder, video, self.layout, self.config.backbone.encode), dim=1)
                     parts.append((batch.clip[batch.valid], latents.to(torch.bfloat16).cpu()[batch.valid]))
                     bar.update(len(parts[-1][0]))
-                yield tuple(torch.cat(part) for part in zip(*parts, strict=True))
+                clips, latents = (torch.cat(part) for part in zip(*parts, strict=True))
+                yield clips, latents
         batches.close()

@@ -93,7 +93,7 @@ class AdamWWithEMA(torch.optim.AdamW):
     """
 
     def __init__(self, groups: list[dict], trainer: Trainer, clip: bool):
-        super().__init__(groups, lr=0.0, betas=tuple(trainer.betas), fused=True)
+        super().__init__(groups, lr=0.0, betas=(trainer.betas[0], trainer.betas[1]), fused=True)
         self.max_grad_norm = trainer.max_grad_norm if clip else None
         self.overflow = False
 

@@ -6,6 +6,7 @@ copied out of and into the very memory that the optimizer updates, and one writt
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import deepspeed
 import torch
@@ -56,8 +57,8 @@ def written_fragments(engine: deepspeed.DeepSpeedEngine, rank: int, world_size: 
     return shares
 
 
-def _in_zero_1_or_2(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter) -> Fragment | None:
-    mapping = parameter._hp_mapping
+def _in_zero_1_or_2(engine: deepspeed.DeepSpeedEngine, parameter: Any) -> Fragment | None:
+    mapping = parameter._hp_mapping  # DeepSpeed hangs what it knows of a parameter on it
     if mapping is None:  # another process's partition
         return None
     # Each group of parameters is one flat tensor to the optimizer.
@@ -66,7 +67,7 @@ def _in_zero_1_or_2(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter) 
     return Fragment(here.start, here.numel, master, there.start)
 
 
-def _in_zero_3(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter) -> Fragment | None:
+def _in_zero_3(engine: deepspeed.DeepSpeedEngine, parameter: Any) -> Fragment | None:
     optimizer = engine.optimizer
     group, offset, share = optimizer.grad_position[optimizer.get_param_id(parameter)]
     start = share * optimizer._get_param_partition_rank(parameter)

@@ -7,7 +7,7 @@ own scores say whether they are good and honestly spread.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -150,7 +150,7 @@ def evaluate(
     latents_of: Callable,
     baselines: Baselines,
     observers: Sequence[Observer] = (),
-) -> dict[str, float | list]:
+) -> dict[str, Any]:
     """Validation loss, errors of the forecast (the mean of its samples) and of the trivial forecasts, and skill.
 
     batches yield `ClipBatch`es; latents_of turns one into normalised (context, target). skill = 1 - forecast's error / the best trivial
@@ -179,7 +179,7 @@ def evaluate(
     return _result(sums, moments, objective.samples)
 
 
-def _result(sums: Sums, moments: dict[str, Moments], samples: int) -> dict[str, float | list]:
+def _result(sums: Sums, moments: dict[str, Moments], samples: int) -> dict[str, Any]:
     means = sums.means()
     for error in ERRORS:
         best = torch.stack([means[f"{name}_{error}"].expand_as(means[f"forecast_{error}"]) for name in BASELINES])
@@ -187,7 +187,7 @@ def _result(sums: Sums, moments: dict[str, Moments], samples: int) -> dict[str, 
     if samples > 1:
         # The mean of k honest samples errs by 1 + 1/k of their variance (Fortin et al. 2014, equation 15): 1 is calibrated, less too sure.
         means["spread"] = ((1 + 1 / samples) * means["variance"] / means["forecast_mse"]).sqrt()
-    result: dict[str, float | list] = {"clips": int(sums.clips)}
+    result: dict[str, Any] = {"clips": int(sums.clips)}
     result |= {key: value.mean().item() for key, value in means.items() if not key.startswith("skill")}
     for error in ERRORS:  # of the means: not the mean of skills
         result[f"skill_{error}"] = 1 - result[f"forecast_{error}"] / max(min(result[f"{name}_{error}"] for name in BASELINES), SMALLEST)
@@ -200,7 +200,7 @@ def _result(sums: Sums, moments: dict[str, Moments], samples: int) -> dict[str, 
     return result
 
 
-def evaluate_run(run: Run, observers: Sequence[Observer] = ()) -> dict[str, float | list]:
+def evaluate_run(run: Run, observers: Sequence[Observer] = ()) -> dict[str, Any]:
     """`evaluate` on the first `evaluation.max_clips` validation clips, shared out over the processes, with a progress bar."""
     config, device = run.config.evaluation, run.process.device
     batch_size = config.batch_size or run.place.micro_batch_size
@@ -220,12 +220,20 @@ def _on_device(batches: Iterable[ClipBatch], device: torch.device) -> Iterator[C
 NAMES = {"forecast": "forecast", "copy_last": "copy last", "mean": "mean latent", "median": "median latent", "ridge": "ridge"}
 
 
+COLUMNS = {"l1": "L1", "mse": "MSE", "cosine": "1 - cos", "energy": "energy", "frechet": "Fréchet"}
+
+
+def table(result: dict) -> tuple[list[str], list[list[str | float]]]:
+    """The comparison as column names and rows: one row a forecast, errors over all frames."""
+    rows: list[list[str | float]] = [[label, *(result[f"{name}_{error}"] for error in COLUMNS)] for name, label in NAMES.items()]
+    return ["forecast", *COLUMNS.values()], rows
+
+
 def summary(result: dict) -> str:
     """The comparison as a few lines of text: errors over all frames, then the skill of each frame ahead."""
-    columns = {"l1": "L1", "mse": "MSE", "cosine": "1 - cos", "energy": "energy", "frechet": "Fréchet"}
-    rows = ["".join([f"{'':>14}", *(f"{column:>9}" for column in columns.values())])]
-    for name, label in NAMES.items():
-        rows.append("".join([f"{label:>14}", *(f"{result[f'{name}_{error}']:9.4f}" for error in columns)]))
+    (_, *columns), errors = table(result)
+    rows = ["".join([f"{'':>14}", *(f"{column:>9}" for column in columns)])]
+    rows += ["".join([f"{label:>14}", *(f"{value:9.4f}" for value in values)]) for label, *values in errors]
     rows.append("".join([f"{'skill':>14}", *(f"{result[f'skill_{error}']:9.1%}" for error in ERRORS)]))
     ahead = result["horizon"]["skill_l1"]
     shown = sorted({round(i * (len(ahead) - 1) / 7) for i in range(8)}) if len(ahead) > 1 else [0]

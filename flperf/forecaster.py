@@ -4,6 +4,7 @@ An export is one safetensors file: the head's weights (`head.*`) and the statist
 configuration and the step in the metadata. It holds no encoder, which the configuration names.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ class Trained:
     statistics: Statistics
     baselines: Baselines
 
-    def resolved(self, overrides: list[str] = ()) -> Config:
+    def resolved(self, overrides: Sequence[str] = ()) -> Config:
         return parse_config(self.config, f"{self.source}: config.yaml", overrides)
 
     def layout(self, config: Config) -> Layout:
@@ -130,7 +131,7 @@ class Forecaster:
 
 
 def load_forecaster(
-    path: str | Path, *, device: str | torch.device | None = None, overrides: list[str] = (), compile: bool = False
+    path: str | Path, *, device: str | torch.device | None = None, overrides: Sequence[str] = (), compile: bool = False
 ) -> Forecaster:
     """The forecaster of a run, a checkpoint or an export. `overrides`: such as `["backbone.weights=/data/vjepa2"]`."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -8,17 +8,17 @@ import argparse
 import json
 from pathlib import Path
 
+from flperf.command import command_parser
 from flperf.config import Config, UserError, differences
 
 DATA_SECTIONS = ("dataset", "evaluation", "engine", "trainer", "tracking", "checkpoint")  # another --config may differ in these
 DATA_KEYS = ("name", "experiment")
 
 
-def _parser(command: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"flperf {command}", description=description)
+def _parser(command: str, description: str, *examples: str) -> argparse.ArgumentParser:
+    parser = command_parser(command, description, *examples)
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a run's folder, a checkpoint's, or an exported file")
     parser.add_argument("--weights", choices=("average", "last"), default="average", help="the moving average (default) or the last ones")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 
@@ -28,8 +28,12 @@ def _add_configuration(parser: argparse.ArgumentParser) -> None:
 
 
 def export(arguments: list[str]) -> None:
-    """Write a trained head (its moving average), its statistics and its configuration as one safetensors file."""
-    parser = _parser("export", export.__doc__)
+    """`flperf export`: one safetensors file for `load_forecaster`."""
+    parser = _parser(
+        "export",
+        "Write a trained head (its moving average), its statistics and its configuration as one safetensors file.",
+        "flperf export --checkpoint experiment/demo --out demo.safetensors",
+    )
     parser.add_argument("--out", required=True, metavar="FILE", help="such as forecaster.safetensors")
     options = parser.parse_args(arguments)
     from flperf.forecaster import read_trained, write_export
@@ -41,8 +45,13 @@ def export(arguments: list[str]) -> None:
 
 
 def evaluate(arguments: list[str]) -> None:
-    """Judge a trained head on the validation clips, beside the trivial forecasts; with class labels a linear probe, too."""
-    parser = _parser("evaluate", evaluate.__doc__)
+    """`flperf evaluate`: print the comparison and append it to the run's metrics."""
+    parser = _parser(
+        "evaluate",
+        "Judge a trained head on the validation clips, beside the trivial forecasts; with class labels by a linear probe, too.",
+        "flperf evaluate --checkpoint experiment/demo",
+        "deepspeed flperf/cli.py evaluate --checkpoint demo.safetensors --out results.jsonl dataset.validation=/data/k400/val.csv",
+    )
     _add_configuration(parser)
     parser.add_argument("--out", metavar="FILE", help="also append the result as a line of JSON (default: the run's metrics.jsonl)")
     parser.add_argument("--locator", metavar="FILE", help="of `flperf locator`: also say how far from the true ones shapes are forecast")
@@ -74,8 +83,12 @@ def evaluate(arguments: list[str]) -> None:
 
 
 def sample(arguments: list[str]) -> None:
-    """Write forecasts of validation clips: OUT/forecasts.safetensors, and a folder of pictures and tensors for each clip."""
-    parser = _parser("sample", sample.__doc__)
+    """`flperf sample`: forecasts of validation clips as files."""
+    parser = _parser(
+        "sample",
+        "Write forecasts of validation clips: OUT/forecasts.safetensors, and a folder of pictures and tensors for each clip.",
+        "flperf sample --checkpoint experiment/demo --out experiment/demo/forecasts --clips 4 --seconds 2",
+    )
     _add_configuration(parser)
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--clips", type=int, default=4, help="the first so many validation clips (default: 4)")

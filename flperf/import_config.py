@@ -5,16 +5,16 @@ but a key's own name always meant the same. So sections are looked through, keys
 or reported: none is dropped silently.
 """
 
-import argparse
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flperf.config import Config, UserError, layers, parse_config
+from flperf.command import command_parser
+from flperf.config import UserError, layers, parse_config
 
 HEADS = {
     "deterministic": ("predictor", "regression"),
@@ -159,11 +159,11 @@ def leaves(tree: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
 
 def read_old(path: Path) -> dict:
     """The file with all it inherits, interpolations resolved; keys may be in either case."""
-    merged = OmegaConf.create({})
+    merged: Any = OmegaConf.create({})
     for _, layer in layers(path):
         merged = OmegaConf.merge(merged, OmegaConf.create(lowered(layer)))
     try:
-        return OmegaConf.to_container(merged, resolve=True)
+        return cast(dict, OmegaConf.to_container(merged, resolve=True))
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
 
@@ -176,17 +176,20 @@ def lowered(value: Any) -> Any:
 
 
 def import_config(arguments: list[str]) -> None:
-    """Turn a FutureLatents configuration into one of ours, and say what changed."""
-    parser = argparse.ArgumentParser(prog="flperf import-config", description=import_config.__doc__)
+    """`flperf import-config`: write the new file and say what changed."""
+    parser = command_parser(
+        "import-config",
+        "Turn a FutureLatents configuration into one of ours, and say what changed.",
+        "flperf import-config OLD.yaml --out configs/mine.yaml --processes 8",
+    )
     parser.add_argument("old", metavar="OLD.yaml")
     parser.add_argument("--out", metavar="FILE", help="the new file (default: OLD.flperf.yaml beside it)")
     parser.add_argument("--processes", type=int, default=1, help="how many devices the old file was run on (default: 1)")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(arguments)
     old = Path(options.old)
     out = Path(options.out) if options.out else old.with_suffix(".flperf.yaml")
     ours, said = translate(read_old(old), options.processes)
-    tree: Config | dict = OmegaConf.create({})
+    tree = OmegaConf.create({})
     for key, value in ours.items():
         OmegaConf.update(tree, key, value, force_add=True)
     text = yaml.safe_dump(OmegaConf.to_container(tree), sort_keys=False)

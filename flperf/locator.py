@@ -2,11 +2,11 @@
 in pixels at every horizon."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from einops import rearrange
-from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -44,7 +44,8 @@ class FrameLatents:
         self.dataset = open_dataset(config, preprocessing, config.seed)
         dtype = compute_dtype(config.engine.precision, device)
         self.encoder = build_encoder(config.backbone, preprocessing, dtype=dtype, device=device, compile=config.engine.compile)
-        self.frames, *self.grid = self.encoder.latent_shape(config.dataset.n_frames)
+        self.frames, height, width, dim = self.encoder.latent_shape(config.dataset.n_frames)
+        self.grid = height, width, dim
         self.normaliser = Normaliser(unstandardised(config.latents.embedding_norm), torch.float32)
 
     @torch.no_grad()
@@ -71,7 +72,7 @@ def train_locator(config: Config, kind: str, steps: int, device: torch.device) -
         raise UserError(f"--head: {kind!r} is none of {', '.join(LOCATORS)}")
     frames = FrameLatents(config, device)
     torch.manual_seed(config.seed)
-    locator = Locator(kind, tuple(frames.grid), config.dataset.shapes.image_size).to(device)
+    locator = Locator(kind, frames.grid, config.dataset.shapes.image_size).to(device)
     optimizer = torch.optim.AdamW(locator.parameters(), LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     place = Place(0, 1, BATCH_SIZE, BATCH_SIZE)
@@ -104,7 +105,7 @@ def pixel_errors(located: Tensor, centres: Tensor) -> Tensor:
 
 def identity(config: Config) -> dict:
     """What a run must share with the locator that judges it."""
-    backbone = OmegaConf.to_container(OmegaConf.structured(config.backbone))
+    backbone = asdict(config.backbone)
     del backbone["encode"]  # joint latents are located, too; how well, the error on true ones tells
     norm = unstandardised(config.latents.embedding_norm)
     return {"backbone": backbone, "embedding_norm": norm, "image_size": config.dataset.shapes.image_size}

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from flperf.compile_cache import compile_cache_state
 from flperf.config import Config, UserError, parse_interval
 from flperf.data.clips import ClipBatch
 from flperf.engine import head_weights, load_weights, set_schedule
-from flperf.evaluation import evaluate_run, summary
+from flperf.evaluation import evaluate_run, summary, table
 from flperf.interruption import Interrupted, StopVote
 from flperf.run import Run, flops_per_clip
 from flperf.step_profile import PROFILED_STEPS, StepProfile
@@ -197,17 +198,18 @@ def train_step(run: Run, batches: Iterator[ClipBatch], window: Window) -> Tensor
     return torch.stack(losses).mean()
 
 
-def validate(run: Run, tracker: Tracker, step: int, epoch: int) -> dict[str, float | list]:
+def validate(run: Run, tracker: Tracker, step: int, epoch: int) -> dict[str, Any]:
     """Evaluate the averaged weights on the validation clips, log and print the comparison with the trivial forecasts."""
     load_weights(run.forecaster, head_weights(run.engine, average=run.config.trainer.ema_decay is not None), run.dtype)
     result = evaluate_run(run)
     tracker.log({"step": step, "epoch": epoch, "split": "val", **result})
+    tracker.table("val/errors", *table(result), step)
     tracker.say(f"step {step}: validation loss {result['loss']:.4f}; errors of normalised latents:\n{summary(result)}")
     if run.config.evaluation.dump_examples and run.process.is_main:
         from flperf.visualise import dump_examples  # matplotlib takes a second to load
 
         for picture in dump_examples(run, dump_folder(run.config, tracker.folder, step, epoch)):
-            tracker.picture(picture.parent.name, picture, step)
+            tracker.picture(f"forecast/{picture.parent.name}", picture, step)
     return result
 
 

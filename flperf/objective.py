@@ -116,7 +116,7 @@ def forecast(objective: Regression | FlowMatching, head: nn.Module, context: Ten
     return forecasts[:, :, :frames]
 
 
-OBJECTIVES = {"regression": Regression, "flow_matching": FlowMatching}
+OBJECTIVES: dict[str, type[Regression] | type[FlowMatching]] = {"regression": Regression, "flow_matching": FlowMatching}
 
 REGRESSION_LOSSES = {
     "mse": lambda prediction, target: (prediction - target).square(),

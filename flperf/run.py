@@ -15,7 +15,7 @@ from flperf.data.clips import ClipBatch, Place
 from flperf.data.preprocessing import Preprocessing
 from flperf.encoder import Encoder, build_encoder, encode_clip
 from flperf.engine import Process, build_engine, compute_dtype, place_among
-from flperf.heads import build_head
+from flperf.heads import build_head, use_initial_weights
 from flperf.heads.layers import attention_operator
 from flperf.latents import Layout, Normaliser, Statistics, latent_layout
 from flperf.objective import FlowMatching, Regression, build_objective
@@ -81,7 +81,12 @@ def build_run(config: Config, process: Process, *, training: bool = True) -> Run
     objective = build_objective(config, layout)
     new_head = partial(build_head, config.model, layout, seed=config.seed, compile=config.engine.compile)
     forecaster = new_head().to(process.device).requires_grad_(False).eval()
-    engine = build_engine(new_head(), config, place, dtype, process.device) if training else None
+    engine = None
+    if training:
+        head = new_head()
+        if config.model.initial_weights:
+            use_initial_weights(head, config.model.initial_weights)
+        engine = build_engine(head, config, place, dtype, process.device)
     return Run(config, process, place, dtype, dataset, encoder, layout, objective, engine, forecaster)
 
 

@@ -1,20 +1,19 @@
-"""Where a run leaves its traces: the run's folder, `metrics.jsonl`, W&B, a progress bar. Only the main process writes.
+"""Where a run leaves its traces: the run's folder, `metrics.jsonl`, dashboards, a progress bar. Only the main process writes.
 
 A folder is never silently reused: a run resumes the earlier one of the same name if its configuration is the same in all that
 shapes the result, and stops with the differences otherwise.
 """
 
 import json
-import netrc
-import os
 import platform
 import shutil
 import subprocess
 import sys
 import time
+import uuid
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -22,6 +21,7 @@ import yaml
 from tqdm import tqdm
 
 from flperf.config import Config, UserError, differences, dump_config
+from flperf.dashboards import Dashboard, Rows, open_dashboards
 from flperf.engine import Process
 
 PACKAGES = ("torch", "deepspeed", "xformers", "transformers", "nvidia-dali-cuda130", "triton", "av", "numpy")
@@ -77,9 +77,17 @@ class RunFolder:
 
     def describe(self, **facts) -> None:
         """Write facts about this launch into `run.json`, beside or in place of those that stand there."""
+        (self.path / "run.json").write_text(json.dumps(self._described() | facts, indent=2) + "\n")
+
+    def run_id(self) -> str:
+        """What dashboards know the run by: drawn at its first start and kept, so that every later start goes on with the same one."""
+        if "run_id" not in self._described():
+            self.describe(run_id=uuid.uuid4().hex[:8])
+        return self._described()["run_id"]
+
+    def _described(self) -> dict:
         path = self.path / "run.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(known | facts, indent=2) + "\n")
+        return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _is_free(key: str) -> bool:
@@ -107,13 +115,12 @@ class Tracker:
 
     def __init__(self, config: Config, folder: RunFolder, is_main: bool, first_step: int, total_steps: int):
         self.active = is_main
-        self.folder, self.wandb = folder, None
+        self.folder = folder
         if not is_main:
             return
+        self.dashboards: list[Dashboard] = open_dashboards(config, folder.path, folder.run_id(), first_step)
         self.file = folder.metrics.open("a")
         self.bar = tqdm(total=total_steps, initial=first_step, desc=config.name, unit="step", dynamic_ncols=True, disable=None)
-        if config.tracking.wandb != "off":
-            self.wandb = start_wandb(config, folder)
 
     def step(self) -> None:
         if self.active:
@@ -124,8 +131,8 @@ class Tracker:
             return
         self.file.write(json.dumps(metrics) + "\n")
         self.file.flush()
-        if self.wandb is not None:
-            self.wandb.log(scalars(metrics), step=metrics["step"])
+        for dashboard in self.dashboards:
+            dashboard.numbers(scalars(metrics), metrics["step"])
         if "split" not in metrics:
             self.bar.set_postfix_str(progress_text(metrics))
 
@@ -133,12 +140,17 @@ class Tracker:
         if self.active:
             tqdm.write(text)
 
-    def picture(self, name: str, path: Path, step: int) -> None:
-        """A PNG of the run's folder to W&B."""
-        if self.active and self.wandb is not None:
-            import wandb
+    def table(self, name: str, columns: Sequence[str], rows: Rows, step: int) -> None:
+        """A table to the dashboards."""
+        if self.active:
+            for dashboard in self.dashboards:
+                dashboard.table(name, columns, rows, step)
 
-            self.wandb.log({f"forecast/{name}": wandb.Image(str(path))}, step=step)
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """A PNG of the run's folder to the dashboards."""
+        if self.active:
+            for dashboard in self.dashboards:
+                dashboard.picture(name, path, step)
 
     def describe(self, **facts) -> None:
         """Into `run.json`."""
@@ -150,8 +162,10 @@ class Tracker:
             return
         self.bar.close()
         self.file.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        for dashboard in self.dashboards:
+            hint = dashboard.close()
+            if hint:
+                print(f"to look at it: {hint}")
 
 
 def scalars(metrics: dict) -> dict[str, float]:
@@ -169,29 +183,3 @@ def progress_text(metrics: dict) -> str:
     slowest = max(stages, key=stages.get)
     share = stages[slowest] / max(metrics["step_ms"], 1e-9)
     return f"loss {metrics['loss']:.4f}, {metrics['clips_per_s']:.1f} clips/s, {slowest} {share:.0%}"
-
-
-def has_wandb_key() -> bool:
-    """Whether `wandb login` or the environment has left a key for the W&B server in use."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    try:
-        return netrc.netrc().authenticators(server) is not None
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False
-
-
-def start_wandb(config: Config, folder: RunFolder):
-    """A W&B run: online where a key is set, else offline in the run's folder (upload it later with `wandb sync`)."""
-    import wandb
-
-    online = config.tracking.wandb == "auto" and has_wandb_key()
-    return wandb.init(
-        project=config.tracking.project,
-        name=config.name,
-        dir=folder.path,
-        config=yaml.safe_load(dump_config(config)),
-        mode="online" if online else "offline",
-        settings=wandb.Settings(silent=True),
-    )

@@ -3,16 +3,21 @@
 import argparse
 import time
 
-from flperf.command import run_command
+from flperf.command import command_parser, run_command
 from flperf.compile_cache import use_compile_cache
 from flperf.config import Config, dump_config, load_config
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="flperf train", description=__doc__)
+    parser = command_parser(
+        "train",
+        "Train a head on one process; under the deepspeed launcher (deepspeed flperf/train.py …) on all devices. The same command resumes.",
+        "flperf train --config configs/demo.yaml",
+        "deepspeed flperf/train.py --config configs/references/vjepa2_kinetics_400.yaml dataset.train=/data/k400/train.csv",
+        debug="a few clips and steps, tracebacks, no dashboards; writes experiment/debug/",
+    )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the file")
-    parser.add_argument("--debug", action="store_true", help="a few clips and steps, no W&B, tracebacks; writes to experiment/debug/")
     parser.add_argument("--overwrite", action="store_true", help="put an earlier run of this name aside and start anew")
     parser.add_argument("--dry-run", action="store_true", help="build everything, say its sizes, take no step, write no run")
     parser.add_argument("--profile", action="store_true", help="watch a few steps: where their time goes, as a table and a trace")
@@ -25,7 +30,8 @@ def shrink(config: Config) -> None:
     config.dataset.limit = min(config.dataset.limit or 32, 32)
     config.trainer.max_steps, config.trainer.max_epochs, config.trainer.warmup_steps = 10, None, 2
     config.latents.statistics_clips = min(config.latents.statistics_clips, 16)
-    config.evaluation.max_clips, config.tracking.wandb, config.tracking.log_every = 8, "off", 1
+    config.evaluation.max_clips, config.tracking.log_every = 8, 1
+    config.tracking.wandb, config.tracking.tensorboard = "off", False
 
 
 def train(arguments: list[str]) -> None:
@@ -37,12 +43,14 @@ def train(arguments: list[str]) -> None:
 
     # Imported late, so that a mistake in the configuration shows at once.
     from flperf import loop
+    from flperf.dashboards import check_dashboards
     from flperf.engine import start_process
     from flperf.interruption import catch_stop_signals
     from flperf.peers import Watch
     from flperf.run import build_run, describe
     from flperf.tracking import RunFolder
 
+    check_dashboards(config)
     started = time.perf_counter()
     catch_stop_signals()
     process = start_process(config.engine.timeout)

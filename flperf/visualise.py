@@ -6,6 +6,7 @@ for context, target and forecast alike, so that equal colours mean equal latents
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from einops import rearrange, repeat
@@ -69,7 +70,7 @@ def write_example(folder: str | Path, example: Example) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         video = None if example.video is None else rearrange(example.video, "f h w c -> f c h w").contiguous()
-        save_visualisation_tensors(video, *latents.values(), folder)
+        save_visualisation_tensors(video, example.context, example.target, example.forecast, folder)
         if video is not None:
             frames, rate = convert_video_tensor_to_mp4(video)
             save_mp4_video(frames, folder / "video", rate)
@@ -110,7 +111,7 @@ def draw_overview(path: Path, example: Example, projection: Projection) -> Path:
     rows = _picture_rows(example, projection, total)
     figure = Figure(figsize=(1.05 * len(shown) + 1.6, 1.15 * len(rows) + 2.4), layout="constrained")
     FigureCanvasAgg(figure)
-    pictures, errors = figure.subfigures(2, 1, height_ratios=(1.15 * len(rows) + 0.3, 2.1))
+    pictures, errors = cast(Any, figure.subfigures(2, 1, height_ratios=(1.15 * len(rows) + 0.3, 2.1)))
     axes = pictures.subplots(len(rows), len(shown), squeeze=False)
     for row, (label, images) in zip(axes, rows.items(), strict=True):
         for axis, frame in zip(row, shown, strict=True):
@@ -171,7 +172,7 @@ def dump_examples(run: Run, folder: Path) -> list[Path]:
         context, target = run.latents(batch)
         samples = forecast(run.objective, run.forecaster, context, batch.sample.to(run.process.device))[:, 0]
         for clip in batch.valid.nonzero()[:, 0].tolist():
-            latents = (part[clip].float().cpu() for part in (context, samples, target))
+            known, ahead, truth = (part[clip].float().cpu() for part in (context, samples, target))
             video = None if batch.video is None else batch.video[clip].cpu()
-            pictures.append(write_example(folder / f"example_{len(pictures):02d}", Example(*latents, video, baselines)))
+            pictures.append(write_example(folder / f"example_{len(pictures):02d}", Example(known, ahead, truth, video, baselines)))
     return pictures

@@ -6,7 +6,8 @@ import sys
 import pytest
 from runs import ROOT
 
-from flperf import doctor, tracking
+from flperf import doctor
+from flperf.dashboards import has_wandb_key
 
 
 def findings(check) -> str:
@@ -36,13 +37,13 @@ def test_a_full_disk_is_lost(monkeypatch):
 def test_a_key_of_wandb_is_found_where_it_is_kept(variable, value, monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert not tracking.has_wandb_key()
+    assert not has_wandb_key()
     if value:
         monkeypatch.setenv(variable, value)
     else:
         (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password " + "x" * 40)
         (tmp_path / ".netrc").chmod(0o600)
-    assert tracking.has_wandb_key()
+    assert has_wandb_key()
 
 
 def test_a_configuration_is_opened_as_a_run_would(tiny):

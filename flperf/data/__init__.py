@@ -13,13 +13,13 @@ from torch import Tensor
 from flperf.config import Config, UserError
 from flperf.config import Dataset as DatasetConfig
 from flperf.data import cache, latent_shards
-from flperf.data.clips import Annotations, ClipBatch, Place, TrainingOrder, ValidationOrder, Window, read_annotations, read_labels
+from flperf.data.clips import Annotations, Batches, ClipBatch, Place, TrainingOrder, ValidationOrder, Window, read_annotations, read_labels
 from flperf.data.preprocessing import Preprocessing
 
 __all__ = ["DATASETS", "ClipBatch", "Dataset", "Place", "Preprocessing", "WITHOUT_VIDEO", "open_dataset", "prepare_dataset"]
 
 # Reads one split: (batches of draws, their order, split name, device) → batches.
-Reader = Callable[[Iterator, TrainingOrder | ValidationOrder, str, torch.device], Iterator[ClipBatch]]
+Reader = Callable[[Iterator, TrainingOrder | ValidationOrder, str, torch.device], Batches]
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,17 @@ class Dataset:
     def validation_size(self) -> int:
         return len(self.splits["validation"])
 
-    def train_batches(self, first_step: int, place: Place, device: torch.device) -> Iterator[ClipBatch]:
+    def train_batches(self, first_step: int, place: Place, device: torch.device) -> Batches:
         """The endless stream of this process's micro batches from `first_step` on; `close()` ends its threads."""
         order = TrainingOrder(self.train_size, self.seed)
         return self.read(order.batches(first_step, place), order, "train", device)
 
-    def validation_batches(self, place: Place, batch_size: int, max_clips: int | None, device: torch.device) -> Iterator[ClipBatch]:
+    def validation_batches(self, place: Place, batch_size: int, max_clips: int | None, device: torch.device) -> Batches:
         """This process's share of the first `max_clips` clips: the same number of batches of the same size on every process."""
         order = ValidationOrder(min(self.validation_size, max_clips or self.validation_size))
         return self.read(order.batches(place, batch_size), order, "validation", device)
 
-    def chosen_batches(self, groups: Iterable[Iterable[int]], batch_size: int, split: str, device: torch.device) -> Iterator[ClipBatch]:
+    def chosen_batches(self, groups: Iterable[Iterable[int]], batch_size: int, split: str, device: torch.device) -> Batches:
         """The clips of each group in batches of one size; the last of a group is filled up with invalid ones."""
         order = ValidationOrder(len(self.splits[split]))
         return self.read(order.chosen(groups, batch_size), order, split, device)
@@ -80,7 +80,7 @@ def _open_kinetics(config: Config, preprocessing: Preprocessing, seed: int) -> D
     splits = _read_splits(dataset, lambda file, key: _read_videos(file, key, dataset.limit))
     starts = {"train": dataset.start, "validation": dataset.validation_start}
 
-    def read(batches, order, split: str, device: torch.device) -> Iterator[ClipBatch]:
+    def read(batches, order, split: str, device: torch.device) -> Batches:
         window = Window(dataset.n_frames, dataset.stride, starts[split])
         read_batches = _decoder(dataset.decoder, device)
         return read_batches(batches, order, splits[split], window, preprocessing, _threads(dataset), dataset.prefetch, device)
@@ -106,7 +106,7 @@ def _open_shards(config: Config, seed: int) -> Dataset:
         caches["validation"] = latent_shards.open_shards(dataset.validation, config, dataset.limit)
     splits = {"validation": Annotations([], [])} | {split: annotations for split, (_, annotations) in caches.items()}
 
-    def read(batches, order, split: str, device: torch.device) -> Iterator[ClipBatch]:
+    def read(batches, order, split: str, device: torch.device) -> Batches:
         return latent_shards.read_batches(batches, order, splits[split], caches[split][0], _threads(dataset), dataset.prefetch, device)
 
     shards = caches["train"][0]
@@ -119,7 +119,7 @@ def _open_files(config: Config, seed: int) -> Dataset:
     splits = _read_splits(dataset, lambda file, key: cache.read_manifest(file, key, dataset.out_path_column, dataset.limit))
     latent_format = cache.read_format(splits["train"].paths[0])
 
-    def read(batches, order, split: str, device: torch.device) -> Iterator[ClipBatch]:
+    def read(batches, order, split: str, device: torch.device) -> Batches:
         return cache.read_batches(batches, order, splits[split], latent_format, _threads(dataset), dataset.prefetch, device)
 
     return Dataset(splits, read_labels(dataset.labels, list(splits.values())), read, seed, latent_format.shape)
@@ -136,7 +136,7 @@ def _open_shapes(config: Config, preprocessing: Preprocessing, seed: int) -> Dat
     if dataset.limit:
         sizes = {split: min(size, dataset.limit) for split, size in sizes.items()}
 
-    def read(batches, order, split: str, device: torch.device) -> Iterator[ClipBatch]:
+    def read(batches, order, split: str, device: torch.device) -> Batches:
         labels, frames = splits[split].labels, (dataset.n_frames, dataset.stride)
         return shapes.read_batches(batches, labels, first_indices[split], dataset.shapes, seed, *frames, preprocessing.size, device)
 
@@ -149,7 +149,7 @@ def _open_demo(config: Config, preprocessing: Preprocessing, seed: int) -> Datas
     return _open_kinetics(config, preprocessing, seed)
 
 
-DATASETS = {
+DATASETS: dict[str, Callable[..., Dataset]] = {
     "kinetics_400": _open_kinetics,
     "kinetics_400_cached": _open_cached,
     "bouncing_shapes": _open_shapes,
@@ -187,7 +187,7 @@ def _demo_csv(dataset: DatasetConfig) -> str:
     return dataset.train
 
 
-def _decoder(name: str, device: torch.device) -> Callable[..., Iterator[ClipBatch]]:
+def _decoder(name: str, device: torch.device) -> Callable[..., Batches]:
     """`read_batches` of the decoder asked for; `auto` is NVDEC on a GPU and PyAV elsewhere."""
     if name == "dali" or (name == "auto" and device.type == "cuda"):
         from flperf.data.dali import read_batches

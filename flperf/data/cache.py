@@ -4,7 +4,7 @@ tensor `d t h w`. They replace video and encoder: what comes out is the latents'
 
 import csv
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from flperf.config import UserError
-from flperf.data.clips import Annotations, ClipBatch, Draw
+from flperf.data.clips import Annotations, Batches, ClipBatch, Draw
 from flperf.data.prefetch import Buffers, filled_buffers
 
 LABEL_COLUMN = "label"  # of the manifest, where it has one
@@ -47,10 +47,14 @@ def read_manifest(file: str | None, key: str, column: str, limit: int | None) ->
     return Annotations([os.path.join(folder, row[column]) for row in rows], [int(label) for label in labels])
 
 
+def _format_of(latents: Tensor) -> LatentFormat:
+    t, h, w, d = latents.shape
+    return LatentFormat((t, h, w, d), latents.dtype)
+
+
 def read_format(path: str) -> LatentFormat:
     """The format of one file, which all others must share."""
-    latents = _load(path)
-    return LatentFormat(tuple(latents.shape), latents.dtype)
+    return _format_of(_load(path))
 
 
 def read_batches(
@@ -61,7 +65,7 @@ def read_batches(
     threads: int,
     prefetch: int,
     device: torch.device,
-) -> Iterator[ClipBatch]:
+) -> Batches:
     """Yield the batches with their latents `b t h w d` in host memory, pinned where `device` is CUDA."""
 
     buffers = Buffers(latent_format.shape, latent_format.dtype, device)
@@ -69,7 +73,7 @@ def read_batches(
     def fill(draw: Draw, slot: Tensor) -> None:
         path = annotations.paths[draw.clip]
         latents = _load(path)
-        if LatentFormat(tuple(latents.shape), latents.dtype) != latent_format:
+        if _format_of(latents) != latent_format:
             first = f"{annotations.paths[0]} is {list(latent_format.shape)} {latent_format.dtype}"
             raise UserError(f"{path}: latents t h w d are {list(latents.shape)} {latents.dtype}, but {first}")
         slot.copy_(latents)

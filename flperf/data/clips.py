@@ -6,7 +6,7 @@ attempt 1, 2, … at the same place, which takes the next clips of the permutati
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -76,6 +76,9 @@ class ClipBatch:
             valid=torch.tensor([draw.valid for draw in draws]),
             **content,
         )
+
+
+Batches = Generator[ClipBatch, None, None]  # `close()` ends the threads that read ahead
 
 
 class TrainingOrder:

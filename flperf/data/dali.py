@@ -19,7 +19,7 @@ from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 
 from flperf.config import UserError
-from flperf.data.clips import Annotations, ClipBatch, Draw, Window
+from flperf.data.clips import Annotations, Batches, ClipBatch, Draw, Window
 from flperf.data.prefetch import BadClip, Faults, Skipped, first_readable, read_ahead
 from flperf.data.preprocessing import Preprocessing, Size
 from flperf.data.pyav import DECODE_ERRORS, describe, is_shown, video_stream
@@ -128,7 +128,7 @@ def read_batches(
     threads: int,
     prefetch: int,
     device: torch.device,
-) -> Iterator[ClipBatch]:
+) -> Batches:
     """Yield the batches with their video as uint8 `b f h w c` on `device`."""
     backend, device_id = ("mixed", device.index or 0) if device.type == "cuda" else ("cpu", None)
     graph = Graph(window, preprocessing.size, backend, device_id, threads)

@@ -9,6 +9,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
@@ -102,7 +103,7 @@ def _drifting_texture(random: np.random.Generator, time: np.ndarray, height: int
 
 def _encode(path: Path, frames: np.ndarray, codec: str, options: dict[str, str]) -> None:
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=Fraction(FRAMES_PER_SECOND), options=options)
+        stream = cast(av.VideoStream, container.add_stream(codec, rate=Fraction(FRAMES_PER_SECOND), options=options))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1

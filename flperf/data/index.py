@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import av
 from tqdm import tqdm
@@ -20,6 +21,7 @@ from flperf.config import UserError
 from flperf.data.clips import Annotations, read_annotations, read_labels
 from flperf.data.pyav import DECODE_ERRORS, describe, is_shown, video_stream
 
+VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 MANY_RESOLUTIONS = 64  # NVDEC keeps a decoder for each; more than this many are worth a word
 
 
@@ -59,13 +61,17 @@ def read_index(file: str, limit: int | None) -> Annotations:
     return Annotations([os.path.join(folder, row.path) for row in rows], [row.label for row in rows])
 
 
-def write_index(csv_file: str, labels: str | None, out: str, threads: int | None = None) -> list[Row]:
-    """Probe every file that a Kinetics CSV names, in parallel, and write the index; rows stand in the order of the CSV.
+def write_index(source: str, labels: str | None, out: str, threads: int | None = None) -> list[Row]:
+    """Probe every file that a Kinetics CSV names, or that a folder of class folders holds, in parallel, and write the index; rows stand
+    in the order of the CSV, or of the files' names.
 
     A file named twice with the same class is kept once. Raises `UserError` that names the row of whatever can't be used.
     """
-    annotations = read_annotations(csv_file, "--csv", None)
-    read_labels(labels, [annotations])
+    if Path(source).is_dir():
+        annotations = read_folder(Path(source), labels)
+    else:
+        annotations = read_annotations(source, "--csv", None)
+        read_labels(labels, [annotations])
     folder = Path(out).absolute().parent
     wanted = {
         os.path.relpath(path, folder) if not os.path.isabs(path) else path: label
@@ -97,6 +103,26 @@ def write_index(csv_file: str, labels: str | None, out: str, threads: int | None
     return rows
 
 
+def read_folder(folder: Path, labels: str | None) -> Annotations:
+    """The videos of a folder that holds one folder a class; videos at its top are of a class of their own, "unlabelled".
+
+    Classes are numbered as the `labels` file says, which is written if there is none: by name, so that a second split that is read with
+    the same file has the same numbers. Raises `UserError` for a folder without videos and for a class that the file does not name.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
+    if not files:
+        raise UserError(f"--folder: {folder} holds no videos ({', '.join(sorted(VIDEO_SUFFIXES))})")
+    parts = [path.relative_to(folder).parts for path in files]
+    classes = [part[0] if len(part) > 1 else "unlabelled" for part in parts]
+    if labels and not Path(labels).exists():
+        Path(labels).write_text("".join(f"{number} {name}\n" for number, name in enumerate(sorted(set(classes)))), encoding="utf-8")
+    names = read_labels(labels, [Annotations([], [])]) if labels else sorted(set(classes))
+    unknown = sorted(set(classes) - set(names))
+    if unknown:
+        raise UserError(f"--folder: {folder / unknown[0]}: is no class of {labels}; add it there, or name another file with --labels")
+    return Annotations([str(path.absolute()) for path in files], [names.index(name) for name in classes])
+
+
 def probe_file(folder: Path, path: str, label: int) -> Row:
     """What one file is, by reading all of its packets and decoding its first frame."""
     try:
@@ -105,7 +131,9 @@ def probe_file(folder: Path, path: str, label: int) -> Row:
             context = stream.codec_context
             packets = [packet for packet in container.demux(stream) if packet.size]
             frames = sum(map(is_shown, packets))
-            facts = dict(codec=context.name, pixel_format=context.pix_fmt or "", width=context.width, height=context.height, frames=frames)
+            facts: dict[str, Any] = dict(
+                codec=context.name, pixel_format=context.pix_fmt or "", width=context.width, height=context.height, frames=frames
+            )
             rate = float(stream.average_rate or 0)
             facts |= dict(frame_rate=round(rate, 4), duration=round(frames / rate, 4) if rate else 0.0)
             if not frames:

@@ -15,7 +15,7 @@ encoded, by any number of processes, and no clip is lost or doubled.
 import csv
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flperf.config import Config, UserError, differences
-from flperf.data.clips import Annotations, ClipBatch, Draw
+from flperf.data.clips import Annotations, Batches, ClipBatch, Draw
 from flperf.data.prefetch import Buffers, filled_buffers
 
 MANIFEST = "manifest.csv"
@@ -155,7 +155,7 @@ def channel_statistics(shards: Shards) -> tuple[Tensor, Tensor]:
 
 def read_batches(
     batches: Iterable[list[Draw]], order, annotations: Annotations, shards: Shards, threads: int, prefetch: int, device: torch.device
-) -> Iterator[ClipBatch]:
+) -> Batches:
     """Yield the batches with their latents `b t h w d` in host memory, pinned where `device` is CUDA."""
 
     buffers = Buffers(shards.shape, shards.dtype, device)
@@ -204,12 +204,13 @@ def _compare(manifest: str, about: dict, config: Config) -> None:
         )
 
 
-def _layout(path: Path) -> tuple[torch.dtype, tuple[int, ...], int]:
+def _layout(path: Path) -> tuple[torch.dtype, tuple[int, int, int, int], int]:
     """Type, shape of a row and offset of `latents` in a file: safetensors is a length, a JSON header, then the tensors."""
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         entry = json.loads(file.read(size))["latents"]
-    return DTYPES[entry["dtype"]], tuple(entry["shape"][1:]), 8 + size + entry["data_offsets"][0]
+    _, t, h, w, d = entry["shape"]
+    return DTYPES[entry["dtype"]], (t, h, w, d), 8 + size + entry["data_offsets"][0]
 
 
 def _checksums(path: Path) -> Tensor:

@@ -126,12 +126,12 @@ def filled_buffers(
     """Have `fill(draw, slot)` write every clip of a batch into its slot of a buffer `b …`, in a pool of threads."""
     faults = Faults()
 
+    def filling(slot: Tensor) -> Callable[[Draw], None]:
+        return lambda draw: fill(draw, slot)
+
     def submit(pool: ThreadPoolExecutor, draws: list[Draw]) -> tuple[Tensor, list[Future]]:
         buffer = buffers.take(len(draws))
-        return buffer, [
-            pool.submit(first_readable, order, draw, lambda draw, slot=slot: fill(draw, slot))
-            for draw, slot in zip(draws, buffer, strict=True)
-        ]
+        return buffer, [pool.submit(first_readable, order, draw, filling(slot)) for draw, slot in zip(draws, buffer, strict=True)]
 
     for buffer, futures in read_ahead(batches, submit, threads, ahead):
         results = [future.result() for future in futures]

@@ -75,14 +75,15 @@ class Preprocessing:
     @property
     def size(self) -> Size:
         """(height, width) of every frame that comes out."""
-        return self.crop or self.resize
+        return self.crop or _as_size(self.resize)
 
     def geometry(self, height: int, width: int) -> Geometry:
         """Resized size (the longer edge floored) and integer crop offsets as the processor computes them, and the region they keep."""
-        resized = self.resize
-        if isinstance(resized, int):
+        if isinstance(self.resize, int):
             longer = int(self.resize * max(height, width) / min(height, width))
             resized = (self.resize, longer) if height <= width else (longer, self.resize)
+        else:
+            resized = self.resize
         offset = ((resized[0] - self.size[0]) // 2, (resized[1] - self.size[1]) // 2)
         scale = (height / resized[0], width / resized[1])
         roi_start = (offset[0] * scale[0], offset[1] * scale[1])

@@ -14,7 +14,7 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
-from flperf.data.clips import Annotations, ClipBatch, Draw, Window
+from flperf.data.clips import Annotations, Batches, ClipBatch, Draw, Window
 from flperf.data.prefetch import BadClip, Buffers, filled_buffers
 from flperf.data.preprocessing import Preprocessing
 
@@ -31,7 +31,7 @@ def read_batches(
     threads: int,
     prefetch: int,
     device: torch.device,
-) -> Iterator[ClipBatch]:
+) -> Batches:
     """Yield the batches with their video as uint8 `b f h w c` in host memory, pinned where `device` is CUDA."""
 
     buffers = Buffers((window.n_frames, *preprocessing.size, 3), torch.uint8, device)

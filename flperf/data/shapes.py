@@ -10,7 +10,7 @@ corner is (-1, -1) and the opposite one (1, 1).
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flperf.config import Shapes, UserError
-from flperf.data.clips import ClipBatch, Draw
+from flperf.data.clips import Batches, ClipBatch, Draw
 from flperf.data.prefetch import Buffers
 from flperf.data.preprocessing import Size
 
@@ -36,6 +36,7 @@ class Canvas:
     """Batches of frames, uint8 `b f h w c`, in memory that is used again once nobody holds it."""
 
     def __init__(self, frames: int, size: Size, device: torch.device):
+        self.size = size
         self.buffers = Buffers((frames, *size, 3), torch.uint8, device)
         self.drawn: dict[int, list[Runs]] = {}  # by a buffer's address, what is on it
 
@@ -46,7 +47,7 @@ class Canvas:
         for old in self.drawn.get(video.data_ptr(), ()):
             paint(pixels, old, BACKGROUND)
         new = [
-            shape_runs(centres[:, :, shape], half, video.shape[2:4], shapes.image_size, round)
+            shape_runs(centres[:, :, shape], half, self.size, shapes.image_size, round)
             for shape, half, round in ((0, shapes.square_size / 2, False), (1, shapes.disk_radius, True))
         ]
         if video.data_ptr() not in self.drawn:
@@ -94,7 +95,7 @@ def read_batches(
     stride: int,
     size: Size,
     device: torch.device,
-) -> Iterator[ClipBatch]:
+) -> Batches:
     """Yield batches for `device`; clip i of the split has index `first_index + i`. They carry the shapes' centres."""
     canvas = Canvas(n_frames, size, device)
     for draws in batches:

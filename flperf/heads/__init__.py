@@ -1,6 +1,8 @@
 """The heads by name. A new one is a file in this folder, built of `layers`, and a line in the table."""
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -13,7 +15,8 @@ from flperf.heads.predictor import Predictor
 from flperf.latents import Layout
 
 HEADS = {"predictor": Predictor, "cross_attention": CrossAttentionPredictor, "dit": DiT}
-REPEATED = (Block, KeysValues)  # compiled, checkpointed and, in ZeRO 3, gathered as wholes
+PARTS = {Block: "block", KeysValues: "context projection"}
+REPEATED = tuple(PARTS)  # compiled, checkpointed and, in ZeRO 3, gathered as wholes
 
 
 def build_head(model: Model, layout: Layout, *, seed: int, compile: bool) -> nn.Module:
@@ -23,13 +26,29 @@ def build_head(model: Model, layout: Layout, *, seed: int, compile: bool) -> nn.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = HEADS[model.head](model, layout)
-    for module in head.modules():
-        if isinstance(module, REPEATED):
+    for kind in REPEATED:
+        modules = [module for module in head.modules() if isinstance(module, kind)]
+        for number, module in enumerate(modules, start=1):
             if compile:
-                compile_forward(module)
-            if model.activation_checkpointing and isinstance(module, Block):
+                compile_forward(module, f"head {PARTS[kind]} {number}/{len(modules)}")
+            if model.activation_checkpointing and kind is Block:
                 recompute_in_backward(module)
     return head
+
+
+def use_initial_weights(head: nn.Module, file: str) -> None:
+    """Replace those of a fresh head's parameters that a safetensors file holds, by name. Raises `UserError` for what doesn't fit."""
+    try:
+        stored = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"model.initial_weights: {file} can't be read as safetensors ({error})") from None
+    parameters = dict(head.named_parameters())
+    weights = {name.removeprefix("head."): tensor for name, tensor in stored.items() if not name.startswith("statistics.")}
+    for name, tensor in weights.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            here = list(parameters[name].shape) if name in parameters else "no such parameter"
+            raise UserError(f"model.initial_weights: {file}: {name} is {list(tensor.shape)}; this head has {here}")
+        parameters[name].data.copy_(tensor)
 
 
 def recompute_in_backward(block: nn.Module) -> None:

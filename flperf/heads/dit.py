@@ -3,6 +3,8 @@
 Gates and output start at zero, so a fresh DiT predicts zero velocity.
 """
 
+from typing import cast
+
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -30,7 +32,7 @@ class DiT(nn.Module):
         self.norm = nn.LayerNorm(model.hidden_dim, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Linear(model.hidden_dim, 2 * model.hidden_dim)
         self.out = nn.Linear(model.hidden_dim, layout.dim)
-        initialise(self, zero=[self.out, self.modulation, *(block.modulation for block in self.blocks)])
+        initialise(self, zero=[self.out, self.modulation, *(cast(Block, block).modulation for block in self.blocks)])
 
     def remember(self, context: Tensor) -> Memory:
         """Every block's keys and values of the context `b t h w c`; a sampler computes them once for all its steps."""

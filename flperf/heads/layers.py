@@ -53,11 +53,11 @@ def rotary_table(coordinates: Tensor, head_dim: int) -> Rotary:
     """
     pairs = head_dim // 2
     spatial = pairs // 3
-    angles = []
+    parts = []
     for axis, count in enumerate((pairs - 2 * spatial, spatial, spatial)):
         frequencies = ROTARY_BASE ** (-torch.arange(count, dtype=torch.float32) / max(count, 1))
-        angles.append(coordinates[:, axis : axis + 1].float() * frequencies)
-    angles = torch.cat(angles, dim=1)[:, None, :]
+        parts.append(coordinates[:, axis : axis + 1].float() * frequencies)
+    angles = torch.cat(parts, dim=1)[:, None, :]
     return angles.cos(), angles.sin()
 
 
@@ -222,7 +222,7 @@ class TauEmbedding(nn.Module):
         half = self.FEATURES // 2
         frequencies = ROTARY_BASE ** (-torch.arange(half, device=tau.device, dtype=torch.float32) / half)
         angles = 1000.0 * tau.float()[:, None] * frequencies
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(next(self.mlp.parameters()).dtype))
 
 
 class ContextEmbedding(nn.Module):

@@ -77,3 +77,31 @@ def test_mistakes_name_the_row(annotated, tmp_path):
     (tmp_path / "none.csv").write_text(",".join(index.HEADER) + "\nclip.mp4,0,,,0,0,0,0.0,0.0,no video stream\n")
     with pytest.raises(UserError, match="not one of its files is usable"):
         index.read_index(str(tmp_path / "none.csv"), None)
+
+
+def test_a_folder_of_class_folders_needs_no_csv(videos, tmp_path):
+    for path in ("train/b jumping/1.mp4", "train/a walking/2.mp4", "train/a walking/deeper/3.MP4", "val/b jumping/4.mp4"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).symlink_to(videos / "h264.mp4")
+    (tmp_path / "train/a walking/notes.txt").write_text("no video")
+    labels = str(tmp_path / "labels.csv")
+    for split in ("train", "val"):
+        index.write_index(str(tmp_path / split), labels, str(tmp_path / f"{split}.csv"))
+    train, val = (index.read_index(str(tmp_path / f"{split}.csv"), None) for split in ("train", "val"))
+    assert [path.rpartition("/")[2] for path in train.paths] == ["2.mp4", "3.MP4", "1.mp4"] and train.labels == [0, 0, 1]
+    assert val.labels == [1], "a class has the number that the labels file gave it"
+    (tmp_path / "val/c running").mkdir()
+    (tmp_path / "val/c running/5.mp4").symlink_to(videos / "h264.mp4")
+    with pytest.raises(UserError, match="c running: is no class of .*labels.csv"):
+        index.write_index(str(tmp_path / "val"), labels, str(tmp_path / "again.csv"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="--folder: .* holds no videos"):
+        index.write_index(str(tmp_path / "empty"), None, str(tmp_path / "x.csv"))
+
+
+def test_videos_without_classes_are_of_one(videos, tmp_path):
+    rows = index.write_index(str(videos), None, str(tmp_path / "index.csv"))
+    assert {row.label for row in rows} == {0} and {"h264.mp4", "portrait.mp4", "truncated.mp4"} <= {
+        row.path.rpartition("/")[2] for row in rows
+    }
+    assert "unusable" in index.summary(rows)

@@ -1,0 +1,81 @@
+"""What a reference configuration needs, written on top of its file: `python -m benchmarks.reference_headers`.
+
+Sizes are counted on models built on the meta device, which holds no weights, so that no download and no GPU is needed. They are
+estimates of memory, not measurements.
+"""
+
+from pathlib import Path
+
+import torch
+
+from benchmarks.sizes import REFERENCE
+from flperf.config import Config, load_config
+from flperf.data.preprocessing import Preprocessing
+from flperf.encoder import Encoder
+from flperf.heads import build_head
+from flperf.latents import latent_layout
+from flperf.throughput import count_parameters, encoder_flops, head_flops
+from flperf.zero import model_states
+
+FOLDER = Path(__file__).parents[1] / "configs/references"
+PROCESSES, BF16 = 8, 2
+NEEDS = {
+    "vjepa2": "facebook/vjepa2-vitl-fpc64-256 from the hub",
+    "dinov3": "facebook/dinov3-vitl16-pretrain-lvd1689m from the hub (accept its licence there)",
+    "4ds": "scaling4d_dist_b.npz in data/weights",
+    "kinetics_400": "Kinetics-400 (docs/guide.md says how to prepare it)",
+    "kinetics_400_cached": "latents of Kinetics-400, as `flperf encode` writes them; no encoder runs",
+    "bouncing_shapes": "no data: clips are drawn",
+}
+
+
+def without_weights(config: Config) -> Config:
+    """The same architecture with random weights; transformers' defaults are V-JEPA 2's ViT-L."""
+    if config.backbone.kind != "4ds":
+        config.backbone.architecture = dict(REFERENCE[config.backbone.kind])
+    config.backbone.weights = None
+    return config
+
+
+def header(file: Path) -> str:
+    """The comment lines for a configuration file: command, needs, sizes."""
+    config = without_weights(load_config(file))
+    cached = config.dataset.kind == "kinetics_400_cached"
+    with torch.device("meta"):
+        encoder = Encoder(config.backbone, Preprocessing.of(config.backbone), torch.float32)
+        layout = latent_layout(config, *encoder.latent_shape(config.dataset.n_frames))
+        head = build_head(config.model, layout, seed=0, compile=False)
+    parameters, flow_matching = count_parameters(head), config.objective.kind == "flow_matching"
+    frozen = 0 if cached else count_parameters(encoder)
+    flops = [3 * head_flops(head, layout, flow_matching), 0 if cached else encoder_flops(encoder, layout, config.backbone.encode)]
+    states = model_states(parameters, config.engine.zero_stage, PROCESSES, BF16, average=config.trainer.ema_decay is not None)
+    needs = [NEEDS[config.dataset.kind]] + ([] if cached else [NEEDS[config.backbone.kind]])
+    total = (states.total + BF16 * frozen) / 1e9
+    estimate = f"estimated: bf16, ZeRO {config.engine.zero_stage}, {PROCESSES} GPUs; elsewhere `flperf train --dry-run` says it"
+    lines = [
+        f"deepspeed flperf/train.py --config configs/references/{file.name}",
+        f"needs       {'; '.join(needs)}",
+        f"parameters  {parameters:,} in the head" + (f", {frozen:,} in the frozen encoder" if frozen else ""),
+        f"FLOPs       a training clip: {flops[0] / 1e12:.2f} T in the head"
+        + (f" + {flops[1] / 1e12:.2f} T in the encoder" if frozen else ""),
+        f"memory      {total:.1f} GB a GPU before activations ({estimate})",
+    ]
+    return "".join(f"# {line}\n" for line in lines)
+
+
+def body(text: str) -> str:
+    """A file's text without the comment lines it begins with."""
+    lines = text.splitlines(keepends=True)
+    while lines and lines[0].startswith("#"):
+        lines.pop(0)
+    return "".join(lines)
+
+
+def main() -> None:
+    for file in sorted(FOLDER.glob("*.yaml")):
+        file.write_text(header(file) + body(file.read_text()))
+        print(file.name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""flperf's parts in a loop of plain PyTorch, without its engine: `python docs/plain_loop.py configs/shapes/predictor.yaml`.
+
+Every name below is a piece that can be taken by itself: the clips, the frozen encoder, the latent contract `b t h w d`, a head, an
+objective. What the engine adds is left out: ZeRO, averaged weights, evaluation, checkpoints.
+"""
+
+import sys
+
+import torch
+
+from flperf.config import Config, load_config
+from flperf.data import Place, Preprocessing, open_dataset, prepare_dataset
+from flperf.encoder import build_encoder, encode_clip
+from flperf.heads import build_head
+from flperf.latents import Normaliser, latent_layout
+from flperf.objective import build_objective
+
+
+def train(config: Config, device: torch.device) -> list[float]:
+    """Train a head for `trainer.max_steps` steps; returns the loss of each."""
+    prepare_dataset(config)
+    preprocessing = Preprocessing.of(config.backbone)
+    dataset = open_dataset(config, preprocessing, config.seed)
+    encoder = build_encoder(config.backbone, preprocessing, dtype=torch.float32, device=device, compile=config.engine.compile)
+    layout = latent_layout(config, *encoder.latent_shape(config.dataset.n_frames))
+    head = build_head(config.model, layout, seed=config.seed, compile=config.engine.compile).to(device)
+    objective = build_objective(config, layout)
+    normalise = Normaliser("layer", torch.float32)  # needs no statistics, unlike the default
+    optimizer = torch.optim.AdamW(head.parameters(), lr=config.trainer.learning_rate, weight_decay=config.trainer.weight_decay)
+
+    losses = []
+    size = config.trainer.batch_size
+    batches = dataset.train_batches(0, Place(rank=0, world_size=1, micro_batch_size=size, batch_size=size), device)
+    for _ in range(config.trainer.max_steps or 100):
+        batch = next(batches)  # video: uint8 b f h w c
+        context, target = encode_clip(encoder, batch.video.to(device), layout, config.backbone.encode)  # b t h w d
+        loss = objective.loss(head, normalise(context), normalise(target), batch.sample.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(head.parameters(), config.trainer.max_grad_norm)
+        optimizer.step()
+        losses.append(loss.item())
+    batches.close()  # ends the decoding threads
+    return losses
+
+
+if __name__ == "__main__":
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for step, loss in enumerate(train(load_config(sys.argv[1], sys.argv[2:]), device), start=1):
+        print(f"step {step}: loss {loss:.4f}")

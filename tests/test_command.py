@@ -1,0 +1,44 @@
+"""The `flperf` command as someone meets it who types it for the first time."""
+
+import re
+
+import pytest
+
+from flperf import cli
+from flperf.command import run_command
+from flperf.config import UserError
+
+
+def printed(capsys, monkeypatch, *arguments: str) -> str:
+    monkeypatch.setattr("sys.argv", ["flperf", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    captured = capsys.readouterr()
+    assert ended.value.code == 0 and not captured.err
+    return captured.out
+
+
+def test_help_lists_every_command(capsys, monkeypatch):
+    text = printed(capsys, monkeypatch, "--help")
+    assert text == printed(capsys, monkeypatch)
+    assert all(re.search(rf"^  {command} +\w", text, flags=re.M) for command in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_the_help_of_a_command_ends_with_examples_of_its_own_options(command, capsys, monkeypatch):
+    options, _, examples = printed(capsys, monkeypatch, command, "--help").partition("\nexample")
+    assert f"flperf {command}" in examples or f"flperf/{command}.py" in examples
+    used = set(re.findall(r"--[a-z-]+", examples))
+    assert used <= set(re.findall(r"--[a-z-]+", options)), "an example uses an option that is not there"
+    assert max(map(len, options.splitlines())) <= 140
+
+
+def test_a_mistake_is_one_line_and_a_traceback_with_debug():
+    def fail(arguments: list[str]) -> None:
+        raise UserError("dataset.train: there is no file nowhere.csv")
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(fail, [])
+    assert ended.value.code == "flperf: dataset.train: there is no file nowhere.csv"
+    with pytest.raises(UserError):
+        run_command(fail, ["--debug"])

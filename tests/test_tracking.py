@@ -1,0 +1,104 @@
+"""What a run leaves on dashboards: one W&B run however often it is resumed, TensorBoard where it is asked for."""
+
+import importlib.util
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import ROOT
+from wandb.proto import wandb_internal_pb2
+
+from flperf.config import Config, UserError
+from flperf.engine import start_process
+from flperf.tracking import RunFolder, Tracker
+from flperf.train import train
+
+OPTIONS = ["trainer.max_steps=3", "evaluation.eval_every=3", "evaluation.dump_examples=1", "checkpoint.save_every=2"]
+NUMBERS = {"train/loss", "train/lr", "train/grad_norm", "train/clips_per_s", "train/mfu", "val/loss", "val/skill_l1"}
+
+
+def stop_and_resume(config: Path, *overrides: str) -> str:
+    """A run that stops after two of its three steps and is started again; returns what the second start printed."""
+    for more in (["trainer.stop_after=2"], []):
+        command = [sys.executable, str(ROOT / "flperf/train.py"), "--config", str(config), *OPTIONS, *overrides, *more]
+        finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert finished.returncode == 0, finished.stderr[-3000:]
+    return finished.stdout
+
+
+def records(folder: Path) -> list:
+    """Everything in the W&B files of a run's folder: LevelDB's log format, protobuf messages inside."""
+    found = []
+    for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        data, parts, position = file.read_bytes(), b"", 7
+        while position + 7 <= len(data):
+            if 32768 - position % 32768 < 7:  # no record's head is split over two blocks
+                position += 32768 - position % 32768
+                continue
+            _, size, kind = struct.unpack("<IHB", data[position : position + 7])
+            parts, position = parts + data[position + 7 : position + 7 + size], position + 7 + size
+            if kind in (1, 4):  # whole, or the last part
+                found.append(wandb_internal_pb2.Record.FromString(parts))
+                parts = b""
+    return found
+
+
+def test_wandb_has_one_run_with_everything_in_it(tiny):
+    folder = tiny.parent / "experiment/tracked"
+    said = stop_and_resume(tiny, "name=tracked", "tracking.wandb=offline")
+    found = records(folder)
+    runs = [record.run for record in found if record.WhichOneof("record_type") == "run"]
+    identity = json.loads((folder / "run.json").read_text())["run_id"]
+    assert len(runs) == 2 and {run.run_id for run in runs} == {identity} and f"wandb sync --id {identity}" in said
+    config = {update.key: json.loads(update.value_json) for update in runs[0].config.update}
+    assert config["trainer"]["max_steps"] == 3 and config["model"]["head"] == "predictor"
+    history = [item for record in found for item in record.history.item]
+    names = {item.key or item.nested_key[0] for item in history}
+    assert NUMBERS | {"val/errors"} <= names and any(name.startswith("forecast/") for name in names)
+    steps = {json.loads(item.value_json) for item in history if "_step" in (item.key, *item.nested_key)}
+    assert steps == {1, 2, 3}
+
+
+def test_a_run_put_aside_does_not_lend_its_identity(tmp_path):
+    config, process = Config(name="anew", experiment=str(tmp_path)), start_process()
+    folder = RunFolder(config, debug=False)
+    folder.open(config, process, overwrite=False)
+    first = folder.run_id()
+    folder.open(config, process, overwrite=False)
+    assert folder.run_id() == first
+    folder.open(config, process, overwrite=True)
+    assert folder.run_id() != first
+
+
+def test_other_processes_leave_nothing(tmp_path):
+    config = Config(name="second", experiment=str(tmp_path))
+    folder = RunFolder(config, debug=False)
+    folder.path.mkdir(parents=True)
+    tracker = Tracker(config, folder, is_main=False, first_step=0, total_steps=3)
+    tracker.log({"step": 1, "loss": 1.0})
+    tracker.table("val/errors", ["forecast"], [["mean"]], 1)
+    tracker.picture("forecast/clip", tmp_path / "none.png", 1)
+    tracker.close()
+    assert not list(folder.path.iterdir())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is not None, reason="tensorboard is installed")
+def test_tensorboard_that_is_not_installed_is_said_at_once(tiny):
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        train(["--config", str(tiny), "name=board", "tracking.tensorboard=true"])
+    assert not (tiny.parent / "experiment/board").exists()
+
+
+def test_tensorboard_shows_numbers_tables_and_pictures(tiny):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert "tensorboard --logdir" in stop_and_resume(tiny, "name=board", "tracking.tensorboard=true")
+    events = EventAccumulator(str(tiny.parent / "experiment/board/tensorboard")).Reload()
+    tags = events.Tags()
+    assert set(tags["scalars"]) >= NUMBERS
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+    assert any("val/errors" in name for name in tags["tensors"]) and tags["images"]
