@@ -25,6 +25,10 @@ class Device:
     decode_rate: float | None  # H.264 frames of 1920 x 1080 a second, all engines together
     source: str
 
+    @property
+    def is_gpu(self) -> bool:
+        return self.link is not None
+
 
 DEVICES = {
     "a100": Device(
@@ -91,7 +95,7 @@ def measured_cpu() -> Device:
     """This machine's processor as one device, with as many threads as PyTorch has now."""
     cpu = torch.device("cpu")
     return Device(
-        name=f"this CPU, {torch.get_num_threads()} threads",
+        name=f"this CPU, threads: {torch.get_num_threads()}",
         peaks={dtype: peak_flops(cpu, dtype) for dtype in (torch.bfloat16, torch.float32)},
         memory=psutil.virtual_memory().total,
         bandwidth=copy_rate(cpu),
