@@ -4,7 +4,6 @@ On a GPU the reference sizes run (ViT-L, 64 frames of 256 x 256), on a CPU small
 those of a matrix product and of a copy, measured in the same session: fractions of them compare across machines, seconds don't.
 """
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.sizes import DEVICE
-from flperf.throughput import peak_flops
+from flperf.devices import copy_rate, peak_flops
 from flperf.tracking import PACKAGES
 
 CLEAR_REFERENCES, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -35,19 +34,7 @@ def _processor() -> str:
 @pytest.fixture(scope="session")
 def peaks() -> dict[str, float]:
     """FLOP/s of a matrix product in bf16 and fp32, and bytes/s of a copy (read and written), the best of a few."""
-    return {"bf16": peak_flops(DEVICE, torch.bfloat16), "fp32": peak_flops(DEVICE, torch.float32), "copy": copy_rate()}
-
-
-def copy_rate() -> float:
-    source = torch.zeros(2**30 if DEVICE.type == "cuda" else 2**27, dtype=torch.uint8, device=DEVICE)
-    target, best = torch.empty_like(source), float("inf")
-    for _ in range(6):
-        synchronise()
-        start = time.perf_counter()
-        target.copy_(source)
-        synchronise()
-        best = min(best, time.perf_counter() - start)
-    return 2 * source.numel() / best
+    return {"bf16": peak_flops(DEVICE, torch.bfloat16), "fp32": peak_flops(DEVICE, torch.float32), "copy": copy_rate(DEVICE)}
 
 
 def synchronise() -> None:

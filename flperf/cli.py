@@ -2,7 +2,7 @@
 
 import sys
 
-from flperf import doctor, encode, forecasting, import_config, train
+from flperf import doctor, encode, estimate, forecasting, import_config, train
 from flperf.command import command_parser, run_command
 
 
@@ -35,6 +35,7 @@ def import_weights(arguments: list[str]) -> None:
 
 COMMANDS = {
     "doctor": (doctor.doctor, "say what this machine has for a run, and what is missing"),
+    "estimate": (estimate.estimate, "say what a run would need, and how fast it might be, on devices that are not here"),
     "train": (train.train, "train a head on one process (use the deepspeed launcher for more)"),
     "index": (index, "probe a dataset's files once: what they are, and which are unusable"),
     "encode": (encode.encode, "write a dataset's latents down, to train from them without an encoder"),

@@ -20,12 +20,13 @@ from flperf.checkpoint import Checkpoints
 from flperf.compile_cache import compile_cache_state
 from flperf.config import Config, UserError, parse_interval
 from flperf.data.clips import ClipBatch
+from flperf.devices import peak_flops
 from flperf.engine import head_weights, load_weights, set_schedule
 from flperf.evaluation import evaluate_run, summary, table
 from flperf.interruption import Interrupted, StopVote
 from flperf.run import Run, flops_per_clip
 from flperf.step_profile import PROFILED_STEPS, StepProfile
-from flperf.throughput import StageTimer, memory_gb, peak_flops, process_seconds
+from flperf.throughput import StageTimer, memory_gb, process_seconds
 from flperf.tracking import RunFolder, Tracker
 
 

@@ -1,4 +1,4 @@
-"""What a step costs: stage timers without host synchronisation, FLOP counts, the device's peak, memory."""
+"""What a step costs: stage timers without host synchronisation, FLOP counts, memory."""
 
 import copy
 import resource
@@ -13,9 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flperf.encoder import Encoder
 from flperf.latents import Layout
-
-# Dense bf16 peaks in FLOP/s, from NVIDIA's data sheets (A100 SXM, H100 SXM, H200 SXM, B200).
-BF16_PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
 
 class StageTimer:
@@ -79,23 +76,6 @@ def head_flops(head: nn.Module, layout: Layout, flow_matching: bool) -> int:
     context = (1, layout.context_frames, layout.height, layout.width, layout.dim)
     target = (1, layout.target_frames, layout.height, layout.width, layout.dim)
     return count_flops(head, context, *([target, (1,)] if flow_matching else []))
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the device: the data sheet's where it is known, else the best of a few matrix products measured now."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for key, peak in BF16_PEAKS.items():
-            if key in name and dtype == torch.bfloat16:
-                return peak
-    size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
-    timer, best = StageTimer(device), float("inf")
-    for _ in range(5):
-        with timer.stage("product"):
-            a @ b
-        best = min(best, timer.read(1)["product_ms"])
-    return 2 * size**3 / (best * 1e-3)
 
 
 def process_seconds() -> float:

@@ -4,10 +4,14 @@ import itertools
 import json
 
 import pytest
+import torch
 from launch.zero import measure
 from runs import ROOT, free_port, launch
 
+from flperf.config import load_config
+from flperf.devices import DEVICES
 from flperf.engine import start_process
+from flperf.estimation import memory, plan
 from flperf.zero import Collective, collectives, model_states
 
 BYTES = {"bf16": 2, "fp32": 4}
@@ -117,3 +121,16 @@ def test_bytes_held(measured, kind, stage):
         whole = size * rank["small"] if stage == 3 else 0
         assert 0 <= rank["held"]["weights"] - expected.weights - whole <= slack
         assert rank["held"]["gradients"] == pytest.approx(expected.gradients, abs=slack + 8 * rank["small"])
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_an_estimate_says_what_two_processes_hold(measured, tiny, stage):
+    """Of a configuration, without a process; to the padding, and what ZeRO 3 holds whole."""
+    work = plan(load_config(tiny, WIDE), torch.bfloat16, 2)
+    expected = memory(work, DEVICES["h100"], stage, 2).states
+    for rank in measured[2][f"bf16-{stage}"]:
+        held, whole = rank["held"], 2 * rank["small"] if stage == 3 else 0
+        assert rank["parameters"] == work.head_parameters
+        assert held["weights"] == pytest.approx(expected.weights + whole, rel=0.01)
+        assert held["master"] + held["moments"] + held["average"] == pytest.approx(expected.optimizer, rel=0.01)
+        assert held["gradients"] == pytest.approx(expected.gradients, rel=0.01, abs=8 * rank["small"])

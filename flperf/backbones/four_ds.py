@@ -6,6 +6,7 @@ are flat npz files with Flax's layouts. Readouts take an inner layer, so blocks 
 
 import zipfile
 import zlib
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -57,7 +58,7 @@ class FourDS(nn.Module):
         self.patch_size = TUBELET[1]
         self.dim = size.hidden_size
         depth = blocks_before(readout, size.num_hidden_layers)
-        with torch.device("meta" if backbone.weights else "cpu"), torch.random.fork_rng(devices=[]):
+        with torch.device("meta") if backbone.weights else nullcontext(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.patch_embedding = nn.Conv3d(3, size.hidden_size, TUBELET, stride=TUBELET)
             self.positions = nn.Parameter(0.02 * torch.randn(*POSITIONS, size.hidden_size))

@@ -7,7 +7,8 @@ from flperf.config import Backbone, UserError
 
 
 def load_transformer(model_class, config_class, backbone: Backbone, **geometry) -> nn.Module:
-    """A transformers model from `backbone.weights`, or with seeded random weights from `backbone.architecture`."""
+    """A transformers model from `backbone.weights`, or with seeded random weights from `backbone.architecture`. On the meta device only
+    the configuration of `backbone.weights` is read."""
     if backbone.weights is None:
         # transformers keeps unknown arguments without a word, so a misspelt one would silently mean its default.
         architecture = {key: value for key, value in backbone.architecture.items() if value is not None}
@@ -20,6 +21,8 @@ def load_transformer(model_class, config_class, backbone: Backbone, **geometry) 
         except (TypeError, ValueError) as error:
             raise UserError(f"backbone.architecture: {' '.join(str(error).split())}") from error
     try:
+        if torch.get_default_device().type == "meta":
+            return model_class(config_class.from_pretrained(backbone.weights, **geometry, attn_implementation="sdpa"))
         return model_class.from_pretrained(backbone.weights, **geometry, attn_implementation="sdpa")
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -1,0 +1,138 @@
+"""What devices can do: one table of facts with their sources, and the peaks of a device at hand, measured on the spot."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from flperf.config import UserError
+
+
+@dataclass(frozen=True)
+class Device:
+    """Per device; rates a second, dense (without sparsity), one direction of a link. None: the vendor states nothing."""
+
+    name: str
+    peaks: dict[torch.dtype, float]  # FLOP/s of matrix products
+    memory: float  # bytes
+    bandwidth: float  # bytes/s, read and written
+    link: float | None  # bytes/s to the other devices of the node
+    network: float | None  # bytes/s to other nodes. Assumed: one adapter a device, as in the vendor's own systems
+    devices_per_node: int
+    decoders: int  # NVDEC engines
+    decode_rate: float | None  # H.264 frames of 1920 x 1080 a second, all engines together
+    source: str
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.link is not None
+
+
+DEVICES = {
+    "a100": Device(
+        name="A100 SXM 80 GB",
+        peaks={torch.bfloat16: 312e12},
+        memory=80e9,
+        bandwidth=2.039e12,
+        link=300e9,
+        network=25e9,
+        devices_per_node=8,
+        decoders=5,
+        decode_rate=75 * 30,
+        source="NVIDIA A100 data sheet; DGX A100 data sheet (HDR InfiniBand, 200 Gb/s a GPU); H100 white paper's table of NVDEC streams",
+    ),
+    "h100": Device(
+        name="H100 SXM 80 GB",
+        peaks={torch.bfloat16: 989e12},
+        memory=80e9,
+        bandwidth=3.35e12,
+        link=450e9,
+        network=50e9,
+        devices_per_node=8,
+        decoders=7,
+        decode_rate=170 * 30,
+        source="NVIDIA H100 data sheet; DGX H100 data sheet (NDR InfiniBand, 400 Gb/s a GPU); H100 white paper's table of NVDEC streams",
+    ),
+    "h200": Device(
+        name="H200 SXM 141 GB",
+        peaks={torch.bfloat16: 989e12},
+        memory=141e9,
+        bandwidth=4.8e12,
+        link=450e9,
+        network=50e9,
+        devices_per_node=8,
+        decoders=7,
+        decode_rate=170 * 30,
+        source="NVIDIA H200 data sheet; DGX H200 data sheet (NDR InfiniBand, 400 Gb/s a GPU); NVDEC as the H100's, whose engines it has",
+    ),
+    "b200": Device(
+        name="B200 SXM 180 GB",
+        peaks={torch.bfloat16: 2250e12},
+        memory=180e9,
+        bandwidth=8e12,
+        link=900e9,
+        network=50e9,
+        devices_per_node=8,
+        decoders=7,
+        decode_rate=170 * 30,
+        source="NVIDIA HGX B200 and DGX B200 data sheets (400 Gb/s a GPU); NVDEC assumed as the H100's: no rate is stated for it",
+    ),
+}
+
+
+def find_device(name: str) -> Device:
+    """A device of the table by its key; "cpu" is this machine's, measured now. Raises `UserError` for any other."""
+    if name == "cpu":
+        return measured_cpu()
+    if name not in DEVICES:
+        raise UserError(f"--device: {name!r} is unknown; known: {', '.join([*DEVICES, 'cpu'])}")
+    return DEVICES[name]
+
+
+def measured_cpu() -> Device:
+    """This machine's processor as one device, with as many threads as PyTorch has now."""
+    cpu = torch.device("cpu")
+    return Device(
+        name=f"this CPU, threads: {torch.get_num_threads()}",
+        peaks={dtype: peak_flops(cpu, dtype) for dtype in (torch.bfloat16, torch.float32)},
+        memory=psutil.virtual_memory().total,
+        bandwidth=copy_rate(cpu),
+        link=None,
+        network=None,
+        devices_per_node=1,
+        decoders=0,
+        decode_rate=None,
+        source="measured now: matrix products and a copy",
+    )
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the device: the table's where it is in it, else the best of a few matrix products measured now."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for key, known in DEVICES.items():
+            if key.upper() in name and dtype in known.peaks:
+                return known.peaks[dtype]
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / best_seconds(lambda: a @ b, device)
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes/s of a copy, read and written."""
+    source = torch.zeros(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / best_seconds(lambda: target.copy_(source), device)
+
+
+def best_seconds(function: Callable[[], object], device: torch.device, rounds: int = 6) -> float:
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -1,0 +1,39 @@
+"""Estimate a run on devices that are not here: `flperf estimate --config FILE --device h100 --nodes 1,4,16,64 [section.key=value …]`."""
+
+import argparse
+
+from flperf.config import UserError, load_config
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="flperf estimate", description=__doc__)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the file")
+    parser.add_argument("--device", default="h100", help="a key of flperf.devices.DEVICES, or cpu: this machine, measured now")
+    parser.add_argument("--nodes", default="1", metavar="N[,N…]", help="trainer.batch_size is that of the first")
+    parser.add_argument("--devices-per-node", metavar="N", help="default: 8, on a CPU 1")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser.parse_intermixed_args(arguments)
+
+
+def positive(text: str, option: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise UserError(f"{option}: {text!r} is not a whole number above 0 (of nodes: several with commas between, such as 1,4,16)")
+    return int(text)
+
+
+def estimate(arguments: list[str]) -> None:
+    options = parse_arguments(arguments)
+    config = load_config(options.config, options.overrides)
+    nodes = [positive(number, "--nodes") for number in options.nodes.split(",")]
+
+    # Imported late, so that a mistake in the configuration shows at once.
+    from flperf.devices import find_device
+    from flperf.estimate_report import report
+    from flperf.estimation import dtype_on, plan
+
+    device = find_device(options.device)
+    per_node = positive(options.devices_per_node or str(device.devices_per_node), "--devices-per-node")
+    if not device.is_gpu and (nodes != [1] or per_node != 1):
+        raise UserError("--device cpu: is this machine as one device; leave --nodes and --devices-per-node out")
+    print(report(plan(config, dtype_on(device, config), nodes[0] * per_node), device, nodes, per_node))
