@@ -1,6 +1,6 @@
 """The usual way to train a head on a frozen encoder, as FutureLatents does it: what whole training steps are compared with.
 
-The same backbone and head modules as ours, but nothing compiled: pixels normalised in fp32 in the forward, as the Hugging Face processor
+transformers' own backbone and our head modules, nothing compiled: pixels normalised in fp32 in the forward, as the Hugging Face processor
 does; the whole clip encoded at once; fp32 weights, in bf16 under autocast or not at all; PyTorch's AdamW as it comes; a loss read at
 every step. From a cache it reads one file a clip with `torch.load` in a DataLoader.
 """
@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from transformers import VJEPA2Config, VJEPA2Model
 
+from flperf.backbones.pretrained import load_transformer
 from flperf.config import Config
 from flperf.data.preprocessing import Preprocessing
-from flperf.encoder import build_encoder
 from flperf.heads import build_head
 from flperf.latents import Layout
 
@@ -28,8 +29,9 @@ class SeedStep:
     def __init__(self, config: Config, layout: Layout, batches: Iterator[Tensor], device: torch.device, autocast: bool):
         self.config, self.layout, self.batches, self.device, self.autocast = config, layout, batches, device, autocast
         self.preprocessing = Preprocessing.of(config.backbone)
-        encoder = build_encoder(config.backbone, self.preprocessing, dtype=torch.float32, device=device, compile=False)
-        self.backbone = encoder.backbone
+        crop, _ = self.preprocessing.size
+        model = load_transformer(VJEPA2Model, VJEPA2Config, config.backbone, crop_size=crop)
+        self.encoder = model.encoder.to(device).requires_grad_(False).eval()
         self.head = build_head(config.model, layout, seed=config.seed, compile=False).to(device)
         self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=config.trainer.learning_rate)
 
@@ -49,7 +51,8 @@ class SeedStep:
     def encode(self, video: Tensor) -> Tensor:
         mean, std = (torch.tensor(x, device=self.device)[:, None, None] for x in (self.preprocessing.mean, self.preprocessing.std))
         pixels = rearrange(video, "b f h w c -> b f c h w").float() * self.preprocessing.rescale
-        return self.backbone((pixels - mean) / std)
+        tokens = self.encoder((pixels - mean) / std).last_hidden_state
+        return rearrange(tokens, "b (t h w) d -> b t h w d", h=self.layout.height, w=self.layout.width)
 
     def loss(self, context: Tensor, target: Tensor) -> Tensor:
         if self.config.objective.kind == "regression":

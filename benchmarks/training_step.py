@@ -1,6 +1,6 @@
 """Whole training steps, ours and the usual way, to be timed or to be asked for the memory they take.
 
-    python -m benchmarks.training_step predictor drawn "ours, split"     # peak memory of this process, in bytes
+python -m benchmarks.training_step predictor drawn "ours, split"     # peak memory of this process, in bytes
 """
 
 import os
