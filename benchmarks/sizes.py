@@ -14,7 +14,11 @@ ON_GPU = DEVICE.type == "cuda"
 DTYPE = compute_dtype("auto", DEVICE)
 BATCH = 8 if ON_GPU else 4
 
-HEADS = {"predictor": [], "cross_attention": ["model.head=cross_attention"], "dit": ["model.head=dit", "objective.kind=flow_matching"]}
+HEADS = {
+    "predictor": ["model.head=predictor"],
+    "cross_attention": ["model.head=cross_attention"],
+    "dit": ["model.head=dit", "objective.kind=flow_matching"],
+}
 BACKBONES = ("vjepa2", "dinov3", "4ds")
 REFERENCE = {
     "frames": 64,
@@ -30,19 +34,25 @@ SMALL = {
     "4ds": {"image_size": 96, "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 768},
     "model": ["model.hidden_dim=256", "model.depth=4", "model.num_heads=4", "model.num_context_latents=4"],
 }
-SIZE = REFERENCE if ON_GPU else SMALL
+MIDDLE = {
+    "frames": 16,
+    "vjepa2": {"crop_size": 128, "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6},
+    "model": ["model.hidden_dim=384", "model.depth=6", "model.num_heads=6", "model.num_context_latents=4"],
+}
+SIZE, STEP_SIZE = (REFERENCE, REFERENCE) if ON_GPU else (SMALL, MIDDLE)
 DEMO = "configs/demo.yaml"
 
 
-def configuration(head: str = "predictor", backbone: str = "vjepa2", *overrides: str) -> Config:
+def configuration(head: str = "predictor", backbone: str = "vjepa2", *overrides: str, size: dict | None = None) -> Config:
     """Drawn clips, the backbone with random weights, a head, all at this device's size."""
+    size = size or SIZE
     # The demo's backbone is replaced key by key: what this size does not set must not be the demo's.
     defaults = {key: "null" for key in ("crop_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
-    architecture = [f"backbone.architecture.{key}={value}" for key, value in (defaults | SIZE[backbone]).items()]
+    architecture = [f"backbone.architecture.{key}={value}" for key, value in (defaults | size[backbone]).items()]
     stride = ["backbone.frame_stride=4" if ON_GPU else "backbone.frame_stride=2"] if backbone == "dinov3" else []
-    common = ["dataset.kind=bouncing_shapes", f"dataset.n_frames={SIZE['frames']}", f"trainer.batch_size={BATCH}"]
+    common = ["dataset.kind=bouncing_shapes", f"dataset.n_frames={size['frames']}", f"trainer.batch_size={BATCH}"]
     kind = ["objective.kind=regression", *HEADS[head]]
-    return load_config(DEMO, [*common, f"backbone.kind={backbone}", *architecture, *stride, *SIZE["model"], *kind, *overrides])
+    return load_config(DEMO, [*common, f"backbone.kind={backbone}", *architecture, *stride, *size["model"], *kind, *overrides])
 
 
 def encoder_of(config: Config, dtype: torch.dtype, compile: bool) -> Encoder:

@@ -34,6 +34,13 @@ def build(kind: str, compile: bool = False, **changes) -> Encoder:
     return build_encoder(backbone, Preprocessing.of(backbone), dtype=torch.float32, device=CPU, compile=compile)
 
 
+def save(model, folder) -> str:
+    model.save_pretrained(folder)
+    processor = '{"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}'
+    (folder / "video_preprocessor_config.json").write_text(processor)
+    return str(folder)
+
+
 def random_video(frames: int = 12, batch: int = 2, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, (batch, frames, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
@@ -65,8 +72,7 @@ def test_joint_encoding_leaks_as_soon_as_the_encoder_attends():
     encoder = build("vjepa2")
     with torch.no_grad():
         for block in encoder.backbone.blocks:
-            for projection in (block.attention.query, block.attention.key):
-                projection.weight.mul_(20)
+            block.query_key_value.weight[: 2 * 48].mul_(20)
     video, spliced = random_video(), random_video()
     spliced[:, 4:] = random_video(seed=1)[:, 4:]
     context, _ = encode_clip(encoder, video, LAYOUT, "joint")
@@ -94,13 +100,18 @@ def test_dinov3_drops_class_and_register_tokens():
     torch.testing.assert_close(encoder(video)[0, 0].flatten(0, 1), tokens[0, 5:])
 
 
-def test_vjepa2_equals_transformers_own_features():
+def test_vjepa2_equals_transformers_own_features_also_where_it_attends(tmp_path):
+    """Random weights barely attend and would hide a wrong position, so queries and keys are larger; biases are not zero."""
     from transformers import VJEPA2Config, VJEPA2Model
 
-    encoder, video = build("vjepa2"), random_video()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = VJEPA2Model(VJEPA2Config(**ARCHITECTURES["vjepa2"])).eval()
+        for layer in model.encoder.layer:
+            for projection in (layer.attention.query, layer.attention.key):
+                projection.weight.data.mul_(20)
+                projection.bias.data.normal_()
+    encoder, video = build("vjepa2", weights=save(model, tmp_path)), random_video()
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     pixels = ((video.float() / 255 - mean) / std).permute(0, 1, 4, 2, 3)
     with torch.no_grad():
@@ -130,11 +141,8 @@ def test_weights_come_from_a_local_folder(tmp_path):
 
     torch.manual_seed(7)
     model = VJEPA2Model(VJEPA2Config(**ARCHITECTURES["vjepa2"]))
-    model.save_pretrained(tmp_path)
-    processor = '{"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}'
-    (tmp_path / "video_preprocessor_config.json").write_text(processor)
-    encoder = build("vjepa2", weights=str(tmp_path))
-    assert torch.equal(encoder.backbone.encoder.layernorm.weight, model.encoder.layernorm.weight)
+    encoder = build("vjepa2", weights=save(model, tmp_path))
+    assert torch.equal(encoder.backbone.norm.weight, model.encoder.layernorm.weight)
     assert torch.equal(encoder.backbone.blocks[1].mlp.fc1.weight, model.encoder.layer[1].mlp.fc1.weight)
 
 

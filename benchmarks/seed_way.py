@@ -1,0 +1,81 @@
+"""The usual way to train a head on a frozen encoder, as FutureLatents does it: what whole training steps are compared with.
+
+transformers' own backbone and our head modules, nothing compiled: pixels normalised in fp32 in the forward, as the Hugging Face processor
+does; the whole clip encoded at once; fp32 weights, in bf16 under autocast or not at all; PyTorch's AdamW as it comes; a loss read at
+every step. From a cache it reads one file a clip with `torch.load` in a DataLoader.
+"""
+
+import csv
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from transformers import VJEPA2Config, VJEPA2Model
+
+from flperf.backbones.pretrained import load_transformer
+from flperf.config import Config
+from flperf.data.preprocessing import Preprocessing
+from flperf.heads import build_head
+from flperf.latents import Layout
+
+
+class SeedStep:
+    """Calling it takes one step on the next of `batches`: uint8 video `b f h w c`, or latents `b d t h w`."""
+
+    def __init__(self, config: Config, layout: Layout, batches: Iterator[Tensor], device: torch.device, autocast: bool):
+        self.config, self.layout, self.batches, self.device, self.autocast = config, layout, batches, device, autocast
+        self.preprocessing = Preprocessing.of(config.backbone)
+        crop, _ = self.preprocessing.size
+        model = load_transformer(VJEPA2Model, VJEPA2Config, config.backbone, crop_size=crop)
+        self.encoder = model.encoder.to(device).requires_grad_(False).eval()
+        self.head = build_head(config.model, layout, seed=config.seed, compile=False).to(device)
+        self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=config.trainer.learning_rate)
+
+    def __call__(self) -> float:
+        batch = next(self.batches).to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16) if self.autocast else nullcontext():
+            latents = self.encode(batch) if batch.dtype == torch.uint8 else rearrange(batch.float(), "b d t h w -> b t h w d")
+            latents = F.normalize(latents, dim=-1)
+            loss = self.loss(latents[:, : self.layout.context_frames], latents[:, self.layout.context_frames :])
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.head.parameters(), self.config.trainer.max_grad_norm)
+        self.optimizer.step()
+        return loss.item()
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        mean, std = (torch.tensor(x, device=self.device)[:, None, None] for x in (self.preprocessing.mean, self.preprocessing.std))
+        pixels = rearrange(video, "b f h w c -> b f c h w").float() * self.preprocessing.rescale
+        tokens = self.encoder((pixels - mean) / std).last_hidden_state
+        return rearrange(tokens, "b (t h w) d -> b t h w d", h=self.layout.height, w=self.layout.width)
+
+    def loss(self, context: Tensor, target: Tensor) -> Tensor:
+        if self.config.objective.kind == "regression":
+            return F.mse_loss(self.head(context), target)
+        noise, tau = torch.randn_like(target), torch.rand(len(target), device=self.device)
+        t = tau[:, None, None, None, None]
+        return F.mse_loss(self.head(context, (1 - t) * noise + t * target, tau), target - noise)
+
+
+class LatentFiles(torch.utils.data.Dataset):
+    def __init__(self, manifest: Path):
+        with open(manifest, newline="") as rows:
+            self.paths = [manifest.parent / row["out_path"] for row in csv.DictReader(rows)]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.load(self.paths[index])
+
+
+def latent_batches(manifest: Path, batch: int, workers: int) -> Iterator[Tensor]:
+    """Shuffled epochs of cached latents `b d t h w`, without end."""
+    loader = torch.utils.data.DataLoader(LatentFiles(manifest), batch, shuffle=True, num_workers=workers, drop_last=True)
+    while True:
+        yield from loader

@@ -1,0 +1,94 @@
+"""Whole training steps, ours and the usual way, to be timed or to be asked for the memory they take.
+
+python -m benchmarks.training_step predictor drawn "ours, split"     # peak memory of this process, in bytes
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks import sizes
+from benchmarks.seed_way import SeedStep, latent_batches
+from flperf import loop
+from flperf.baselines import LatentSample
+from flperf.config import Config
+from flperf.encoding import encode_dataset
+from flperf.engine import set_schedule, start_process
+from flperf.run import Run, build_run
+
+Step = Callable[[], object]
+USUAL = {"usual, fp32": False, "usual, bf16 autocast": True}  # name -> autocast
+OURS = ("joint", "split")
+CLIPS = 32  # of the cache
+
+
+def configuration(regime: str, source: str, mode: str, folder: Path, *overrides: str) -> Config:
+    """`source`: "drawn" (clips of moving shapes, encoded in the step) or "cache" (latents that `write_cache` wrote to the folder).
+
+    No moving average, which the usual way doesn't keep either.
+    """
+    clips = [f"dataset.shapes.train_clips={CLIPS}", "dataset.shapes.validation_clips=0", f"latents.statistics_clips={sizes.BATCH}"]
+    cache = [f"dataset.kind=kinetics_400_cached", f"dataset.train={folder}/{mode}/train/manifest.csv", "dataset.validation=null"]
+    keys = [*clips, f"backbone.encode={mode}", "trainer.ema_decay=null", f"experiment={folder}", "dataset.labels=null"]
+    return sizes.configuration(regime, "vjepa2", *keys, *(cache if source == "cache" else []), *overrides, size=sizes.STEP_SIZE)
+
+
+def write_cache(folder: Path) -> None:
+    """The drawn clips' latents as shards, encoded in both ways, and jointly encoded as FutureLatents' files."""
+    process = start_process()
+    for mode in OURS:
+        encode_dataset(configuration("predictor", "drawn", mode, folder), process, folder / mode, as_files=False)
+    encode_dataset(configuration("predictor", "drawn", "joint", folder), process, folder / "files", as_files=True)
+
+
+class OurStep:
+    """A run as `flperf train` builds it; calling it takes one of its steps."""
+
+    def __init__(self, config: Config):
+        self.run = build_run(config, start_process())
+        self.window = loop.Window(self.run)
+        self.batches = self.run.dataset.train_batches(0, self.run.place, self.run.process.device)
+        latents, batch = LatentSample("standardize", self.run.layout, self.run.process.device), next(self.batches)
+        latents.add(*self.run.raw_latents(batch), batch.sample)
+        self.run.use_statistics(*latents.result(self.run.dataset.channel_statistics))
+        set_schedule(self.run.engine, 0, config.trainer, config.trainer.max_steps)
+
+    def __call__(self) -> None:
+        loop.train_step(self.run, self.batches, self.window)
+
+
+def ours(regime: str, source: str, mode: str, folder: Path, *overrides: str) -> OurStep:
+    return OurStep(configuration(regime, source, mode, folder, *overrides))
+
+
+def usual(run: Run, source: str, folder: Path, autocast: bool) -> SeedStep:
+    """The usual way on the clips of a run and from the same source."""
+    device = run.process.device
+    if source == "cache":
+        batches = latent_batches(folder / "files/train/manifest.csv", sizes.BATCH, len(os.sched_getaffinity(0)))
+    else:
+        batches = (batch.video for batch in run.dataset.train_batches(0, run.place, device))
+    return SeedStep(run.config, run.layout, batches, device, autocast)
+
+
+def build(regime: str, source: str, variant: str, folder: Path) -> Step:
+    if variant in USUAL:
+        run = build_run(configuration(regime, source, "joint", folder), start_process(), training=False)
+        return usual(run, source, folder, USUAL[variant])
+    return ours(regime, source, variant.removeprefix("ours, "), folder)
+
+
+def main(regime: str, source: str, variant: str, folder: str = ".") -> None:
+    from benchmarks.conftest import peak_memory_bytes
+
+    step = build(regime, source, variant, Path(folder))
+    for _ in range(4):
+        step()
+    print(peak_memory_bytes())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
