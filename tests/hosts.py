@@ -7,7 +7,6 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
 
 import psutil
 
@@ -23,7 +22,8 @@ class TwoHosts:
     """Context manager; raises `NotPermitted` on entry. What still runs on the hosts at the end is killed."""
 
     def __enter__(self) -> "TwoHosts":
-        self.sleepers: list[subprocess.Popen] = []
+        self.sleepers: list[subprocess.Popen] = []  # one holds each namespace open
+        self.networks: list[str] = []
         with contextlib.ExitStack() as stack:
             stack.callback(self.__exit__)
             self._boot(["unshare", "--user", "--map-root-user"])
@@ -51,13 +51,10 @@ class TwoHosts:
         enter = ["nsenter", "--target", str(self.sleepers[host].pid), "--user", "--net", "--uts", "--preserve-credentials"]
         return [*enter, "taskset", "--cpu-list", own, *command]
 
-    def processes(self, host: int) -> Iterator[psutil.Process]:
+    def processes(self, host: int) -> list[psutil.Process]:
         """What runs on a host."""
-        sleeper = self.sleepers[host].pid
-        for process in psutil.process_iter():
-            with contextlib.suppress(OSError):
-                if _network(process.pid) == _network(sleeper) and process.pid != sleeper:
-                    yield process
+        sleeper, network = self.sleepers[host].pid, self.networks[host]
+        return [process for process in psutil.process_iter() if process.pid != sleeper and _network(process.pid) == network]
 
     def rank(self, rank: int) -> psutil.Process:
         """The training process of a rank, one of which runs on each host."""
@@ -87,6 +84,7 @@ class TwoHosts:
         if sleeper.stdout.readline() != "up\n":
             raise NotPermitted(sleeper.communicate()[1].strip())
         self.sleepers.append(sleeper)
+        self.networks.append(_network(sleeper.pid))
 
     def _do(self, host: int, command: str) -> None:
         done = subprocess.run(self.command(host, *command.split()), capture_output=True, text=True, check=False)
@@ -94,5 +92,8 @@ class TwoHosts:
             raise NotPermitted(f"{command}: {done.stderr.strip()}")
 
 
-def _network(process: int) -> str:
-    return os.readlink(f"/proc/{process}/ns/net")
+def _network(process: int) -> str | None:
+    try:
+        return os.readlink(f"/proc/{process}/ns/net")
+    except OSError:  # it has ended, or is another user's
+        return None

@@ -127,13 +127,12 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[TwoHosts]:
-    try:
-        hosts = TwoHosts()
-        hosts.__enter__()
-    except NotPermitted as reason:
-        pytest.skip(f"network namespaces are not permitted here: {reason}")
-    yield hosts
-    hosts.__exit__()
+    with ExitStack() as stack:
+        try:
+            hosts = stack.enter_context(TwoHosts())
+        except NotPermitted as reason:
+            pytest.skip(f"network namespaces are not permitted here: {reason}")
+        yield hosts
 
 
 @pytest.fixture(scope="module")
