@@ -32,9 +32,7 @@ def seconds_of(profiler: profile, name: str) -> float:
 def main() -> None:
     process = start_process()
     batch = f"trainer.batch_size={BATCH * process.world_size}"
-    run = build_run(
-        configuration("dit", "vjepa2", batch, "engine.compile=false", "latents.embedding_norm=none", *sys.argv[1:]), process
-    )
+    run = build_run(configuration("dit", "vjepa2", batch, "engine.compile=false", "latents.embedding_norm=none", *sys.argv[1:]), process)
     run.normaliser = Normaliser("none", run.dtype)
     batches, window = run.dataset.train_batches(0, run.place, process.device), Window(run)
     set_schedule(run.engine, 100, run.config.trainer, 1000)
