@@ -12,6 +12,7 @@ import torch
 from runs import REGIMES, ROOT
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from transformers import VJEPA2Config
 
 from flperf.config import UserError, load_config
 from flperf.costs import training_cost
@@ -118,6 +119,24 @@ def test_the_step_of_this_cpu(tiny, tmp_path, monkeypatch):
     ratio = measured / estimated.seconds
     print(f"step: {measured * 1e3:.0f} ms measured, {estimated.seconds * 1e3:.0f} estimated ({estimated.bound}), ratio {ratio:.2f}")
     assert 1 / 4 < ratio < 4
+
+
+def test_a_local_folder_needs_no_weights(tiny, tmp_path):
+    """Its configuration is enough; with others than ours it gives other sizes."""
+    architecture = {"crop_size": 32, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    VJEPA2Config(**architecture).save_pretrained(tmp_path)
+    (tmp_path / "video_preprocessor_config.json").write_text('{"crop_size": {"height": 32, "width": 32}}')
+    from_folder = plan(load_config(tiny, [f"backbone.weights={tmp_path}"]), torch.float32, 1)
+    written = plan(load_config(tiny, [f"backbone.architecture.{key}={value}" for key, value in architecture.items()]), torch.float32, 1)
+    assert from_folder.layout.dim == 48
+    assert (from_folder.encoder_parameters, from_folder.flops) == (written.encoder_parameters, written.flops)
+
+
+@pytest.mark.parametrize("name", ["4ds_kinetics_400_deterministic", "dinov3_kinetics_400_deterministic", "vjepa2_kinetics_400_cached"])
+def test_reference_configurations_can_be_estimated_without_weights(name):
+    work = plan(load_config(ROOT / f"configs/references/{name}.yaml"), torch.bfloat16, 8)
+    assert (work.encoder_flops == 0) == name.endswith("cached")
+    assert step(work, DEVICES["b200"], 1, 4, 8).seconds > 0
 
 
 @pytest.fixture(scope="module")
