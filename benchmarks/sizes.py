@@ -40,7 +40,21 @@ MIDDLE = {
     "model": ["model.hidden_dim=384", "model.depth=6", "model.num_heads=6", "model.num_context_latents=4"],
 }
 SIZE, STEP_SIZE = (REFERENCE, REFERENCE) if ON_GPU else (SMALL, MIDDLE)
+TOY = {
+    "frames": 8,
+    "vjepa2": {"crop_size": 32, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "dinov3": {"image_size": 32, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96},
+    "4ds": {"image_size": 32, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 96},
+    "model": ["model.hidden_dim=48", "model.depth=2", "model.num_heads=2", "model.num_context_latents=2"],
+}
+QUICK = False
 DEMO = "configs/demo.yaml"
+
+
+def be_quick() -> None:
+    """Toy sizes from here on; to be called before the benchmarks are imported."""
+    global SIZE, STEP_SIZE, BATCH, QUICK
+    SIZE, STEP_SIZE, BATCH, QUICK = TOY, TOY, 2, True
 
 
 def configuration(head: str = "predictor", backbone: str = "vjepa2", *overrides: str, size: dict | None = None) -> Config:
