@@ -108,8 +108,8 @@ def synchronise() -> None:
 def record(benchmark, peaks) -> Callable:
     """`record(function, unit, count, flops=…, dtype=…, beside=…)`: time calls of `function`, each of which handles `count` units.
 
-    `beside` names other functions that do the same work: each is timed once before every round, so that a machine whose speed drifts shows in
-    both, and the median of the rounds' ratios is recorded.
+    `beside` names other functions that do the same work: each is timed once before every round, so that a machine whose speed drifts
+    shows in both, and the median of the rounds' ratios is recorded.
     """
 
     def run(

@@ -84,14 +84,14 @@ def head_of(config: Config, layout: Layout, dtype: torch.dtype, compile: bool) -
     return head
 
 
-def video_of(config: Config, batch: int = BATCH) -> torch.Tensor:
+def video_of(config: Config) -> torch.Tensor:
     height, width = Preprocessing.of(config.backbone).size
-    return torch.randint(0, 256, (batch, config.dataset.n_frames, height, width, 3), dtype=torch.uint8, device=DEVICE)
+    return torch.randint(0, 256, (BATCH, config.dataset.n_frames, height, width, 3), dtype=torch.uint8, device=DEVICE)
 
 
-def latents_of(layout: Layout, dtype: torch.dtype, batch: int = BATCH) -> tuple[torch.Tensor, torch.Tensor]:
+def latents_of(layout: Layout, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Random context and target latents."""
     grid = (layout.height, layout.width, layout.dim)
-    shapes = ((batch, frames, *grid) for frames in (layout.context_frames, layout.target_frames))
+    shapes = ((BATCH, frames, *grid) for frames in (layout.context_frames, layout.target_frames))
     context, target = (torch.randn(shape, device=DEVICE, dtype=dtype) for shape in shapes)
     return context, target

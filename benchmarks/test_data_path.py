@@ -44,7 +44,7 @@ def configuration(folder: Path, source: str) -> Config:
     csv = {"video": "demo/train.csv", "cache": "latents/train/manifest.csv"}[source]
     kind = {"video": "kinetics_400", "cache": "kinetics_400_cached"}[source]
     keys = [f"dataset.kind={kind}", f"dataset.train={folder / csv}", "dataset.validation=null", "dataset.labels=null"]
-    return load_config(DEMO, [*keys, "latents.statistics_clips=16", f"experiment={folder}"])
+    return load_config(DEMO, [*keys, "latents.statistics_clips=16", f"experiment={folder}", f"engine.compile={not QUICK}"])
 
 
 class Steps:
