@@ -1,20 +1,60 @@
-"""What all benchmarks share: the device and its measured peaks, and how a result is recorded.
+"""What all benchmarks share: the device and its measured peaks, how a result is recorded and where it is kept.
 
 On a GPU the reference sizes run (ViT-L, 64 frames of 256 x 256), on a CPU small ones (width 192, 16 frames of 96 x 96). Peaks are
 those of a matrix product and of a copy, measured in the same session: fractions of them compare across machines, seconds don't.
+
+`pytest benchmarks` saves its results in benchmarks/results, which `python -m benchmarks.report` reads. `--quick` runs the first and the
+last case of every benchmark once, at toy sizes, and saves nothing: it says what is broken, not what is slow.
 """
 
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import sizes
+from benchmarks.memory import peak_memory_bytes, reset_peak_memory
 from benchmarks.sizes import DEVICE
 from flperf.devices import copy_rate, peak_flops
 from flperf.tracking import PACKAGES
 
-CLEAR_REFERENCES, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+FOLDER = Path(__file__).parent
+KEPT = ("min", "median", "mean", "stddev", "rounds")  # of each benchmark's statistics, in seconds
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="only check that the benchmarks run: two cases of each, once, at toy sizes")
+
+
+def pytest_configure(config):
+    if config.getoption("quick"):
+        sizes.be_quick()
+    elif [Path(argument).resolve() for argument in config.args] == [FOLDER]:  # all of them: a result worth keeping
+        config.option.benchmark_storage = FOLDER.joinpath("results").as_uri()
+        config.option.benchmark_autosave = True
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("quick"):
+        cases: dict[str, list] = {}
+        for item in items:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        items[:] = [item for found in cases.values() for item in found[:1] + found[1:][-1:]]
+
+
+@pytest.fixture
+def benchmark(benchmark, monkeypatch):
+    """pytest-benchmark's, with one round where things need only run."""
+    if sizes.QUICK:
+        pedantic = benchmark.pedantic
+
+        def once(*arguments, **options):
+            return pedantic(*arguments, **options | {"rounds": 1, "warmup_rounds": 0})
+
+        monkeypatch.setattr(benchmark, "pedantic", once)
+    return benchmark
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
@@ -24,6 +64,15 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} threads of {_processor()}"
     machine_info["device"] = name
     machine_info["versions"] = {package: version(package) for package in PACKAGES}
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """A few numbers a benchmark: what is kept in the repository must stay small."""
+    machine = output_json["machine_info"]
+    output_json["machine_info"] = {key: machine[key] for key in ("device", "versions", "python_version", "release")}
+    for entry in output_json["benchmarks"]:
+        entry["stats"] = {key: entry["stats"][key] for key in KEPT}
+        del entry["options"], entry["params"], entry["param"], entry["name"]
 
 
 def _processor() -> str:
@@ -42,37 +91,49 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def reset_peak_memory() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        CLEAR_REFERENCES.write_text("5")  # resets VmHWM (man 5 proc)
-
-
-def peak_memory_bytes() -> int:
-    """The most this process has held since the last reset: allocated on the GPU, or resident on a CPU."""
-    if DEVICE.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-
 @pytest.fixture
 def record(benchmark, peaks) -> Callable:
-    """`record(function, unit, count, flops=…, dtype=…)`: time calls of `function`, each of which handles `count` units."""
+    """`record(function, unit, count, flops=…, dtype=…, beside=…)`: time calls of `function`, each of which handles `count` units.
 
-    def run(function: Callable[[], object], unit: str, count: float, *, flops: float = 0, dtype=torch.float32, rounds: int = 5) -> None:
-        def timed() -> None:
-            function()
+    `beside` names other functions that do the same work: each is timed once before every round, so that a machine whose speed drifts
+    shows in both, and the median of the rounds' ratios is recorded.
+    """
+
+    def run(
+        function: Callable[[], object],
+        unit: str,
+        count: float,
+        *,
+        flops: float = 0,
+        dtype=torch.float32,
+        rounds: int = 5,
+        beside: dict[str, Callable[[], object]] | None = None,
+    ) -> None:
+        others = {name: [] for name in beside or {}}
+
+        def timed(other: Callable[[], object]) -> float:
+            start = time.perf_counter()
+            other()
             synchronise()
+            return time.perf_counter() - start
 
-        timed()
+        def setup() -> None:
+            for name, seconds in others.items():
+                seconds.append(timed(beside[name]))
+
+        timed(function)
+        setup()
         reset_peak_memory()
-        benchmark.pedantic(timed, rounds=rounds, warmup_rounds=1)
-        seconds, info = benchmark.stats.stats.median, benchmark.extra_info
+        benchmark.pedantic(timed, (function,), setup=setup, rounds=rounds, warmup_rounds=1)
+        durations, info = benchmark.stats.stats.data, benchmark.extra_info
+        seconds = statistics.median(durations)
         info[f"{unit}_per_s"] = count / seconds
         info["peak_memory_bytes"] = peak_memory_bytes()
         info["copy_GB_per_s"] = peaks["copy"] / 1e9
+        for name, others_seconds in others.items():
+            last = others_seconds[-len(durations) :]
+            info[f"times as fast as {name}"] = statistics.median(a / b for a, b in zip(last, durations, strict=True))
+            info[f"seconds of {name}"] = statistics.median(last)
         if flops:
             peak = peaks["bf16" if dtype == torch.bfloat16 else "fp32"]
             info |= {"FLOPs": flops, "fraction_of_peak": flops / seconds / peak, "peak_TFLOP_per_s": peak / 1e12}

@@ -76,6 +76,8 @@ class LatentFiles(torch.utils.data.Dataset):
 
 def latent_batches(manifest: Path, batch: int, workers: int) -> Iterator[Tensor]:
     """Shuffled epochs of cached latents `b d t h w`, without end."""
-    loader = torch.utils.data.DataLoader(LatentFiles(manifest), batch, shuffle=True, num_workers=workers, drop_last=True)
+    loader = torch.utils.data.DataLoader(
+        LatentFiles(manifest), batch, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=True
+    )
     while True:
         yield from loader

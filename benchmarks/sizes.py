@@ -40,7 +40,21 @@ MIDDLE = {
     "model": ["model.hidden_dim=384", "model.depth=6", "model.num_heads=6", "model.num_context_latents=4"],
 }
 SIZE, STEP_SIZE = (REFERENCE, REFERENCE) if ON_GPU else (SMALL, MIDDLE)
+TOY = {
+    "frames": 8,
+    "vjepa2": {"crop_size": 32, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "dinov3": {"image_size": 32, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96},
+    "4ds": {"image_size": 32, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 96},
+    "model": ["model.hidden_dim=48", "model.depth=2", "model.num_heads=2", "model.num_context_latents=2"],
+}
+QUICK = False
 DEMO = "configs/demo.yaml"
+
+
+def be_quick() -> None:
+    """Toy sizes from here on; to be called before the benchmarks are imported."""
+    global SIZE, STEP_SIZE, BATCH, QUICK
+    SIZE, STEP_SIZE, BATCH, QUICK = TOY, TOY, 2, True
 
 
 def configuration(head: str = "predictor", backbone: str = "vjepa2", *overrides: str, size: dict | None = None) -> Config:
@@ -70,14 +84,14 @@ def head_of(config: Config, layout: Layout, dtype: torch.dtype, compile: bool) -
     return head
 
 
-def video_of(config: Config, batch: int = BATCH) -> torch.Tensor:
+def video_of(config: Config) -> torch.Tensor:
     height, width = Preprocessing.of(config.backbone).size
-    return torch.randint(0, 256, (batch, config.dataset.n_frames, height, width, 3), dtype=torch.uint8, device=DEVICE)
+    return torch.randint(0, 256, (BATCH, config.dataset.n_frames, height, width, 3), dtype=torch.uint8, device=DEVICE)
 
 
-def latents_of(layout: Layout, dtype: torch.dtype, batch: int = BATCH) -> tuple[torch.Tensor, torch.Tensor]:
+def latents_of(layout: Layout, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Random context and target latents."""
     grid = (layout.height, layout.width, layout.dim)
-    shapes = ((batch, frames, *grid) for frames in (layout.context_frames, layout.target_frames))
+    shapes = ((BATCH, frames, *grid) for frames in (layout.context_frames, layout.target_frames))
     context, target = (torch.randn(shape, device=DEVICE, dtype=dtype) for shape in shapes)
     return context, target

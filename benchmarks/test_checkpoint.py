@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.sizes import QUICK
 from flperf.checkpoint import Checkpoints
 from flperf.config import load_config
 from flperf.engine import build_engine, place_among, set_schedule, start_process
@@ -17,7 +18,13 @@ from flperf.heads import build_head
 from flperf.latents import latent_layout
 
 DEMO = Path(__file__).parents[1] / "configs/demo.yaml"
-SIZE = ["model.hidden_dim=512", "model.depth=6", "model.num_heads=8", "model.head=predictor", "objective.kind=regression"]
+SIZE = [
+    "model.hidden_dim=512",
+    f"model.depth={1 if QUICK else 6}",
+    "model.num_heads=8",
+    "model.head=predictor",
+    "objective.kind=regression",
+]
 
 
 @pytest.fixture(scope="module")

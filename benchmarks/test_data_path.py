@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.sizes import QUICK
 from flperf import loop
 from flperf.baselines import LatentSample
 from flperf.config import Config, load_config
@@ -26,7 +27,7 @@ from flperf.engine import set_schedule, start_process
 from flperf.run import build_run
 
 DEMO = Path(__file__).parents[1] / "configs/demo.yaml"
-STEPS = 10
+STEPS = 1 if QUICK else 10
 BATCH = 8  # clips of 4 MiB
 
 
@@ -43,7 +44,7 @@ def configuration(folder: Path, source: str) -> Config:
     csv = {"video": "demo/train.csv", "cache": "latents/train/manifest.csv"}[source]
     kind = {"video": "kinetics_400", "cache": "kinetics_400_cached"}[source]
     keys = [f"dataset.kind={kind}", f"dataset.train={folder / csv}", "dataset.validation=null", "dataset.labels=null"]
-    return load_config(DEMO, [*keys, "latents.statistics_clips=16", f"experiment={folder}"])
+    return load_config(DEMO, [*keys, "latents.statistics_clips=16", f"experiment={folder}", f"engine.compile={not QUICK}"])
 
 
 class Steps:
@@ -82,7 +83,7 @@ def shards(tmp_path_factory) -> tuple[latent_shards.Shards, Annotations]:
     config = Config()
     config.dataset.n_frames, config.model.num_context_latents = 16, 4
     about = latent_shards.identity(config, 4, 4)
-    length = latent_shards.clips_per_shard(shape, torch.bfloat16)
+    length = BATCH if QUICK else latent_shards.clips_per_shard(shape, torch.bfloat16)
     for number in range(4):
         latents = torch.randn(length, *shape, dtype=torch.bfloat16)
         latent_shards.write_shard(latent_shards.shard_path(folder, number), torch.arange(length) + number * length, latents, about)

@@ -16,22 +16,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.sizes import QUICK
 from flperf.config import Backbone
 from flperf.data import Place
 from flperf.data.clips import Annotations, TrainingOrder, Window
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.pyav import read_batches
 
-WINDOW, BATCH, BATCHES = Window(64, 2, "first"), 8, 2
+WINDOW, BATCH, BATCHES = Window(64, 2, "first"), 1 if QUICK else 8, 2
 PREPROCESSING = Preprocessing.of(Backbone(architecture={"crop_size": 256}))
 WORKERS = len(os.sched_getaffinity(0))
 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory) -> list[str]:
-    """Eight clips of 150 frames of moving noise over a gradient, encoded as Kinetics usually is."""
+    """Clips of 150 frames of moving noise over a gradient, encoded as Kinetics usually is."""
     folder, paths = tmp_path_factory.mktemp("decode"), []
-    for index in range(8):
+    for index in range(BATCH):
         random = np.random.default_rng(index)
         texture = np.kron(random.integers(0, 160, (40, 60, 3), dtype=np.uint8), np.ones((16, 16, 1), np.uint8))
         paths.append(str(folder / f"{index}.mp4"))
@@ -66,7 +67,7 @@ class UsualDataset(torch.utils.data.Dataset):
 
 
 def usual(paths: list[str]) -> None:
-    pytest.importorskip("decord")
+    pytest.importorskip("decord", reason="needs decord, of the extra `benchmark`")
     for batch in torch.utils.data.DataLoader(UsualDataset(paths), BATCH, num_workers=WORKERS):
         assert batch.shape == (BATCH, 64, 3, 256, 256)
 

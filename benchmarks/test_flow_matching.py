@@ -13,7 +13,9 @@ import pytest
 import torch
 from flperf_kernels.flow_matching import flow_matching_loss, flow_matching_noise
 
-SIZE = (8, 4096, 1024)
+from benchmarks.sizes import QUICK
+
+SIZE = (2, 64, 64) if QUICK else (8, 4096, 1024)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -8,9 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from benchmarks import sizes
+from benchmarks.memory import peak_memory_bytes
 from benchmarks.seed_way import SeedStep, latent_batches
 from flperf import loop
 from flperf.baselines import LatentSample
@@ -31,7 +30,7 @@ def configuration(regime: str, source: str, mode: str, folder: Path, *overrides:
     No moving average, which the usual way doesn't keep either.
     """
     clips = [f"dataset.shapes.train_clips={CLIPS}", "dataset.shapes.validation_clips=0", f"latents.statistics_clips={sizes.BATCH}"]
-    cache = [f"dataset.kind=kinetics_400_cached", f"dataset.train={folder}/{mode}/train/manifest.csv", "dataset.validation=null"]
+    cache = ["dataset.kind=kinetics_400_cached", f"dataset.train={folder}/{mode}/train/manifest.csv", "dataset.validation=null"]
     keys = [*clips, f"backbone.encode={mode}", "trainer.ema_decay=null", f"experiment={folder}", "dataset.labels=null"]
     return sizes.configuration(regime, "vjepa2", *keys, *(cache if source == "cache" else []), *overrides, size=sizes.STEP_SIZE)
 
@@ -82,8 +81,6 @@ def build(regime: str, source: str, variant: str, folder: Path) -> Step:
 
 
 def main(regime: str, source: str, variant: str, folder: str = ".") -> None:
-    from benchmarks.conftest import peak_memory_bytes
-
     step = build(regime, source, variant, Path(folder))
     for _ in range(4):
         step()

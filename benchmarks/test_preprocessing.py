@@ -1,0 +1,52 @@
+"""Decoded frames to what the encoder takes: the steps of the Hugging Face processor in float, and ours on bytes.
+
+    python -m pytest benchmarks/test_preprocessing.py
+
+A clip of 64 frames of 340 x 256, already decoded. The processor's steps: resize (antialiased), crop, rescale, normalise, each over whole
+frames in fp32. Ours resizes bytes and only what the crop keeps; pixels are then normalised in the encoder's compiled graph, which
+`normalised` adds here.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks.sizes import DTYPE, QUICK
+from flperf.compilation import compile_forward
+from flperf.config import Backbone
+from flperf.data.preprocessing import Preprocessing
+from flperf.encoder import PixelNormalisation
+
+PREPROCESSING = Preprocessing.of(Backbone(architecture={"crop_size": 256}))
+FRAMES = 2 if QUICK else 64
+
+
+def processor(frames: torch.Tensor) -> torch.Tensor:
+    geometry = PREPROCESSING.geometry(*frames.shape[1:3])
+    resized = F.interpolate(frames.permute(0, 3, 1, 2).float(), geometry.resized, mode="bilinear", antialias=True).round().clamp(0, 255)
+    (top, left), (height, width) = geometry.offset, PREPROCESSING.size
+    cropped = resized[:, :, top : top + height, left : left + width] * PREPROCESSING.rescale
+    mean, std = (torch.tensor(x)[:, None, None] for x in (PREPROCESSING.mean, PREPROCESSING.std))
+    return (cropped - mean) / std
+
+
+def ours(dtype: torch.dtype):
+    normalise = PixelNormalisation(PREPROCESSING, dtype)
+    compile_forward(normalise)
+    return lambda frames: normalise(PREPROCESSING.apply(frames).contiguous()[None])
+
+
+VARIANTS = {
+    "processor in float": lambda: processor,
+    "bytes": lambda: lambda frames: PREPROCESSING.apply(frames).contiguous(),
+    "bytes, normalised to fp32": lambda: ours(torch.float32),
+    "bytes, normalised": lambda: ours(DTYPE),
+}
+
+
+@pytest.mark.benchmark(group="preprocessing of a decoded clip")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_preprocess(record, variant):
+    frames = torch.randint(0, 256, (FRAMES, 256, 340, 3), dtype=torch.uint8)
+    function = VARIANTS[variant]()
+    record(lambda: function(frames), "clips", 1, rounds=9)
