@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from runs import REGIMES, ROOT, TINY
 
+from flperf import cli
 from flperf.config import load_config
 
 DOCS = ROOT / "docs"
@@ -37,6 +39,33 @@ def test_the_plain_loop_learns(tiny, regime):
 
 def test_the_plain_loop_is_short():
     assert len((DOCS / "plain_loop.py").read_text().splitlines()) <= 60
+
+
+def guide_commands() -> list[str]:
+    lines = "\n".join(blocks("guide.md", "bash")).splitlines()
+    return [line for line in lines if line.startswith(("flperf ", "deepspeed "))]
+
+
+@pytest.mark.parametrize("line", guide_commands())
+def test_commands_of_the_guide_can_be_typed(line, capsys, monkeypatch):
+    """What they name exists: command, options, configuration, keys. Their data does not, so they are not run here."""
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(line.partition("flperf")[2].replace("/train.py", "train").replace("/encode.py", "encode"))
+    monkeypatch.setattr("sys.argv", ["flperf", words[0], "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    assert {word for word in words if word.startswith("--")} <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    overrides = [word for word in words if re.match(r"[a-z_.]+=", word)]
+    config = words[words.index("--config") + 1] if "--config" in words else "configs/demo.yaml"
+    load_config("configs/references/vjepa2_kinetics_400.yaml" if config == "configs/mine.yaml" else config, overrides)
+
+
+@pytest.mark.parametrize("document", sorted(DOCS.glob("*.md")), ids=lambda document: document.name)
+def test_links_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)#:]+\.\w+)\)", document.read_text()):
+        assert (DOCS / target).exists() or target == "cluster.md", f"{document.name} links to {target}"
+    for path in re.findall(r"`((?:configs|flperf|kernels|benchmarks|tests|docs)/[\w/.]+\w)`", document.read_text()):
+        assert (ROOT / path).exists() or path == "docs/cluster.md", f"{document.name} names {path}"
 
 
 EXTENDED = [
