@@ -19,3 +19,10 @@ def tiny(tmp_path_factory) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(TINY.format(folder=folder))
     return path
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of modules that start processes of their own are marked, so that `-m "not launch"` leaves the quick ones."""
+    for item in items:
+        if {"launch", "curves", "subprocess"} & vars(item.module).keys():
+            item.add_marker("launch")

@@ -1,25 +1,97 @@
 """What the documents say works: their programs run, their commands exist, their examples are compiled and run."""
 
 import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
-from runs import REGIMES, ROOT
+from runs import REGIMES, ROOT, TINY
 
+from flperf import cli
 from flperf.config import load_config
 
 DOCS = ROOT / "docs"
 
 
+def plain_loop():
+    """docs/plain_loop.py as a module."""
+    spec = importlib.util.spec_from_file_location("plain_loop", DOCS / "plain_loop.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def blocks(document: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / document).read_text(), flags=re.S | re.M)
+
+
 @pytest.mark.parametrize("regime", ["predictor", "flow_matching"])
 def test_the_plain_loop_learns(tiny, regime):
-    spec = importlib.util.spec_from_file_location("plain_loop", DOCS / "plain_loop.py")
-    plain_loop = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(plain_loop)
-    losses = plain_loop.train(load_config(tiny, [*REGIMES[regime], "trainer.max_steps=40"]), torch.device("cpu"))
+    losses = plain_loop().train(load_config(tiny, [*REGIMES[regime], "trainer.max_steps=40"]), torch.device("cpu"))
     first, last = (sum(part) / len(part) for part in (losses[:8], losses[-8:]))
     assert last < 0.9 * first
 
 
 def test_the_plain_loop_is_short():
     assert len((DOCS / "plain_loop.py").read_text().splitlines()) <= 60
+
+
+def guide_commands() -> list[str]:
+    lines = "\n".join(blocks("guide.md", "bash")).splitlines()
+    return [line for line in lines if line.startswith(("flperf ", "deepspeed "))]
+
+
+@pytest.mark.parametrize("line", guide_commands())
+def test_commands_of_the_guide_can_be_typed(line, capsys, monkeypatch):
+    """What they name exists: command, options, configuration, keys. Their data does not, so they are not run here."""
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(line.partition("flperf")[2].replace("/train.py", "train").replace("/encode.py", "encode"))
+    monkeypatch.setattr("sys.argv", ["flperf", words[0], "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    assert {word for word in words if word.startswith("--")} <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    overrides = [word for word in words if re.match(r"[a-z_.]+=", word)]
+    config = words[words.index("--config") + 1] if "--config" in words else "configs/demo.yaml"
+    load_config("configs/references/vjepa2_kinetics_400.yaml" if config == "configs/mine.yaml" else config, overrides)
+
+
+@pytest.mark.parametrize("document", sorted(DOCS.glob("*.md")), ids=lambda document: document.name)
+def test_links_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)#:]+\.\w+)\)", document.read_text()):
+        assert (DOCS / target).exists() or target == "cluster.md", f"{document.name} links to {target}"
+    for path in re.findall(r"`((?:configs|flperf|kernels|benchmarks|tests|docs)/[\w/.]+\w)`", document.read_text()):
+        assert (ROOT / path).exists() or path == "docs/cluster.md", f"{document.name} names {path}"
+
+
+EXTENDED = [
+    *("backbone.kind=patch_projection", "backbone.architecture={image_size: 32}", "dataset.kind=fading", "dataset.n_frames=8"),
+    *("model.head=time_mixer", "objective.kind=change"),
+    *("trainer.learning_rate=0.03", "trainer.batch_size=8", "trainer.max_steps=100"),
+]
+
+
+def test_every_new_part_trains_and_is_evaluated(tmp_path):
+    """The examples as they stand, in a program of one's own, through the real entry point."""
+    program = "\n".join(blocks("extending.md", "python")) + "\nimport sys\nfrom flperf.train import main\nmain(sys.argv[1:])\n"
+    (tmp_path / "own.py").write_text(program)
+    lines = TINY.format(folder=tmp_path).splitlines()
+    (tmp_path / "own.yaml").write_text("\n".join(line for line in lines if "architecture" not in line))
+    command = [sys.executable, "own.py", "--config", "own.yaml", *EXTENDED]
+    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    result = json.loads((tmp_path / "experiment/own/metrics.jsonl").read_text().splitlines()[-1])
+    assert result["forecast_mse"] < 0.1 * result["copy_last_mse"]
+
+
+def test_the_new_kernel_computes_its_formula(tmp_path):
+    (block,) = blocks("extending.md", "python kernel")
+    (tmp_path / "kernel.py").write_text(block)
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "kernel.py"]
+    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert finished.returncode == 0, finished.stderr[-3000:]

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ class Preprocessing:
     @property
     def size(self) -> Size:
         """(height, width) of every frame that comes out."""
-        return self.crop or _as_size(self.resize)
+        return self.crop or cast(Size, self.resize)  # a shortest edge comes with a crop
 
     def geometry(self, height: int, width: int) -> Geometry:
         """Resized size (the longer edge floored) and integer crop offsets as the processor computes them, and the region they keep."""
