@@ -8,6 +8,7 @@ last case of every benchmark once, at toy sizes, and saves nothing: it says what
 """
 
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 

@@ -26,9 +26,9 @@ class VJEPA2(nn.Module):
         self.embeddings, self.norm = encoder.embeddings, encoder.layernorm
         self.blocks = nn.ModuleList(Block(layer) for layer in encoder.layer)
         self.frames_per_latent = self.frames_covered = model.config.tubelet_size
-        self.patch_size = model.config.patch_size
+        self.patch_size: int = model.config.patch_size
         self.dim = model.config.hidden_size
-        self.head_dim = self.dim // model.config.num_attention_heads
+        self.head_dim: int = self.dim // model.config.num_attention_heads
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels: normalised, b f c h w -> b t h w d."""
@@ -52,7 +52,8 @@ class Block(nn.Module):
         attention = layer.attention
         self.num_heads = attention.num_attention_heads
         self.norm1, self.norm2, self.mlp, self.out = layer.norm1, layer.norm2, layer.mlp, attention.proj
-        dim, bias = attention.hidden_size, attention.query.bias is not None
+        dim: int = attention.hidden_size
+        bias = attention.query.bias is not None
         self.query_key_value = nn.Linear(dim, 3 * dim, bias=bias)
         for name in ("weight", "bias") if bias else ("weight",):
             query, key, value = (getattr(part, name).detach() for part in (attention.query, attention.key, attention.value))
