@@ -4,6 +4,8 @@ transformers' weights in blocks of our own: queries, keys and values come from o
 computed once a clip, not once in every block, which took a quarter of the encoder's time on a CPU.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -21,14 +23,14 @@ class VJEPA2(nn.Module):
         if crop[0] != crop[1]:
             raise UserError(f"backbone.processor: V-JEPA 2 takes square clips, not {crop[0]} x {crop[1]}")
         # Its rotary positions are laid out on crop_size, so the configuration follows the preprocessing.
-        model = load_transformer(VJEPA2Model, VJEPA2Config, backbone, crop_size=crop[0])
+        model: Any = load_transformer(VJEPA2Model, VJEPA2Config, backbone, crop_size=crop[0])
         encoder = model.encoder  # the masked-token predictor of pre-training is not kept
         self.embeddings, self.norm = encoder.embeddings, encoder.layernorm
         self.blocks = nn.ModuleList(Block(layer) for layer in encoder.layer)
         self.frames_per_latent = self.frames_covered = model.config.tubelet_size
-        self.patch_size: int = model.config.patch_size
+        self.patch_size = model.config.patch_size
         self.dim = model.config.hidden_size
-        self.head_dim: int = self.dim // model.config.num_attention_heads
+        self.head_dim = self.dim // model.config.num_attention_heads
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels: normalised, b f c h w -> b t h w d."""
@@ -47,13 +49,12 @@ class Block(nn.Module):
     are reordered, even channels first: a product of queries and keys doesn't see the order.
     """
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: Any):
         super().__init__()
         attention = layer.attention
         self.num_heads = attention.num_attention_heads
         self.norm1, self.norm2, self.mlp, self.out = layer.norm1, layer.norm2, layer.mlp, attention.proj
-        dim: int = attention.hidden_size
-        bias = attention.query.bias is not None
+        dim, bias = attention.hidden_size, attention.query.bias is not None
         self.query_key_value = nn.Linear(dim, 3 * dim, bias=bias)
         for name in ("weight", "bias") if bias else ("weight",):
             query, key, value = (getattr(part, name).detach() for part in (attention.query, attention.key, attention.value))
