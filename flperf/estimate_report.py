@@ -35,7 +35,7 @@ def _sizes(work: Work, processes: int) -> Iterator[str]:
     yield f"head      {work.head_parameters / 1e6:.1f} M parameters, {config.model.head}"
     yield f"latents   {layout.context_frames} + {layout.target_frames} frames of {layout.height} x {layout.width} x {layout.dim}"
     yield f"FLOPs     a clip: {_flops(work.encoder_flops)} encoder forward + {_flops(trained)} head forward and backward"
-    yield f"bytes     a process and update: {work.moved / 1e9:.3g} GB read and written in memory, the optimizer apart"
+    yield f"bytes     a process and update: {work.moved / 1e9:.2f} GB read and written in memory, the optimizer apart"
     shared = f"{place.micro_batch_size} x {place.accumulation_steps} accumulation x {processes} processes"
     yield f"batch     {place.batch_size} = {shared}, {str(work.dtype).removeprefix('torch.')}; it grows with the nodes"
 
