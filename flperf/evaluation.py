@@ -41,6 +41,7 @@ class Sums:
         self.clips = torch.zeros((), dtype=torch.float64, device=device)
 
     def count(self, valid: Tensor) -> None:
+        """Count the valid clips of a batch; valid: bool [b]."""
         self.clips += valid.sum()
 
     def add(self, key: str, values: Tensor, valid: Tensor) -> None:
@@ -67,6 +68,7 @@ class Moments:
         self.tokens = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, latents: Tensor) -> None:
+        """latents: `… d`."""
         tokens = latents.flatten(0, -2).float()
         self.total += torch.cat([tokens.T @ tokens, tokens.sum(0, keepdim=True)]).double()
         self.tokens += len(tokens)
@@ -119,6 +121,7 @@ class Pooled:
     features: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def add(self, latents: dict[str, Tensor], label: Tensor, valid: Tensor) -> None:
+        """latents by forecast, `b t h w d` each; label int64 [b], valid bool [b]."""
         self.labels.append(label[valid.cpu()])
         for name, values in latents.items():
             self.features.setdefault(name, []).append(values.mean((1, 2, 3))[valid].float().cpu())
