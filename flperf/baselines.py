@@ -30,6 +30,7 @@ class Baselines:
     ridge: Tensor
 
     def to(self, device: torch.device) -> "Baselines":
+        """The same on another device."""
         return Baselines(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
     def forecasts(self, context: Tensor) -> dict[str, Tensor]:
@@ -147,6 +148,7 @@ def save_statistics(path: Path, statistics: Statistics, baselines: Baselines) ->
 
 
 def load_statistics(path: Path, device: torch.device) -> tuple[Statistics, Baselines]:
+    """What `save_statistics` wrote, on `device`."""
     return split_statistics(load_file(path, device=str(device)))
 
 

@@ -163,12 +163,16 @@ class Evaluation:
 
 @dataclass
 class Checkpoint:
+    """When checkpoints are written (steps or epochs), and how many are kept."""
+
     save_every: str = "1 epoch"
     keep: int = 2
 
 
 @dataclass
 class Tracking:
+    """What is logged, how often (in steps), and where to."""
+
     log_every: int = 10
     wandb: Literal["auto", "offline", "off"] = "auto"  # auto: online where a key is set, else offline
     project: str = "flperf"  # of W&B
@@ -177,6 +181,8 @@ class Tracking:
 
 @dataclass
 class Config:
+    """The whole tree; every section is a dataclass above."""
+
     name: str = "???"  # the run's folder under `experiment`; the configuration file's stem unless set
     experiment: str = "experiment"
     seed: int = 0

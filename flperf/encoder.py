@@ -28,6 +28,7 @@ class PixelNormalisation(nn.Module):
         self.register_buffer("shift", (-mean / std)[:, None, None], persistent=False)
 
     def forward(self, video: Tensor) -> Tensor:
+        """uint8 `b f h w c` to `b f c h w`."""
         return (rearrange(video, "b f h w c -> b f c h w").float() * self.scale + self.shift).to(self.dtype)
 
 

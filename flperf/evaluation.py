@@ -41,6 +41,7 @@ class Sums:
         self.clips = torch.zeros((), dtype=torch.float64, device=device)
 
     def count(self, valid: Tensor) -> None:
+        """Count the valid clips of a batch; valid: bool [b]."""
         self.clips += valid.sum()
 
     def add(self, key: str, values: Tensor, valid: Tensor) -> None:
@@ -67,6 +68,7 @@ class Moments:
         self.tokens = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, latents: Tensor) -> None:
+        """latents: `… d`."""
         tokens = latents.flatten(0, -2).float()
         self.total += torch.cat([tokens.T @ tokens, tokens.sum(0, keepdim=True)]).double()
         self.tokens += len(tokens)
@@ -126,6 +128,7 @@ class Pooled:
     features: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def add(self, latents: dict[str, Tensor], batch: ClipBatch) -> None:
+        """latents by whose forecast they are, `b t h w d` each."""
         valid = batch.valid.cpu()
         self.labels.append(batch.label[valid])
         for name, values in latents.items():

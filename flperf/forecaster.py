@@ -39,9 +39,11 @@ class Trained:
     baselines: Baselines
 
     def resolved(self, overrides: Sequence[str] = ()) -> Config:
+        """The configuration it was trained with, with `section.key=value` overrides."""
         return parse_config(self.config, f"{self.source}: config.yaml", overrides)
 
     def layout(self, config: Config) -> Layout:
+        """The geometry of its forecasts."""
         frames, height, width, dim = self.baselines.position_mean.shape
         return Layout(config.model.num_context_latents, frames, height, width, dim)
 

@@ -27,10 +27,12 @@ class Layout:
 
     @property
     def context_tokens(self) -> int:
+        """Places of the context, over all its frames."""
         return self.context_frames * self.height * self.width
 
     @property
     def target_tokens(self) -> int:
+        """Places of the target, over all its frames."""
         return self.target_frames * self.height * self.width
 
 
@@ -54,6 +56,7 @@ class Statistics:
     channel_std: Tensor
 
     def to(self, device: torch.device) -> "Statistics":
+        """The same on another device."""
         return Statistics(self.channel_mean.to(device), self.channel_std.to(device))
 
 
@@ -77,6 +80,7 @@ class Normaliser(nn.Module):
         return None
 
     def forward(self, latents: Tensor) -> Tensor:
+        """`… d` of any float dtype to the same shape in `dtype`."""
         x = latents.float()
         match self.kind:
             case "standardize":

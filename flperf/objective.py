@@ -76,6 +76,7 @@ class FlowMatching:
 
     @property
     def samples(self) -> int:
+        """Forecasts drawn for each clip."""
         return self.sampling.samples
 
     def draw(self, head: nn.Module, context: Tensor, keys: Tensor, part: int = 0) -> Tensor:
@@ -127,6 +128,7 @@ REGRESSION_LOSSES = {
 
 
 def build_objective(config: Config, layout: Layout) -> Regression | FlowMatching:
+    """What the configuration trains for; raises `UserError` where its head can't be trained for that."""
     if config.objective.kind not in OBJECTIVES:
         raise UserError(f"objective.kind: {config.objective.kind!r} is unknown; known: {', '.join(OBJECTIVES)}")
     needs_dit = config.objective.kind == "flow_matching"

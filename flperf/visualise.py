@@ -34,6 +34,7 @@ class Example:
 
     @property
     def true(self) -> Tensor:
+        """True latents `t h w d` as far as they are known and forecast."""
         return self.context if self.target is None else torch.cat([self.context, self.target[: len(self.forecast)]])
 
 

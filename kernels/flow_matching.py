@@ -77,6 +77,7 @@ def _noise_like(data: Tensor, sample: Tensor, seed: int) -> Tensor:
 
 
 def noise_reference(latents, tau, sample, seed, mean, std, norm, eps, out_dtype) -> Tensor:
+    """`flow_matching_noise` in plain PyTorch."""
     data = flow_matching_data(latents, mean, std, norm, eps)
     return _noise_like(data, sample, seed).lerp_(data, tau.to(data.dtype)[:, None, None]).to(out_dtype)
 

@@ -18,9 +18,9 @@ from flperf.config import load_config
 DOCS = ROOT / "docs"
 
 
-def plain_loop():
-    """docs/plain_loop.py as a module."""
-    spec = importlib.util.spec_from_file_location("plain_loop", DOCS / "plain_loop.py")
+def module_of(file: str):
+    """A program of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(file.removesuffix(".py"), DOCS / file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -32,7 +32,7 @@ def blocks(document: str, language: str) -> list[str]:
 
 @pytest.mark.parametrize("regime", ["predictor", "flow_matching"])
 def test_the_plain_loop_learns(tiny, regime):
-    losses = plain_loop().train(load_config(tiny, [*REGIMES[regime], "trainer.max_steps=40"]), torch.device("cpu"))
+    losses = module_of("plain_loop.py").train(load_config(tiny, [*REGIMES[regime], "trainer.max_steps=40"]), torch.device("cpu"))
     first, last = (sum(part) / len(part) for part in (losses[:8], losses[-8:]))
     assert last < 0.9 * first
 
@@ -95,3 +95,12 @@ def test_the_new_kernel_computes_its_formula(tmp_path):
     command = [sys.executable, "kernel.py"]
     finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert finished.returncode == 0, finished.stderr[-3000:]
+
+
+def test_the_python_interface_is_documented():
+    """A page can be built, and nothing on it is silent; a dataclass whose text is its own signature is."""
+    api = module_of("api.py")
+    assert "load_forecaster" in api.page()
+    entries = [(f"{path}.{name}", item) for path in api.MODULES for name, item in api.entries(importlib.import_module(path))]
+    silent = [name for name, item in entries if not (item.__doc__ or "").strip() or item.__doc__.startswith(f"{name.split('.')[-1]}(")]
+    assert len(entries) > 100 and not silent, f"no docstring: {', '.join(silent)}"

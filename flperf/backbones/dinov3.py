@@ -8,6 +8,8 @@ from flperf.config import Backbone
 
 
 class DINOv3(nn.Module):
+    """transformers' ViT; frames between those that are encoded are not looked at."""
+
     def __init__(self, backbone: Backbone, crop: tuple[int, int]):
         super().__init__()
         from transformers import DINOv3ViTConfig, DINOv3ViTModel

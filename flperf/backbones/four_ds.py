@@ -23,6 +23,8 @@ POSITIONS = (8, 14, 14)  # the grid of the learned positions: 16 frames of 224 x
 
 @dataclass(frozen=True)
 class Size:
+    """Width, depth, width inside the MLP, attention heads."""
+
     hidden_size: int
     num_hidden_layers: int
     intermediate_size: int

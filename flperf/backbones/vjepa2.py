@@ -16,6 +16,8 @@ from flperf.config import Backbone, UserError
 
 
 class VJEPA2(nn.Module):
+    """transformers' encoder without the predictor of its pre-training."""
+
     def __init__(self, backbone: Backbone, crop: tuple[int, int]):
         super().__init__()
         from transformers import VJEPA2Config, VJEPA2Model

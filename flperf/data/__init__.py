@@ -37,10 +37,12 @@ class Dataset:
 
     @property
     def train_size(self) -> int:
+        """Training clips."""
         return len(self.splits["train"])
 
     @property
     def validation_size(self) -> int:
+        """Validation clips; 0 where there is no such split."""
         return len(self.splits["validation"])
 
     def train_batches(self, first_step: int, place: Place, device: torch.device) -> Batches:

@@ -40,6 +40,7 @@ class Place:
 
     @property
     def accumulation_steps(self) -> int:
+        """Micro batches of one process in one update."""
         return self.batch_size // (self.micro_batch_size * self.world_size)
 
 
@@ -69,6 +70,7 @@ class ClipBatch:
 
     @classmethod
     def of(cls, draws: list[Draw], labels: list[int], **content) -> "ClipBatch":
+        """The batch of some draws; labels: of all clips of the split; content: `video` or `latents`, and `skipped`."""
         return cls(
             label=torch.tensor([labels[draw.clip] for draw in draws]),
             clip=torch.tensor([draw.clip for draw in draws]),
@@ -90,6 +92,7 @@ class TrainingOrder:
         self.seed = seed
 
     def draw(self, sample: int, attempt: int = 0) -> Draw:
+        """What stands at a place of the stream; later attempts are replacements."""
         clip = int(self.permutation(sample // self.size)[(sample + attempt) % self.size])
         return Draw(sample, attempt, clip, _uniform(self.seed, sample, attempt, 1), valid=True)  # 1: no permutation's entropy
 
@@ -112,11 +115,13 @@ class ValidationOrder:
         self.size = size
 
     def draw(self, sample: int, attempt: int = 0) -> Draw:
+        """The clip of a row; replacements and rows beyond the end are invalid."""
         row = min(sample, self.size - 1)
         clip = (row + attempt) % self.size
         return Draw(sample, attempt, clip, _uniform(row, attempt), valid=sample < self.size and attempt == 0)
 
     def batches(self, place: Place, batch_size: int) -> Iterator[list[Draw]]:
+        """The batches of one rank, each of `batch_size` draws."""
         for first in range(0, self.size, batch_size * place.world_size):
             start = first + place.rank * batch_size
             yield [self.draw(sample) for sample in range(start, start + batch_size)]

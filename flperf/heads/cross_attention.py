@@ -12,6 +12,8 @@ from flperf.latents import Layout
 
 
 class CrossAttentionPredictor(nn.Module):
+    """Learned queries that read the context in every block; needs regression."""
+
     def __init__(self, model: Model, layout: Layout):
         super().__init__()
         self.layout = layout

@@ -17,6 +17,8 @@ Memory = list[tuple[Tensor, Tensor]]
 
 
 class DiT(nn.Module):
+    """Noised target tokens, modulated by tau, that read the context in every block; needs flow matching."""
+
     def __init__(self, model: Model, layout: Layout):
         super().__init__()
         self.layout = layout
@@ -51,4 +53,5 @@ class DiT(nn.Module):
         return rearrange(x, "b (t h w) c -> b t h w c", h=self.layout.height, w=self.layout.width)
 
     def forward(self, context: Tensor, noised: Tensor, tau: Tensor) -> Tensor:
+        """context `b t h w c`, noised `b t' h w c` at tau [b] to the velocity `b t' h w c`."""
         return self.velocity(noised, tau, self.remember(context))

@@ -93,15 +93,19 @@ class Positions(nn.Module):
             self.register_buffer(f"{part}_added", sine_table(where, dim) if kind == "sincos" else None, persistent=False)
 
     def rotary(self, part: str) -> Rotary | None:
+        """Tables for "context", "target" or "all" tokens; None where positions are not rotary."""
         cosine = getattr(self, f"{part}_cosine")
         return None if cosine is None else (cosine, getattr(self, f"{part}_sine"))
 
     def add(self, tokens: Tensor, part: str) -> Tensor:
+        """tokens `b n d` with the features of their places added, where positions are added."""
         added = getattr(self, f"{part}_added")
         return tokens if added is None else tokens + added.to(tokens.dtype)
 
 
 class SelfAttention(nn.Module):
+    """Multi-head attention of tokens to one another."""
+
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
@@ -109,6 +113,7 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
+        """b n d -> b n d."""
         query, key, value = rearrange(self.query_key_value(x), "b n (three a k) -> three b n a k", three=3, a=self.num_heads).unbind()
         mixed = attention(rotate(query, rotary), rotate(key, rotary), value)
         return self.out(rearrange(mixed, "b n a k -> b n (a k)"))
@@ -124,6 +129,7 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, rotary: Rotary | None, memory: tuple[Tensor, Tensor]) -> Tensor:
+        """x `b n d`, keys and values `b m a k` each -> b n d."""
         query = rearrange(self.query(x), "b n (a k) -> b n a k", a=self.num_heads)
         mixed = attention(rotate(query, rotary), *memory)
         return self.out(rearrange(mixed, "b n a k -> b n (a k)"))
@@ -138,11 +144,14 @@ class KeysValues(nn.Module):
         self.key_value = nn.Linear(dim, 2 * dim)
 
     def forward(self, context: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+        """context tokens `b m d` -> keys and values, `b m a k` each, keys rotated."""
         key, value = rearrange(self.key_value(context), "b m (two a k) -> two b m a k", two=2, a=self.num_heads).unbind()
         return rotate(key, rotary), value
 
 
 class MLP(nn.Sequential):
+    """Two layers with GELU between them, `ratio` times as wide inside."""
+
     def __init__(self, dim: int, ratio: float):
         hidden = int(dim * ratio)
         super().__init__(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
@@ -157,12 +166,14 @@ class Branch(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor, modulation: tuple[Tensor, Tensor, Tensor] | None, *inputs) -> Tensor:
+        """x `b n d`; modulation: shift, scale and gate, `b 1 d` each; inputs: what the layer takes besides."""
         if modulation is None:
             return x + self.layer(self.norm(x), *inputs)
         gate = modulation[2]  # b 1 d
         return x + gate * self.layer(self.modulated(x, modulation), *inputs)
 
     def modulated(self, x: Tensor, modulation: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """The layer's input, `b n d`."""
         shift, scale, _ = modulation  # each b 1 d
         return self.norm(x) * (1 + scale) + shift
 
@@ -219,6 +230,7 @@ class TauEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(self.FEATURES, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, tau: Tensor) -> Tensor:
+        """tau [b] -> b d."""
         half = self.FEATURES // 2
         frequencies = ROTARY_BASE ** (-torch.arange(half, device=tau.device, dtype=torch.float32) / half)
         angles = 1000.0 * tau.float()[:, None] * frequencies
@@ -234,14 +246,17 @@ class ContextEmbedding(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, context: Tensor) -> Tensor:
+        """b t h w c -> b m d."""
         return self.norm(self.project(rearrange(context, "b t h w c -> b (t h w) c")))
 
 
 def learned_token(*shape: int) -> nn.Parameter:
+    """A parameter that `initialise` fills."""
     return nn.Parameter(torch.empty(*shape))
 
 
 def expand_token(token: Tensor, batch: int, count: int) -> Tensor:
+    """One token [d] as `b n d`, for `count` places."""
     return repeat(token, "d -> b n d", b=batch, n=count)
 
 

@@ -11,6 +11,8 @@ from flperf.latents import Layout
 
 
 class Predictor(nn.Module):
+    """One sequence of context tokens and mask tokens; needs regression."""
+
     def __init__(self, model: Model, layout: Layout):
         super().__init__()
         self.layout = layout

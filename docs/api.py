@@ -1,0 +1,45 @@
+"""The Python interface as one page of Markdown: `python docs/api.py > api.md`."""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Iterator
+
+MODULES = [
+    *("flperf.forecaster", "flperf.config", "flperf.latents", "flperf.encoder", "flperf.objective", "flperf.sampler", "flperf.baselines"),
+    *("flperf.heads", "flperf.heads.predictor", "flperf.heads.cross_attention", "flperf.heads.dit", "flperf.heads.layers"),
+    *("flperf.backbones.vjepa2", "flperf.backbones.dinov3", "flperf.backbones.four_ds"),
+    *("flperf.data", "flperf.data.clips", "flperf.data.preprocessing", "flperf.data.index", "flperf.evaluation", "flperf.visualise"),
+    *("flperf_kernels.flow_matching", "flperf_kernels.adaln", "flperf_kernels.philox"),
+]
+KERNELS = "flperf_kernels."  # of which the ops and references are for users, not what launches them
+
+
+def entries(module) -> Iterator[tuple[str, object]]:
+    """(name, object) of the functions and classes that a module defines, and of their methods and properties."""
+    for name, item in vars(module).items():
+        defined_here = getattr(item, "__module__", None) == module.__name__ and (inspect.isclass(item) or inspect.isfunction(item))
+        launches = module.__name__.startswith(KERNELS) and not inspect.get_annotations(item).get("return") if defined_here else False
+        if name.startswith("_") or not defined_here or launches:
+            continue
+        yield name, item
+        if inspect.isclass(item):
+            for part, member in vars(item).items():
+                if not part.startswith("_") and (inspect.isroutine(member) or isinstance(member, property)):
+                    yield f"{name}.{part}", getattr(item, part) if isinstance(member, classmethod) else member
+
+
+def page() -> str:
+    lines = ["# The Python interface\n"]
+    for path in MODULES:
+        module = importlib.import_module(path)
+        lines.append(f"## `{path}`\n\n{inspect.getdoc(module)}\n")
+        for name, item in entries(module):
+            bare = isinstance(item, property) or (inspect.isclass(item) and issubclass(item, Exception))
+            signature = "" if bare else str(inspect.signature(item))
+            lines.append(f"### `{name}{signature}`\n\n{inspect.getdoc(item)}\n")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page())
