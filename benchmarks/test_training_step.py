@@ -41,6 +41,7 @@ def test_step(benchmark, record, folder, regime, source, mode):
 def test_memory(benchmark, variant, tmp_path):
     """Of interest is `peak_memory_bytes`; the time is that of starting, compiling from the cache and four steps."""
     command = [sys.executable, "-m", "benchmarks.training_step", "predictor", "drawn", variant, str(tmp_path)]
+    command += ["quick"] if sizes.QUICK else []
     output = []
     benchmark.pedantic(lambda: output.append(subprocess.check_output(command, text=True)), rounds=1)
     benchmark.extra_info["peak_memory_bytes"] = int(output[-1].split()[-1])

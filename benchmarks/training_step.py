@@ -39,8 +39,10 @@ def write_cache(folder: Path) -> None:
     """The drawn clips' latents as shards, encoded in both ways, and jointly encoded as FutureLatents' files."""
     process = start_process()
     for mode in OURS:
-        encode_dataset(configuration("predictor", "drawn", mode, folder), process, folder / mode, as_files=False)
-    encode_dataset(configuration("predictor", "drawn", "joint", folder), process, folder / "files", as_files=True)
+        config = configuration("predictor", "drawn", mode, folder, "engine.compile=false")
+        encode_dataset(config, process, folder / mode, as_files=False)
+    config = configuration("predictor", "drawn", "joint", folder, "engine.compile=false")
+    encode_dataset(config, process, folder / "files", as_files=True)
 
 
 class OurStep:
@@ -80,7 +82,9 @@ def build(regime: str, source: str, variant: str, folder: Path) -> Step:
     return ours(regime, source, variant.removeprefix("ours, "), folder)
 
 
-def main(regime: str, source: str, variant: str, folder: str = ".") -> None:
+def main(regime: str, source: str, variant: str, folder: str = ".", *size: str) -> None:
+    if size == ("quick",):
+        sizes.be_quick()
     step = build(regime, source, variant, Path(folder))
     for _ in range(4):
         step()

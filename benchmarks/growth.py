@@ -1,0 +1,101 @@
+"""How the cost of a training step grows with clips, frames, tokens and depth: a table, a picture, and the fitted exponents.
+
+    python -m benchmarks.growth --picture growth.png
+
+One size is doubled at a time while the others stay; the exponent is the slope of log(time) over log(size), fitted to the larger half of the
+points, where constant costs weigh little. Times are CPU seconds of one thread (seconds on a GPU), least of a few.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import sizes
+from flperf.encoder import encode_clip
+
+START = {"clips": 2, "frames": 8, "tokens a frame": 16, "depth": 4}
+SWEEPS = {
+    "clips": (1, 2, 4, 8, 16),
+    "frames": (4, 8, 16, 32, 64),
+    "tokens a frame": (4, 16, 64, 144, 256),
+    "depth": (2, 4, 8, 16),
+}
+# What the operations say. Attention is quadratic in tokens, so frames and tokens lie between 1 and 2.
+EXPECTED = {"clips": "1", "frames": "1 to 2", "tokens a frame": "1 to 2", "depth": "1"}
+ROUNDS = 5
+
+
+def step(clips: int, frames: int, tokens: int, depth: int):
+    """A function that encodes clips, and runs the head on their latents forward and backward; eager, so that nothing compiles anew."""
+    architecture = {"crop_size": 16 * round(tokens**0.5), "hidden_size": 192, "num_hidden_layers": depth, "num_attention_heads": 3}
+    model = ["model.hidden_dim=192", f"model.depth={depth}", "model.num_heads=3", f"model.num_context_latents={frames // 4}"]
+    config = sizes.configuration("predictor", size={"frames": frames, "vjepa2": architecture, "model": model})
+    encoder = sizes.encoder_of(config, sizes.DTYPE, False)
+    layout = sizes.layout_of(config, encoder)
+    head, video = sizes.head_of(config, layout, sizes.DTYPE, False), sizes.video_of(config)[:1].repeat(clips, 1, 1, 1, 1)
+
+    def run() -> None:
+        context, target = encode_clip(encoder, video, layout, "split")
+        (head(context) - target).float().square().mean().backward()
+
+    return run
+
+
+def seconds(function) -> float:
+    """The least of a few calls."""
+    if sizes.ON_GPU:
+        torch.cuda.synchronize()
+    clock, best = time.perf_counter if sizes.ON_GPU else time.process_time, float("inf")
+    for _ in range(ROUNDS + 1):
+        start = clock()
+        function()
+        if sizes.ON_GPU:
+            torch.cuda.synchronize()
+        best = min(best, clock() - start)
+    return best
+
+
+def exponent(values: list[int], times: list[float]) -> float:
+    half = len(values) // 2
+    return float(np.polyfit(np.log(values[half:]), np.log(times[half:]), 1)[0])
+
+
+def measure() -> dict[str, tuple[list[int], list[float]]]:
+    curves = {}
+    for name, values in SWEEPS.items():
+        times = [seconds(step(*(START | {name: value}).values())) for value in values]
+        curves[name] = (list(values), times)
+        shown = ", ".join(f"{value}: {1e3 * t:.0f} ms" for value, t in zip(values, times, strict=True))
+        print(f"{name:15} ^{exponent(list(values), times):.2f} (expected {EXPECTED[name]})   {shown}", flush=True)
+    return curves
+
+
+def draw(curves: dict[str, tuple[list[int], list[float]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(curves), figsize=(4 * len(curves), 3.6), sharey=True, constrained_layout=True)
+    for axis, (name, (values, times)) in zip(axes, curves.items(), strict=True):
+        axis.loglog(values, [1e3 * t for t in times], "o-", base=2)
+        axis.set(title=f"{name}: exponent {exponent(values, times):.2f}", xlabel=name)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("ms a training step")
+    figure.savefig(path, dpi=90)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--picture", type=Path, default=Path("growth.png"), metavar="FILE")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    draw(measure(), options.picture)
+    print(f"drawn to {options.picture}")
+
+
+if __name__ == "__main__":
+    main()
