@@ -18,9 +18,10 @@ KERNELS = "flperf_kernels."  # of which the ops and references are for users, no
 def entries(module) -> Iterator[tuple[str, object]]:
     """(name, object) of the functions and classes that a module defines, and of their methods and properties."""
     for name, item in vars(module).items():
-        defined_here = getattr(item, "__module__", None) == module.__name__ and (inspect.isclass(item) or inspect.isfunction(item))
-        launches = module.__name__.startswith(KERNELS) and not inspect.get_annotations(item).get("return") if defined_here else False
-        if name.startswith("_") or not defined_here or launches:
+        public = not name.startswith("_") and (inspect.isclass(item) or inspect.isfunction(item))
+        if not public or item.__module__ != module.__name__:
+            continue
+        if module.__name__.startswith(KERNELS) and "return" not in inspect.get_annotations(item):
             continue
         yield name, item
         if inspect.isclass(item):

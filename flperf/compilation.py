@@ -25,7 +25,7 @@ def compile_forward(module: nn.Module, name: str) -> None:
     @wraps(module.forward)
     def forward(*inputs, **named):
         nonlocal first
-        if not first:
+        if torch.compiler.is_compiling() or not first:  # as a part of something larger, which is compiled as a whole
             return compiled(*inputs, **named)
         first = False
         _show(f"compiling {name} …")

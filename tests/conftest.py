@@ -22,7 +22,7 @@ def tiny(tmp_path_factory) -> Path:
 
 
 def pytest_collection_modifyitems(items):
-    """Tests of modules that start processes of their own are marked, so that `-m "not launch"` leaves the quick ones."""
+    """Tests of modules that start processes of their own are marked, so that `-m "not slow"` leaves the quick ones."""
     for item in items:
         if {"launch", "curves", "subprocess"} & vars(item.module).keys():
-            item.add_marker("launch")
+            item.add_marker("slow")

@@ -1,15 +1,19 @@
 """Heads of FutureLatents: what of them ours can start from, and what is refused. Old modules are told by names and shapes alone."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import ROOT
 from safetensors.torch import load_file
 from torch import Tensor
 
 from flperf.config import UserError, load_config
+from flperf.forecaster import read_trained
 from flperf.heads import use_initial_weights
 from flperf.import_weights import head_of, import_weights
-from flperf.train import train
 
 LATENT, WIDTH, TOKENS = 24, 32, 2 * 2 * 2  # of the tiny configuration; two target frames of 2 x 2
 
@@ -96,7 +100,18 @@ def test_a_file_with_code_in_it_is_not_run(tiny, tmp_path):
         import_weights([str(tmp_path / "old.pt"), "--config", str(tiny), "--out", str(tmp_path / "out")])
 
 
-def test_initial_weights_that_do_not_fit_are_refused(tiny, tmp_path):
+def test_a_run_starts_from_initial_weights_or_refuses_them(tiny, tmp_path):
     import_into(tiny, tmp_path, old_state("flow_transformer.", modulated=True), DIT)
-    with pytest.raises(UserError, match=r"model.initial_weights: .*head.safetensors: .* this head has no such parameter"):
-        train(["--config", str(tiny), "name=misfit", f"model.initial_weights={tmp_path / 'head.safetensors'}"])
+    file = tmp_path / "head.safetensors"
+
+    def train(*overrides: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(ROOT / "flperf/train.py"), "--config", str(tiny), f"model.initial_weights={file}", *overrides]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+    # Without a learning rate what is trained is what it started from.
+    started = train(*DIT, "name=started", "trainer.max_steps=1", "trainer.learning_rate=0", "trainer.ema_decay=null")
+    assert started.returncode == 0, started.stderr[-3000:]
+    trained = read_trained(tiny.parent / "experiment/started").weights
+    assert all(torch.equal(trained[name], tensor) for name, tensor in load_file(file).items())
+    refused = train("name=refused")
+    assert "flperf: model.initial_weights: " in refused.stderr and "this head has no such parameter" in refused.stderr

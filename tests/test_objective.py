@@ -52,6 +52,7 @@ def use_references(monkeypatch) -> None:
     monkeypatch.setattr(objectives, "flow_matching_loss", loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("loss", ["mse", "smooth_l1"])
 def test_fused_and_compiled_trains_as_the_reference_in_eager_mode(loss, device, monkeypatch):

@@ -12,7 +12,6 @@ from runs import ROOT
 from wandb.proto import wandb_internal_pb2
 
 from flperf.config import Config, UserError
-from flperf.engine import start_process
 from flperf.tracking import RunFolder, Tracker
 from flperf.train import train
 
@@ -62,15 +61,13 @@ def test_wandb_has_one_run_with_everything_in_it(tiny):
     assert steps == {1, 2, 3}
 
 
-def test_a_run_put_aside_does_not_lend_its_identity(tmp_path):
-    config, process = Config(name="anew", experiment=str(tmp_path)), start_process()
-    folder = RunFolder(config, debug=False)
-    folder.open(config, process, overwrite=False)
-    first = folder.run_id()
-    folder.open(config, process, overwrite=False)
-    assert folder.run_id() == first
-    folder.open(config, process, overwrite=True)
-    assert folder.run_id() != first
+def test_a_run_keeps_its_identity_and_a_new_one_gets_its_own(tmp_path):
+    def identity(name: str) -> str:
+        folder = RunFolder(Config(name=name, experiment=str(tmp_path)), debug=False)
+        folder.path.mkdir(exist_ok=True)
+        return folder.run_id()
+
+    assert identity("first") == identity("first") != identity("second")
 
 
 def test_other_processes_leave_nothing(tmp_path):
