@@ -110,6 +110,7 @@ def backward_launch(grad_out, grad_h, out, y, gate, scale, eps, grad_x, grad_y):
 
 
 def launch(kernel, grid, arguments, options) -> None:
+    """Run a kernel on the device of its first tensor."""
     with torch.cuda.device_of(next(iter(arguments.values()))):
         kernel[grid](**arguments, **options)
 

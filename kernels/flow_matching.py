@@ -322,6 +322,7 @@ def scale_launch(gradient: Tensor, factor: Tensor, gain: float):
 
 
 def launch(kernel, grid, arguments, options) -> None:
+    """Run a kernel on the device of its first tensor."""
     if max(grid[1:], default=0) > 65535:
         raise ValueError(f"a grid of {grid} blocks: CUDA allows at most 65535 samples a batch")
     # Only [b, n, d] have strides; Triton launches on the current device.
