@@ -28,7 +28,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("cache", ["cold", "warm"])
 def test_first_step(benchmark, folder, cache):
     experiment, path, said = folder / "experiment", folder / "config.yaml", []
-    path.write_text(dump_config(configuration("dit", "vjepa2", *CLIPS, "tracking.wandb='off'", f"experiment={experiment}")))
+    path.write_text(dump_config(configuration("dit", "vjepa2", *CLIPS, "tracking.wandb=none", f"experiment={experiment}")))
     command = [sys.executable, "-u", "flperf/train.py", "--config", str(path), "--overwrite"]
 
     def before() -> None:

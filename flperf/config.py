@@ -174,7 +174,7 @@ class Tracking:
     """What is logged, how often (in steps), and where to."""
 
     log_every: int = 10
-    wandb: Literal["auto", "offline", "off"] = "auto"  # auto: online where a key is set, else offline
+    wandb: Literal["auto", "offline", "none"] = "auto"  # auto: online where a key is set, else offline
     project: str = "flperf"  # of W&B
     tensorboard: bool = False  # event files in the run's folder; needs `pip install tensorboard`
 

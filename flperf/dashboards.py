@@ -41,7 +41,7 @@ def check_dashboards(config: Config) -> None:
 def open_dashboards(config: Config, folder: Path, run_id: str, first_step: int) -> list[Dashboard]:
     """Those that the configuration asks for. A run of the same `run_id` is continued after `first_step` updates."""
     dashboards: list[Dashboard] = []
-    if config.tracking.wandb != "off":
+    if config.tracking.wandb != "none":
         dashboards.append(WandB(config, folder, run_id))
     if config.tracking.tensorboard:
         dashboards.append(TensorBoard(config, folder / "tensorboard", first_step))

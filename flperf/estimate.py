@@ -1,18 +1,23 @@
-"""Estimate a run on devices that are not here: `flperf estimate --config FILE --device h100 --nodes 1,4,16,64 [section.key=value …]`."""
+"""`flperf estimate`: what a run would need and how fast it might be, on devices that are not here."""
 
 import argparse
 
+from flperf.command import command_parser
 from flperf.config import UserError, load_config
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="flperf estimate", description=__doc__)
+    parser = command_parser(
+        "estimate",
+        "Estimate a run on devices that are not here: parameters, FLOPs, memory at each ZeRO stage, what is sent and decoded, and the time "
+        "of an update with what bounds it. Nothing is downloaded and no step is taken.",
+        "flperf estimate --config configs/references/vjepa2_kinetics_400.yaml --device h100 --nodes 1,4,16,64",
+    )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the file")
     parser.add_argument("--device", default="h100", help="a key of flperf.devices.DEVICES, or cpu: this machine, measured now")
     parser.add_argument("--nodes", default="1", metavar="N[,N…]", help="trainer.batch_size is that of the first")
     parser.add_argument("--devices-per-node", metavar="N", help="default: 8, on a CPU 1")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_intermixed_args(arguments)
 
 

@@ -107,13 +107,16 @@ def sample(arguments: list[str]) -> None:
 
 
 def locator(arguments: list[str]) -> None:
-    """Train a head that finds the bouncing shapes in latents, for `flperf evaluate --locator`."""
-    parser = argparse.ArgumentParser(prog="flperf locator", description=locator.__doc__)
+    """`flperf locator`: one safetensors file for `evaluate --locator`."""
+    parser = command_parser(
+        "locator",
+        "Train a head that finds the bouncing shapes in latents, for `flperf evaluate --locator`.",
+        "flperf locator --config configs/shapes/predictor.yaml --out experiment/locator.safetensors",
+    )
     parser.add_argument("--config", required=True, metavar="FILE", help="whose encoder and bouncing shapes are taken")
     parser.add_argument("--out", required=True, metavar="FILE", help="such as locator.safetensors")
     parser.add_argument("--head", default="coordinates", help="coordinates (default): regression; heatmap: the likeliest patches")
     parser.add_argument("--steps", type=int, default=600, help="updates of 32 clips (default: 600)")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the configuration")
     options = parser.parse_intermixed_args(arguments)
     import torch

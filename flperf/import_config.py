@@ -73,7 +73,7 @@ TRANSLATED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "eval_every": ("evaluation.eval_every", epochs),
     "eval_first": ("evaluation.eval_first", SAME),
     "save_every": ("checkpoint.save_every", epochs),
-    "wandb": ("tracking.wandb", lambda value: "auto" if value else "off"),
+    "wandb": ("tracking.wandb", lambda value: "auto" if value else "none"),
     "seed": ("seed", SAME),
 }
 # Old keys that have no counterpart, and why none is needed.

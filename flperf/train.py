@@ -31,7 +31,7 @@ def shrink(config: Config) -> None:
     config.trainer.max_steps, config.trainer.max_epochs, config.trainer.warmup_steps = 10, None, 2
     config.latents.statistics_clips = min(config.latents.statistics_clips, 16)
     config.evaluation.max_clips, config.tracking.log_every = 8, 1
-    config.tracking.wandb, config.tracking.tensorboard = "off", False
+    config.tracking.wandb, config.tracking.tensorboard = "none", False
 
 
 def train(arguments: list[str]) -> None:

@@ -24,7 +24,7 @@ trainer: {{batch_size: 4, max_steps: 4, learning_rate: 1.0e-3, warmup_steps: 1}}
 engine: {{compile: false, precision: fp32}}
 evaluation: {{eval_every: 1000, sampling: {{steps: 2, samples: 2}}}}
 checkpoint: {{save_every: 1000}}
-tracking: {{wandb: "off", log_every: 1}}
+tracking: {{wandb: none, log_every: 1}}
 """
 
 REGIMES = {

@@ -63,9 +63,9 @@ def test_commands_of_the_guide_can_be_typed(line, capsys, monkeypatch):
 @pytest.mark.parametrize("document", sorted(DOCS.glob("*.md")), ids=lambda document: document.name)
 def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#:]+\.\w+)\)", document.read_text()):
-        assert (DOCS / target).exists() or target == "cluster.md", f"{document.name} links to {target}"
+        assert (DOCS / target).exists(), f"{document.name} links to {target}"
     for path in re.findall(r"`((?:configs|flperf|kernels|benchmarks|tests|docs)/[\w/.]+\w)`", document.read_text()):
-        assert (ROOT / path).exists() or path == "docs/cluster.md", f"{document.name} names {path}"
+        assert (ROOT / path).exists(), f"{document.name} names {path}"
 
 
 EXTENDED = [
