@@ -32,7 +32,6 @@ def test_step(benchmark, record, folder, regime, source, mode):
     beside = {name: usual(step.run, source, folder, autocast) for name, autocast in USUAL.items()}
     flops = sizes.BATCH * sum(flops_per_clip(step.run).values())
     record(step, "clips", sizes.BATCH, flops=flops, dtype=step.run.dtype, beside=beside)
-    benchmark.extra_info["stages_ms"] = step.window.timer.read(steps=8)  # a mean over all calls
     step.batches.close()
 
 
