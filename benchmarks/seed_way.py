@@ -71,7 +71,7 @@ class LatentFiles(torch.utils.data.Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        return torch.load(self.paths[index])
+        return torch.load(self.paths[index], weights_only=True)
 
 
 def latent_batches(manifest: Path, batch: int, workers: int) -> Iterator[Tensor]:
