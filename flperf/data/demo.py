@@ -27,13 +27,13 @@ CODECS = (
 )
 
 
-def write_demo(folder: str | Path) -> None:
-    """Write `train.csv`, `validation.csv`, `labels.csv` and `videos/`. The folder appears complete or not at all."""
+def write_demo(folder: str | Path, splits: dict[str, int] = SPLITS) -> None:
+    """Write `train.csv`, `validation.csv`, `labels.csv` and `videos/`, so many clips a split. The folder appears complete or not at all."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as unfinished:
         draft = Path(unfinished) / folder.name
-        _write_folder(draft)
+        _write_folder(draft, splits)
         try:
             draft.rename(folder)
         except OSError:  # another run was quicker, or something else lies there
@@ -41,12 +41,12 @@ def write_demo(folder: str | Path) -> None:
                 raise UserError(f"{folder}: exists but holds no demo (train.csv); remove it or point dataset.train elsewhere") from None
 
 
-def _write_folder(folder: Path) -> None:
+def _write_folder(folder: Path, splits: dict[str, int]) -> None:
     (folder / "videos").mkdir(parents=True)
     (folder / "labels.csv").write_text("".join(f"{index} {name}\n" for index, name in enumerate(CLASSES)))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for split, count in SPLITS.items():
-            first = 0 if split == "train" else SPLITS["train"]
+        for split, count in splits.items():
+            first = 0 if split == "train" else splits["train"]
             rows = list(pool.map(lambda index: _write_clip(folder, index), range(first, first + count)))
             (folder / f"{split}.csv").write_text("".join(rows))
 
