@@ -4,11 +4,13 @@
 
 Encoders that have learnt something come from `benchmarks.small_encoder`. The demo's clips are more than its own 96, which a head soon knows
 by heart. Then, with one head, `split` against `joint` encoding on natural and on spliced clips (whose future nothing tells: skill there is
-a leak). Runs go to experiment/forecasts/; what is there already is not trained again. Writes forecasts.png, and forecasts.md with the tables.
+a leak). Runs go to experiment/forecasts/; what is there already is not trained again. Writes forecasts.png, forecasts.md with the tables, and
+overview.png of one clip.
 """
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +145,8 @@ def main() -> None:
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     draw(regimes, leaks, out)
+    call("flperf/cli.py", "sample", "--checkpoint", str(RUNS / "shapes_flow_matching"), "--out", str(RUNS / "sample"), "--clips", "1")
+    shutil.copy(RUNS / "sample/clip_00000/overview.png", out / "overview.png")
     text = tables(regimes, leaks)
     (out / "forecasts.md").write_text(text)
     print(text)
