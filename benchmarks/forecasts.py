@@ -4,7 +4,9 @@
 
 Encoders that have learnt something come from `benchmarks.small_encoder`. The demo's clips are more than its own 96, which a head soon knows
 by heart. Then, with one head, `split` against `joint` encoding on natural and on spliced clips (whose future nothing tells: skill there is
-a leak). Runs go to experiment/forecasts/; what is there already is not trained again. Writes forecasts.png, forecasts.md with the tables, and
+a leak).
+
+Runs go to experiment/forecasts/; what is there already is not trained again. Writes forecasts.png, forecasts.md with the tables, and
 overview.png of one clip.
 """
 

@@ -1,6 +1,6 @@
 """What saved benchmark results say over time: a table and a picture for each cohort, and which are slower than they were.
 
-    python -m pytest benchmarks --benchmark-autosave
+    python -m pytest benchmarks
     python -m benchmarks.report
 
 Results of different devices don't compare, so runs are grouped by device (the cohort). A regression is slower than the median of the
