@@ -32,7 +32,7 @@ def processor(frames: torch.Tensor) -> torch.Tensor:
 
 def ours(dtype: torch.dtype):
     normalise = PixelNormalisation(PREPROCESSING, dtype)
-    compile_forward(normalise)
+    compile_forward(normalise, "pixel normalisation")
     return lambda frames: normalise(PREPROCESSING.apply(frames).contiguous()[None])
 
 
