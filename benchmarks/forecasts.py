@@ -35,10 +35,13 @@ DEMO = [
     *("trainer.batch_size=16", "trainer.learning_rate=3e-3", "evaluation.eval_every=500", "checkpoint.save_every=500"),
 ]
 DEMO_HEADS = {
-    "predictor": ["model.head=predictor", "objective.kind=regression"],
-    "cross_attention": ["model.head=cross_attention", "objective.kind=regression"],
-    "flow_matching": ["objective.tau_distribution=uniform", "evaluation.sampling.samples=16", "trainer.ema_decay=0.99"],
+    "predictor": ["model.head=predictor", "objective.kind=regression", "trainer.max_steps=3000"],
+    "cross_attention": ["model.head=cross_attention", "objective.kind=regression", "trainer.max_steps=3000"],
+    "flow_matching": [
+        *("objective.tau_distribution=uniform", "evaluation.sampling.samples=16", "trainer.ema_decay=0.99", "trainer.max_steps=8000")
+    ],
 }
+STEPS = ["trainer.max_steps=1500"]  # on shapes
 SPLICED = ["dataset.shapes.splice_at=8"]  # configs/shapes: 4 context latents of 2 frames
 LEAKS = {
     "natural, split": [],
@@ -139,19 +142,16 @@ def tables(regimes: dict[str, dict[str, dict]], leaks: dict[str, dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="docs", metavar="DIR")
-    parser.add_argument("--steps", type=int, default=1500, help="updates of a run on shapes; twice as many on the demo's clips")
     options = parser.parse_args()
-    budget = [f"trainer.max_steps={options.steps}"]
-    demo = [*DEMO, f"trainer.max_steps={2 * options.steps}"]
     encode_demo()
     regimes = {
-        "shapes": {regime: trained(f"shapes_{regime}", f"configs/shapes/{regime}.yaml", "shapes", budget) for regime in REGIMES},
-        "demo": {regime: trained(f"demo_{regime}", "configs/demo.yaml", "demo", [*demo, *DEMO_HEADS[regime]]) for regime in REGIMES},
+        "shapes": {regime: trained(f"shapes_{regime}", f"configs/shapes/{regime}.yaml", "shapes", STEPS) for regime in REGIMES},
+        "demo": {regime: trained(f"demo_{regime}", "configs/demo.yaml", "demo", [*DEMO, *DEMO_HEADS[regime]]) for regime in REGIMES},
     }
     leaks = {"natural, split": regimes["shapes"]["predictor"]}
     for condition in list(LEAKS)[1:]:
         name = "shapes_" + condition.replace(", ", "_")
-        leaks[condition] = trained(name, "configs/shapes/predictor.yaml", "shapes", [*budget, *LEAKS[condition]])
+        leaks[condition] = trained(name, "configs/shapes/predictor.yaml", "shapes", [*STEPS, *LEAKS[condition]])
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     draw(regimes, leaks, out)
