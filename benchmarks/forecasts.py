@@ -32,6 +32,7 @@ VIDEOS = ["dataset.kind=kinetics_400", *(f"dataset.{key}={DEMO_FOLDER}/{key}.csv
 LATENTS = Path("data/forecasts/demo_latents")
 DEMO = [
     *("dataset.kind=kinetics_400_cached", *(f"dataset.{split}={LATENTS}/{split}/manifest.csv" for split in ("train", "validation"))),
+    f"dataset.labels={DEMO_FOLDER}/labels.csv",
     *("trainer.batch_size=16", "trainer.learning_rate=3e-3", "evaluation.eval_every=500", "checkpoint.save_every=500"),
 ]
 DEMO_HEADS = {
