@@ -30,6 +30,3 @@ def run_command(command: Callable[[list[str]], None], arguments: list[str] | Non
         if "--debug" in arguments:
             raise
         sys.exit(f"flperf: {error}")
-    torch = sys.modules.get("torch")  # commands import it late, if at all
-    if torch and torch.distributed.is_initialized():  # its threads must not be left to the end of the interpreter, which may abort on them
-        torch.distributed.destroy_process_group()

@@ -5,6 +5,7 @@ checkpoints carry it, and it follows the fp32 master weights, not their bf16 cop
 of the step (so nothing about a schedule is stored); blocks are compiled before DeepSpeed sees them.
 """
 
+import atexit
 import math
 import os
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ def start_process(timeout: float = Engine.timeout) -> Process:
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout))
+        atexit.register(dist.destroy_process_group)  # its threads must not be left to the interpreter's end, which may abort on them
     return Process(dist.get_rank(), local_rank, dist.get_world_size(), device)
 
 
