@@ -143,7 +143,7 @@ class Engine:
     """How the work is laid out over devices; none of it changes what is learnt."""
 
     zero_stage: int = 1
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device computes it natively
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device multiplies it faster
     compile: bool = True
     timeout: float = 600  # seconds a collective may take (cold compilation, first decode); a process silent for a tenth of it is lost
 

@@ -10,6 +10,7 @@ import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 
 import deepspeed
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from flperf.config import Config, Engine, Trainer, UserError
 from flperf.data.clips import Place
+from flperf.devices import peak_flops
 from flperf.heads import REPEATED
 
 
@@ -62,11 +64,19 @@ def start_process(timeout: float = Engine.timeout) -> Process:
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """bf16 or fp32; "auto" is bf16 where the device multiplies it natively (emulated bf16 is several times slower than fp32)."""
-    if precision != "auto":
-        return torch.bfloat16 if precision == "bf16" else torch.float32
-    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
+    """bf16 or fp32; "auto" is bf16 where the device multiplies it faster."""
+    if precision == "auto":
+        return torch.bfloat16 if bf16_is_faster(device) else torch.float32
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+@lru_cache
+def bf16_is_faster(device: torch.device) -> bool:
+    """A GPU with bf16 always is. Of CPUs with bf16 instructions some multiply twice as fast as in fp32, some half as fast: measured."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    native = torch.cpu._is_avx512_bf16_supported()  # what has to emulate it is not worth measuring
+    return native and peak_flops(device, torch.bfloat16) > peak_flops(device, torch.float32)
 
 
 def place_among(trainer: Trainer, process: Process) -> Place:
