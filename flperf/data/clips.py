@@ -5,9 +5,9 @@ exactly once an epoch, batches straddle epochs, and resuming needs nothing but t
 attempt 1, 2, … at the same place, which takes the next clips of the permutation: the same replacement on every machine.
 """
 
-import csv
 import os
 from collections.abc import Generator, Iterable, Iterator
+from csv import reader
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -156,37 +156,37 @@ class Window:
         return [min(start + i * self.stride, length - 1) for i in range(self.n_frames)]
 
 
-def read_annotations(file: str | None, key: str, limit: int | None) -> Annotations:
+def read_annotations(csv: str | None, key: str, limit: int | None) -> Annotations:
     """A Kinetics CSV: `path class_index` a row, separated by the last space; paths are relative to the CSV."""
-    folder = os.path.dirname(file or "")
+    folder = os.path.dirname(csv or "")
     paths, labels, seen = [], [], {}
-    for row, line in _rows(file, key, "a Kinetics CSV (rows of 'path class_index')"):
+    for row, line in _rows(csv, key, "a Kinetics CSV (rows of 'path class_index')"):
         path, _, label = line.rpartition(" ")
         if not path or not label.isdecimal():
-            raise UserError(f"{file}: row {row}: expected 'path class_index', got {line!r}")
+            raise UserError(f"{csv}: row {row}: expected 'path class_index', got {line!r}")
         first_row, first_label = seen.setdefault(path, (row, label))
         if first_label != label:
-            raise UserError(f"{file}: row {row}: {path} has class {label} here but {first_label} in row {first_row}")
+            raise UserError(f"{csv}: row {row}: {path} has class {label} here but {first_label} in row {first_row}")
         paths.append(os.path.join(folder, path))
         labels.append(int(label))
     if not paths:
-        raise UserError(f"{file}: holds no clips")
+        raise UserError(f"{csv}: holds no clips")
     return Annotations(paths[:limit], labels[:limit])
 
 
-def read_labels(file: str | None, annotations: list[Annotations]) -> list[str]:
+def read_labels(csv: str | None, annotations: list[Annotations]) -> list[str]:
     """Class names by index from a file of `index name` rows; the indices themselves where there is no file."""
     highest = max(max(split.labels, default=0) for split in annotations)
-    if file is None:
+    if csv is None:
         return [str(index) for index in range(highest + 1)]
     names = {}
-    for row, line in _rows(file, "dataset.labels", "a labels file (rows of 'index name')"):
+    for row, line in _rows(csv, "dataset.labels", "a labels file (rows of 'index name')"):
         index, _, name = line.partition(" ")
         if not index.isdecimal() or not name:
-            raise UserError(f"{file}: row {row}: expected 'index name', got {line!r}")
+            raise UserError(f"{csv}: row {row}: expected 'index name', got {line!r}")
         names[int(index)] = name.strip()
     if highest not in names or names.keys() != set(range(len(names))):
-        raise UserError(f"{file}: must name every class from 0 to {highest} or more, names {len(names)}")
+        raise UserError(f"{csv}: must name every class from 0 to {highest} or more, names {len(names)}")
     return [names[index] for index in range(len(names))]
 
 
@@ -203,7 +203,7 @@ def has_header(file: str | None, columns: list[str]) -> bool:
     if file is None or not Path(file).is_file():
         return False
     with open(file, newline="", encoding="utf-8") as lines:
-        return next(csv.reader(lines), None) == columns
+        return next(reader(lines), None) == columns
 
 
 def _uniform(*entropy: int) -> float:

@@ -237,7 +237,7 @@ def _manifest_rows(manifest: str) -> Iterator[tuple[str, int, int, int]]:
         for number, cells in enumerate(islice(csv.reader(lines), 1, None), start=2):
             if len(cells) != len(COLUMNS) or not all(cell.isdecimal() for cell in cells[1:]):
                 raise UserError(f"{manifest}: row {number}: expected {','.join(COLUMNS)}, got {','.join(cells)!r}; encode again")
-            yield cells[0], *map(int, cells[1:])
+            yield cells[0], int(cells[1]), int(cells[2]), int(cells[3])
 
 
 def _compare(manifest: str, about: dict, config: Config) -> None:
