@@ -5,6 +5,7 @@ opens it. A split's folder holds
 
     shard_00000.safetensors …   latents [n, t, h, w, d], checksum [n], sum [n, d] and squares [n, d] over a clip's tokens (fp32);
                                 its metadata says what was encoded and how, and of which clips (a digest)
+    encoding.json               the same, and the format: what `flperf encode` goes on with after a kill
     manifest.csv                path, label, shard, row: written last, so it stands for a complete cache
 
 A checksum is the sum of the row's 64-bit words modulo 2^64: any single wrong word shows, at the speed of memory. A
