@@ -88,13 +88,13 @@ def shards(tmp_path_factory) -> tuple[latent_shards.Shards, Annotations]:
         latents = torch.randn(length, *shape, dtype=torch.bfloat16)
         latent_shards.write_shard(latent_shards.shard_path(folder, number), torch.arange(length) + number * length, latents, about)
     names = [str(clip) for clip in range(4 * length)]
-    latent_shards.write_manifest(folder, Annotations(names, [0] * len(names)), 4)
+    latent_shards.write_manifest(folder, Annotations(names, [0] * len(names)), length)
     return latent_shards.open_shards(str(folder / latent_shards.MANIFEST), config, None)
 
 
 def cat(shards: latent_shards.Shards) -> None:
     with open(os.devnull, "wb") as nowhere:
-        subprocess.run(["cat", *map(str, shards.offsets)], stdout=nowhere, check=True)
+        subprocess.run(["cat", *map(str, shards.files)], stdout=nowhere, check=True)
 
 
 def stream(shards: latent_shards.Shards, annotations: Annotations) -> Iterator[ClipBatch]:
@@ -106,7 +106,7 @@ def stream(shards: latent_shards.Shards, annotations: Annotations) -> Iterator[C
 
 def forget(shards: latent_shards.Shards) -> None:
     """Drop the shards from the page cache."""
-    for path in shards.offsets:
+    for path in shards.files:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -15,6 +15,7 @@ from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from flperf.config import UserError
 from flperf.latents import EPSILON, Layout, Normaliser, Statistics
 
 BASELINES = ("copy_last", "mean", "median", "ridge")
@@ -84,6 +85,8 @@ class LatentSample:
 
     def _statistics(self, channels: tuple[Tensor, Tensor] | None) -> Statistics:
         total = self._reduced(torch.cat([self.channels.flatten(), torch.tensor([float(self.tokens)], device=self.device).double()]))
+        if not total.isfinite().all():
+            raise UserError("the latents of the first training clips hold NaN or infinity; check backbone.weights and engine.precision")
         mean, squares = total[:-1].view(2, -1) / total[-1]
         std = (squares - mean.square()).clamp(min=0).sqrt()
         if channels is not None:

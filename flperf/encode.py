@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 
 from flperf.command import command_parser, run_command
+from flperf.compile_cache import use_compile_cache
 from flperf.config import load_config
 
 
@@ -29,6 +30,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def encode(arguments: list[str]) -> None:
     options = parse_arguments(arguments)
     config = load_config(options.config, options.overrides)
+    use_compile_cache(config.experiment)
 
     # Imported late, so that a mistake in the configuration shows at once.
     from flperf.encoding import encode_dataset

@@ -1,7 +1,10 @@
 """Runs the frozen encoder over a dataset once and writes the latents down, as shards or in FutureLatents' format."""
 
-import csv
+import hashlib
+import json
+import os
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -10,19 +13,22 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from flperf.config import Config, UserError
+from flperf.config import Config, UserError, differences
 from flperf.data import WITHOUT_VIDEO, Dataset, latent_shards, open_dataset, prepare_dataset
+from flperf.data.clips import Annotations
 from flperf.data.preprocessing import Preprocessing
 from flperf.encoder import Encoder, build_encoder, encode_clip
 from flperf.engine import Process, compute_dtype
 from flperf.latents import Layout, latent_layout
 from flperf.run import evaluation_place
 
+IDENTITY = "encoding.json"  # in a split's folder: what is encoded there, which a later start must go on with
+
 
 def encode_dataset(config: Config, process: Process, out: Path, *, as_files: bool) -> None:
     """Write `out/train` and `out/validation`, the clips shared out over all processes; what is there already is kept.
 
-    Raises `UserError` where the folder holds latents of another encoder, clip length, stride or split.
+    Raises `UserError` where the folder holds anything but latents of the same clips, encoder and format.
     """
     if config.dataset.kind in WITHOUT_VIDEO:
         raise UserError(f"dataset.kind: {config.dataset.kind!r} holds latents already; encode takes a dataset of videos")
@@ -40,54 +46,91 @@ def encode_dataset(config: Config, process: Process, out: Path, *, as_files: boo
             encoding.write_files() if as_files else encoding.write_shards()
 
 
+def clips_digest(config: Config, annotations: Annotations, split: str) -> str:
+    """Of the clips in their order, their labels, and what decides which frames are taken from them, or how they are drawn."""
+    dataset = config.dataset
+    start = dataset.start if split == "train" else dataset.validation_start
+    drawn = [config.seed, asdict(dataset.shapes)] if dataset.kind == "bouncing_shapes" else None
+    clips = [[os.path.abspath(path) for path in annotations.paths], annotations.labels, start, drawn]
+    return hashlib.sha256(json.dumps(clips).encode()).hexdigest()[:16]
+
+
 class SplitEncoding:
     """Encodes this process's share of the clips of one split."""
 
     def __init__(self, config: Config, process: Process, dataset: Dataset, encoder: Encoder, layout: Layout, folder: Path, split: str):
         self.config, self.process, self.dataset, self.encoder, self.layout = config, process, dataset, encoder, layout
         self.folder, self.split, self.annotations = folder, split, dataset.splits[split]
-        folder.mkdir(parents=True, exist_ok=True)
+        self.about = latent_shards.identity(config, layout.context_frames, layout.target_frames)
+        self.about |= {"clips": clips_digest(config, self.annotations, split)}
 
     def write_shards(self) -> None:
+        """`shard_XXXXX.safetensors`, and `manifest.csv` when all are there; see `latent_shards`."""
         size, layout = len(self.annotations), self.layout
-        about = latent_shards.identity(self.config, layout.context_frames, layout.target_frames)
         shape = (layout.context_frames + layout.target_frames, layout.height, layout.width, layout.dim)
         length = latent_shards.clips_per_shard(shape, torch.bfloat16)
-        count = -(-size // length)
-        missing = []
-        for number in range(self.process.rank, count, self.process.world_size):
+        self._claim_folder({"format": "shards", "clips_per_shard": length})
+        groups = {}
+        for number in range(self.process.rank, -(-size // length), self.process.world_size):
             path = latent_shards.shard_path(self.folder, number)
-            if not path.exists():
-                missing.append(number)
-            elif latent_shards.shard_identity(path) != about:
-                raise UserError(f"{path}: was encoded with another configuration; choose another --out")
-        groups = [range(number * length, min((number + 1) * length, size)) for number in missing]
-        for number, (clips, latents) in zip(missing, self._encode(groups), strict=True):
-            latent_shards.write_shard(latent_shards.shard_path(self.folder, number), clips, latents, about)
+            if path.exists():
+                self._check(path, latent_shards.open_shard(path).identity, self.about)
+            else:
+                groups[path] = range(number * length, min((number + 1) * length, size))
+        for path, (clips, latents) in zip(groups, self._encode(list(groups.values())), strict=True):
+            latent_shards.write_shard(path, clips, latents, self.about)
         dist.barrier()
         if self.process.is_main:
-            written = latent_shards.write_manifest(self.folder, self.annotations, count)
-            print(f"{self.folder}: {written} of {size} clips in {count} shards", flush=True)
+            self._report(latent_shards.write_manifest(self.folder, self.annotations, length))
         dist.barrier()
 
     def write_files(self) -> None:
         """FutureLatents' format: `clips/XXXXXXXX.pt`, a tensor `d t h w` each, and `manifest.csv` with out_path and label."""
+        self._claim_folder({"format": "files"})
         (self.folder / "clips").mkdir(exist_ok=True)
         mine = range(self.process.rank, len(self.annotations), self.process.world_size)
         batches = [mine[first : first + self._batch_size] for first in range(0, len(mine), self._batch_size)]
         missing = [batch for batch in batches if not all(self._file(clip).exists() for clip in batch)]
         for clips, latents in self._encode(missing):
             for clip, clip_latents in zip(clips.tolist(), latents, strict=True):
-                temporary = self._file(clip).with_suffix(".unfinished")
-                torch.save(rearrange(clip_latents, "t h w d -> d t h w").contiguous(), temporary)
-                temporary.replace(self._file(clip))
+                with latent_shards.complete_file(self._file(clip)) as unfinished:
+                    torch.save(rearrange(clip_latents, "t h w d -> d t h w").contiguous(), unfinished)
         dist.barrier()
         if self.process.is_main:
             rows = [(f"clips/{clip:08d}.pt", label) for clip, label in enumerate(self.annotations.labels) if self._file(clip).exists()]
-            with open(self.folder / "manifest.csv", "w", newline="", encoding="utf-8") as lines:
-                csv.writer(lines).writerows([("out_path", "label"), *rows])
-            print(f"{self.folder}: {len(rows)} of {len(self.annotations)} clips", flush=True)
+            latent_shards.write_csv(self.folder / latent_shards.MANIFEST, [("out_path", "label"), *rows])
+            self._report(len(rows))
         dist.barrier()
+
+    def _claim_folder(self, form: dict) -> None:
+        """Go on with the folder of the same encoding, or begin an empty one; any other is refused."""
+        about, file = self.about | form, self.folder / IDENTITY
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out: {self.folder} can't be made a folder ({error.strerror})") from None
+        if file.exists():
+            self._check(file, json.loads(file.read_text()), about)
+        elif any(self.folder.iterdir()):
+            raise UserError(f"{self.folder}: holds files, but no {IDENTITY} to say of what; choose another --out or remove the folder")
+        dist.barrier()  # all have looked
+        if self.process.is_main:
+            with latent_shards.complete_file(file) as unfinished:
+                unfinished.write_text(json.dumps(about, indent=1))
+        dist.barrier()
+
+    def _check(self, path: Path, found: dict, about: dict) -> None:
+        changed = differences(found, about)
+        if changed:
+            raise UserError(
+                f"{path}: was encoded with another configuration or from other clips ({'; '.join(changed)}); "
+                f"choose another --out or remove {self.folder}"
+            )
+
+    def _report(self, written: int) -> None:
+        size = len(self.annotations)
+        unreadable = f", {size - written} can't be read" if written < size else ""
+        print(f"{self.folder}: {written} of {size} clips{unreadable}", flush=True)
 
     def _file(self, clip: int) -> Path:
         return self.folder / "clips" / f"{clip:08d}.pt"

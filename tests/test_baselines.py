@@ -5,6 +5,7 @@ import torch
 from safetensors import SafetensorError
 
 from flperf.baselines import LatentSample, load_statistics, ridge_solution, save_statistics
+from flperf.config import UserError
 from flperf.latents import Layout, Normaliser
 
 LAYOUT = Layout(context_frames=2, target_frames=3, height=2, width=2, dim=5)
@@ -42,6 +43,14 @@ def test_position_forecasts_are_those_of_normalised_targets_however_clips_are_ba
     torch.testing.assert_close(baselines.position_median, targets.median(0).values)  # 11 clips: the sixth value
     even = fitted(kind, random_latents(4))[1].position_median
     assert torch.isfinite(even).all()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_latents_that_are_not_finite_are_one_clear_line(value):
+    context, target, clips = random_latents(8)
+    target[5, 1, 0, 1, 2] = float(value)
+    with pytest.raises(UserError, match="hold NaN or infinity; check backbone.weights"):
+        fitted("standardize", (context, target, clips))
 
 
 def test_ridge_finds_linear_motion_and_copying_does_not():

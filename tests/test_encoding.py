@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,21 @@ import pytest
 import torch
 from runs import ROOT, launch
 
-from flperf.config import load_config
+from flperf.compile_cache import CACHE_VARIABLES
+from flperf.config import UserError, load_config
 from flperf.data import latent_shards, open_dataset
 
 CPU = torch.device("cpu")
+KILLED_AT_THE_SIXTH_FILE = """
+import os, signal
+replace, replaced = os.replace, []
+def replace_or_die(source, target):
+    replaced.extend([target] if str(target).endswith(".pt") else [])
+    if len(replaced) == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = replace_or_die
+"""
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +40,8 @@ def demo(tmp_path_factory):
     common = """
 inherits: [{root}/configs/demo.yaml]
 experiment: {folder}/experiment
-backbone: {{architecture: {{crop_size: 32, hidden_size: 24, num_hidden_layers: 1}}}}
+backbone:
+  architecture: {{crop_size: 32, hidden_size: 24, num_hidden_layers: 1, pred_hidden_size: 24, pred_num_hidden_layers: 1}}
 dataset: {{n_frames: 8, validation: null, labels: null, train: {train}, kind: {kind}}}
 model: {{num_context_latents: 2, hidden_dim: 32, depth: 1}}
 trainer: {{batch_size: 4, max_steps: 6, warmup_steps: 1}}
@@ -41,9 +54,14 @@ tracking: {{log_every: 1}}
     return folder
 
 
-def encode(folder, out, *more, **environment):
-    command = [sys.executable, "-m", "flperf.encode", "--config", str(folder / "video.yaml"), "--out", str(folder / out), *more]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=600, check=False)
+def encode(folder, out, *overrides, as_files=False, shard_bytes=8 * 4 * 2 * 2 * 24 * 2):
+    """Encode in this process, with shards of eight clips as in `encoded`."""
+    from flperf.encoding import encode_dataset
+    from flperf.engine import start_process
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latent_shards, "SHARD_BYTES", shard_bytes)
+        encode_dataset(load_config(folder / "video.yaml", overrides), start_process(), folder / out, as_files=as_files)
 
 
 @pytest.fixture(scope="module")
@@ -104,19 +122,90 @@ def test_training_from_the_cache(encoded):
     assert lines[-1]["step"] == 6 and all(line["loss"] > 0 for line in lines)
 
 
-def test_another_configuration_is_refused(encoded):
+def test_latents_of_others_are_not_gone_on_with(encoded):
     folder, _ = encoded
-    finished = encode(folder, "latents", "dataset.stride=1")
-    assert finished.returncode == 1 and "was encoded with another configuration" in finished.stderr.splitlines()[-1]
+    rows = (folder / "demo/train.csv").read_text().splitlines()
+    (folder / "reversed.csv").write_text("".join(f"demo/{row}\n" for row in reversed(rows)))
+    before = (folder / "latents/train/manifest.csv").read_text()
+    for other in ("dataset.stride=1", "dataset.limit=4", "dataset.start=first", f"dataset.train={folder / 'reversed.csv'}"):
+        with pytest.raises(UserError, match="another configuration or from other clips .*choose another --out or remove .*latents/train"):
+            encode(folder, "latents", other)
+    encode(folder, "latents")  # what it was begun with still goes on
+    assert (folder / "latents/train/manifest.csv").read_text() == before
 
 
-def test_the_seeds_format(demo):
-    assert encode(demo, "files", "--files", "dataset.limit=6").returncode == 0
-    manifest = demo / "files/train/manifest.csv"
-    assert len(manifest.read_text().splitlines()) == 1 + 5  # one of the six is broken
-    config = load_config(demo / "cached.yaml", [f"dataset.train={manifest}"])
-    dataset = open_dataset(config, None, 0)
-    assert dataset.latent_shape == (4, 2, 2, 24) and dataset.train_size == 5
+def test_a_shard_of_others_is_not_gone_on_with(encoded):
+    """Copied into the folder, where it replaces one that is missing."""
+    folder, _ = encoded
+    for out in ("one", "other"):
+        shutil.copytree(folder / "latents", folder / out)
+    shards = [folder / out / "train/shard_00001.safetensors" for out in ("one", "other")]
+    about = latent_shards.open_shard(shards[0]).identity
+    latent_shards.write_shard(shards[0], torch.arange(8, 16), torch.ones(8, 4, 2, 2, 24).bfloat16(), about | {"clips": "others"})
+    with pytest.raises(UserError, match=r"shard_00001.safetensors: was encoded .*other clips \(clips: others -> \w+\)"):
+        encode(folder, "one")
+    shutil.copy(folder / "other/train/shard_00000.safetensors", shards[1])
+    with pytest.raises(UserError, match="shard_00001.safetensors: holds other clips than rows"):
+        encode(folder, "other")
+
+
+def test_a_folder_of_the_other_format_is_refused(encoded):
+    folder, _ = encoded
+    before = (folder / "latents/train/manifest.csv").read_text()
+    with pytest.raises(UserError, match="format: shards -> files.*choose another --out"):
+        encode(folder, "latents", as_files=True)
+    assert (folder / "latents/train/manifest.csv").read_text() == before
+
+
+def test_out_must_be_a_folder_of_its_own(demo):
+    (demo / "occupied").write_text("a file")
+    for out in ("occupied", "occupied/below"):
+        with pytest.raises(UserError, match="--out: .*occupied.* can't be made a folder"):
+            encode(demo, out)
+    (demo / "foreign/train").mkdir(parents=True)
+    (demo / "foreign/train/manifest.csv").write_text("out_path,label\n")
+    with pytest.raises(UserError, match="foreign/train: holds files, but no encoding.json"):
+        encode(demo, "foreign", as_files=True)
+
+
+def test_the_format_of_future_latents(demo):
+    """Killed after five files, then started again with another batch size; then with what the folder does not hold."""
+    (demo / "kill").mkdir()
+    (demo / "kill/sitecustomize.py").write_text(KILLED_AT_THE_SIXTH_FILE)
+    command = ["-m", "flperf.encode", "--config", str(demo / "video.yaml"), "--out", str(demo / "files"), "--files", "dataset.limit=9"]
+    environment = {**os.environ, "PYTHONPATH": str(demo / "kill")}
+    killed = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300, check=False)
+    folder = demo / "files/train"
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(list(folder.glob("clips/*.pt"))) == 5 and not (folder / "manifest.csv").exists()
+
+    limited = "dataset.limit=9"
+    encode(demo, "files", limited, "evaluation.batch_size=3", as_files=True)
+    assert [row.split(",")[0] for row in (folder / "manifest.csv").read_text().splitlines()] == [
+        "out_path", *(f"clips/{clip:08d}.pt" for clip in range(9) if clip != 3)
+    ]  # fmt: skip
+    dataset = open_dataset(load_config(demo / "cached.yaml", [f"dataset.train={folder / 'manifest.csv'}"]), None, 0)
+    assert dataset.latent_shape == (4, 2, 2, 24) and dataset.train_size == 8
+    encode(demo, "whole", limited, as_files=True)
+    for file in sorted(folder.glob("clips/*.pt")):
+        torch.testing.assert_close(torch.load(file), torch.load(demo / "whole/train/clips" / file.name), rtol=2**-7, atol=1e-5)
+
+    with pytest.raises(UserError, match="backbone.architecture.hidden_size: 24 -> 48"):
+        encode(demo, "files", limited, "backbone.architecture.hidden_size=48", as_files=True)
+    with pytest.raises(UserError, match="format: files -> shards"):
+        encode(demo, "files", limited)
+
+
+def test_encoding_uses_the_compile_cache_of_training(demo, monkeypatch):
+    from flperf import encode as command
+
+    environment = {name: value for name, value in os.environ.items() if name not in CACHE_VARIABLES}
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr("flperf.engine.start_process", lambda: None)
+    monkeypatch.setattr("flperf.encoding.encode_dataset", lambda *_, **__: None)
+    command.encode(["--config", str(demo / "video.yaml"), "--out", str(demo / "unused")])
+    for variable, folder in CACHE_VARIABLES.items():
+        assert environment[variable] == str(demo / "experiment/compile_cache" / folder)
 
 
 def _preprocessing(folder):

@@ -13,7 +13,18 @@ from torch import Tensor
 from flperf.config import Config, UserError
 from flperf.config import Dataset as DatasetConfig
 from flperf.data import cache, latent_shards
-from flperf.data.clips import Annotations, Batches, ClipBatch, Place, TrainingOrder, ValidationOrder, Window, read_annotations, read_labels
+from flperf.data.clips import (
+    Annotations,
+    Batches,
+    ClipBatch,
+    Place,
+    TrainingOrder,
+    ValidationOrder,
+    Window,
+    existing_file,
+    read_annotations,
+    read_labels,
+)
 from flperf.data.preprocessing import Preprocessing
 
 __all__ = ["DATASETS", "ClipBatch", "Dataset", "Place", "Preprocessing", "WITHOUT_VIDEO", "open_dataset", "prepare_dataset"]
@@ -105,7 +116,8 @@ def _open_shards(config: Config, seed: int) -> Dataset:
     dataset = config.dataset
     caches = {"train": latent_shards.open_shards(dataset.train, config, dataset.limit)}
     if dataset.validation:
-        caches["validation"] = latent_shards.open_shards(dataset.validation, config, dataset.limit)
+        manifest = existing_file(dataset.validation, "dataset.validation", "the manifest.csv that flperf encode wrote")
+        caches["validation"] = latent_shards.open_shards(manifest, config, dataset.limit)
     splits = {"validation": Annotations([], [])} | {split: annotations for split, (_, annotations) in caches.items()}
 
     def read(batches, order, split: str, device: torch.device) -> Batches:
@@ -179,8 +191,9 @@ def _read_videos(file: str | None, key: str, limit: int | None) -> Annotations:
 
 def _read_splits(dataset: DatasetConfig, read: Callable[[str | None, str], Annotations]) -> dict[str, Annotations]:
     """Both splits; without a validation file an empty one."""
+    train = read(dataset.train, "dataset.train")
     validation = read(dataset.validation, "dataset.validation") if dataset.validation else Annotations([], [])
-    return {"train": read(dataset.train, "dataset.train"), "validation": validation}
+    return {"train": train, "validation": validation}
 
 
 def _demo_csv(dataset: DatasetConfig) -> str:

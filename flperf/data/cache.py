@@ -6,17 +6,18 @@ import csv
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from flperf.config import UserError
-from flperf.data.clips import Annotations, Batches, ClipBatch, Draw
+from flperf.data.clips import Annotations, Batches, ClipBatch, Draw, existing_file
 from flperf.data.prefetch import Buffers, filled_buffers
 
 LABEL_COLUMN = "label"  # of the manifest, where it has one
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what heads and kernels read
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,12 @@ class LatentFormat:
 
 def read_manifest(file: str | None, key: str, column: str, limit: int | None) -> Annotations:
     """Paths (relative to the manifest) and labels (0 where it has none) of its rows."""
-    if file is None or not Path(file).is_file():
-        state = "is not set" if file is None else f"there is no file {file}"
-        raise UserError(f"{key}: {state}; point it to a manifest CSV of cached latents with a column {column}")
+    file = existing_file(file, key, f"a manifest CSV of cached latents with a column {column}")
     with open(file, newline="", encoding="utf-8") as lines:
         reader = csv.DictReader(lines)
-        if column not in (reader.fieldnames or []):
-            raise UserError(f"{file}: has no column {column} (dataset.out_path_column); its columns: {', '.join(reader.fieldnames or [])}")
-        rows = list(reader)[:limit]
+        columns, rows = list(reader.fieldnames or []), list(islice(reader, limit))
+    if columns and column not in columns:
+        raise UserError(f"{file}: has no column {column} (dataset.out_path_column); its columns: {', '.join(columns)}")
     if not rows:
         raise UserError(f"{file}: holds no clips")
     folder = os.path.dirname(file)
@@ -90,7 +89,11 @@ def _load(path: str) -> Tensor:
         raise UserError(f"{path}: there is no such file of cached latents, though the manifest names it") from None
     except Exception as error:  # torch.load lets through whatever the unpickler and the archive reader raise
         raise UserError(f"{path}: is no tensor that torch.load can read: {str(error).splitlines()[0]}") from None
-    if not isinstance(latents, Tensor) or latents.ndim != 4:
+    if not isinstance(latents, Tensor) or latents.ndim != 4 or not latents.numel():
         found = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
         raise UserError(f"{path}: cached latents must be one tensor d t h w, not {found}")
+    if latents.dtype not in DTYPES:
+        raise UserError(f"{path}: cached latents must be fp32, bf16 or fp16, not {latents.dtype}")
+    if not all(bound.isfinite() for bound in latents.aminmax()):  # which any NaN makes NaN; much quicker than a look at each
+        raise UserError(f"{path}: its latents hold NaN or infinity; encode it again")
     return rearrange(latents, "d t h w -> t h w d")

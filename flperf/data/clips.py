@@ -7,6 +7,7 @@ attempt 1, 2, … at the same place, which takes the next clips of the permutati
 
 import os
 from collections.abc import Generator, Iterable, Iterator
+from csv import reader
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -189,6 +190,22 @@ def read_labels(csv: str | None, annotations: list[Annotations]) -> list[str]:
     return [names[index] for index in range(len(names))]
 
 
+def existing_file(file: str | None, key: str, what: str) -> str:
+    """The file that a key names. Raises `UserError` where there is none, and says to point the key to `what`."""
+    if file is None or not Path(file).is_file():
+        state = "is not set" if file is None else f"there is no file {file}"
+        raise UserError(f"{key}: {state}; point it to {what}")
+    return file
+
+
+def has_header(file: str | None, columns: list[str]) -> bool:
+    """Whether there is such a CSV and its first line names these columns, which tells its format."""
+    if file is None or not Path(file).is_file():
+        return False
+    with open(file, newline="", encoding="utf-8") as lines:
+        return next(reader(lines), None) == columns
+
+
 def _uniform(*entropy: int) -> float:
     """A number in [0, 1) that is a pure function of its arguments."""
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 11) / 2**53
@@ -196,10 +213,7 @@ def _uniform(*entropy: int) -> float:
 
 def _rows(file: str | None, key: str, what: str) -> Iterator[tuple[int, str]]:
     """(row, text) of the lines that aren't empty; rows count from 1."""
-    if file is None or not Path(file).is_file():
-        state = "is not set" if file is None else f"there is no file {file}"
-        raise UserError(f"{key}: {state}; point it to {what}")
-    with open(file, encoding="utf-8") as lines:
+    with open(existing_file(file, key, what), encoding="utf-8") as lines:
         for row, line in enumerate(lines, start=1):
             if line.strip():
                 yield row, line.strip()

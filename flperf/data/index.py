@@ -18,7 +18,7 @@ import av
 from tqdm import tqdm
 
 from flperf.config import UserError
-from flperf.data.clips import Annotations, read_annotations, read_labels
+from flperf.data.clips import Annotations, has_header, read_annotations, read_labels
 from flperf.data.pyav import DECODE_ERRORS, describe, is_shown, video_stream
 
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
@@ -46,10 +46,7 @@ HEADER = [field.name for field in fields(Row)]
 
 def is_index(file: str | None) -> bool:
     """Whether a CSV is an index: its first line says so."""
-    if file is None or not Path(file).is_file():
-        return False
-    with open(file, newline="", encoding="utf-8") as lines:
-        return next(csv.reader(lines), None) == HEADER
+    return has_header(file, HEADER)
 
 
 def read_index(file: str, limit: int | None) -> Annotations:

@@ -1,4 +1,4 @@
-"""Cached latents in the seed's format."""
+"""Cached latents in the format of FutureLatents."""
 
 import pytest
 import torch
@@ -62,6 +62,13 @@ def test_a_missing_manifest_names_the_key():
         open_cache("/no/such.csv")
 
 
+def test_an_empty_manifest_is_named(manifest):
+    empty = manifest.with_name("empty.csv")
+    empty.write_text("")
+    with pytest.raises(UserError, match="empty.csv: holds no clips"):
+        open_cache(empty, validation=str(manifest))
+
+
 @pytest.mark.parametrize(
     "content,message",
     [
@@ -70,6 +77,11 @@ def test_a_missing_manifest_names_the_key():
         (torch.zeros(6, 4, 3), r"must be one tensor d t h w, not \[6, 4, 3\]"),
         (torch.zeros(6, 8, 3, 2), r"are \[8, 3, 2, 6\] .*but .*clip 0.pt is \[4, 3, 2, 6\]"),
         ({"latents": 1}, "must be one tensor"),
+        (torch.zeros(6, 4, 3, 2, dtype=torch.int64), "must be fp32, bf16 or fp16, not torch.int64"),
+        (torch.zeros(6, 4, 3, 2, dtype=torch.bool), "must be fp32, bf16 or fp16, not torch.bool"),
+        (torch.zeros(6, 4, 3, 2, dtype=torch.complex64), "must be fp32, bf16 or fp16, not torch.complex64"),
+        (torch.zeros(6, 4, 3, 2).index_fill_(0, torch.tensor(2), float("nan")), "hold NaN or infinity"),
+        (torch.zeros(6, 4, 3, 2).index_fill_(2, torch.tensor(1), float("-inf")), "hold NaN or infinity"),
     ],
 )
 def test_a_bad_file_is_one_clear_line(manifest, content, message):

@@ -1,7 +1,11 @@
 """Cached latents in shards: written whole or not at all, read back bit for bit, and refused where they don't fit."""
 
+import json
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from flperf.config import Config, Dataset, Model, UserError
 from flperf.data import Place, latent_shards, open_dataset
@@ -52,7 +56,7 @@ def test_a_flipped_bit_is_named(cache, bit):
     shards, _ = latent_shards.open_shards(str(folder / latent_shards.MANIFEST), configuration(folder), None)
     path = latent_shards.shard_path(folder, 1)
     content = bytearray(path.read_bytes())
-    content[shards.offsets[path] + shards.row_bytes + 100] ^= 1 << bit  # in row 1 of shard 1: clip 4
+    content[shards.files[path].offset + shards.row_bytes + 100] ^= 1 << bit  # in row 1 of shard 1: clip 4
     path.write_bytes(content)
     out = torch.empty(SHAPE, dtype=torch.bfloat16)
     latent_shards.read_row(shards, 3, out)
@@ -64,11 +68,11 @@ def test_a_shard_cut_short_or_gone_is_named(cache):
     folder, _ = cache
     shards, _ = latent_shards.open_shards(str(folder / latent_shards.MANIFEST), configuration(folder), None)
     path, out = latent_shards.shard_path(folder, 2), torch.empty(SHAPE, dtype=torch.bfloat16)
-    path.write_bytes(path.read_bytes()[: shards.offsets[path] + 10])
+    path.write_bytes(path.read_bytes()[: shards.files[path].offset + 10])
     with pytest.raises(UserError, match="shard_00002.safetensors: row 0: the file is cut short"):
         latent_shards.read_row(shards, 6, out)
     path.unlink()
-    with pytest.raises(UserError, match="there is no such shard"):
+    with pytest.raises(UserError, match="was removed while it was read"):
         latent_shards.read_row(shards, 6, out)
 
 
@@ -84,8 +88,97 @@ def test_latents_of_another_encoding_are_refused(cache, section, key, value):
         open_dataset(config, None, 0)
 
 
-def test_what_is_no_shard_is_refused(cache):
+def rewrite(path, about=None, **tensors):
+    """Write a shard with other tensors (none where None) or another identity."""
+    kept = {name: tensor for name, tensor in (load_file(path) | tensors).items() if tensor is not None}
+    about = latent_shards.open_shard(path).identity if about is None else about
+    save_file(kept, path, metadata={"identity": json.dumps(about)})
+
+
+NO_SHARDS = {
+    "nothing": lambda path: path.write_bytes(b""),
+    "garbage": lambda path: path.write_bytes(b"nothing of the kind" * 100),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "fp16": lambda path: rewrite(path, latents=load_file(path)["latents"].half()),
+    "flat": lambda path: rewrite(path, latents=load_file(path)["latents"].flatten(1)),
+    "no checksums": lambda path: rewrite(path, checksum=None),
+    "no metadata": lambda path: save_file(load_file(path), path),
+    "empty identity": lambda path: rewrite(path, about={}),
+    "a list": lambda path: rewrite(path, about=[]),
+}
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("fault", NO_SHARDS)
+def test_what_is_no_shard_is_refused(cache, number, fault):
     folder, _ = cache
-    latent_shards.shard_path(folder, 0).write_bytes(b"nothing of the kind")
-    with pytest.raises(UserError, match="shard_00000.safetensors: is no shard of cached latents"):
+    NO_SHARDS[fault](latent_shards.shard_path(folder, number))
+    with pytest.raises(UserError, match=f"shard_0000{number}.safetensors: is no shard of cached latents") as caught:
         open_dataset(configuration(folder), None, 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_shard_is_named(cache):
+    latent_shards.shard_path(cache[0], 1).unlink()
+    with pytest.raises(UserError, match="shard_00001.safetensors: there is no such shard"):
+        open_dataset(configuration(cache[0]), None, 0)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (4, 2, 2, 6)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("more", [{}, {"clips": "of another dataset"}, {"normalisation": "other"}])
+def test_a_mixed_cache_is_refused(cache, shape, dtype, more):
+    folder, _ = cache
+    about = latent_shards.identity(configuration(folder), 2, 2) | more
+    latent_shards.write_shard(latent_shards.shard_path(folder, 1), torch.arange(3, 6), torch.randn(3, *shape).to(dtype), about)
+    if shape == SHAPE and dtype == torch.bfloat16 and not more:
+        open_dataset(configuration(folder), None, 0)
+    else:
+        with pytest.raises(UserError, match="shard_00001.safetensors: was encoded otherwise than shard_00000.safetensors"):
+            open_dataset(configuration(folder), None, 0)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_latents_that_are_not_finite_are_named(cache, value):
+    folder, latents = cache
+    clips = latents[3:6].clone()
+    clips[1, 2, 1, 0, 3] = float(value)
+    latent_shards.write_shard(
+        latent_shards.shard_path(folder, 1), torch.arange(3, 6), clips, latent_shards.identity(configuration(folder), 2, 2)
+    )
+    with pytest.raises(UserError, match="shard_00001.safetensors: row 1: its latents hold NaN or infinity"):
+        open_dataset(configuration(folder), None, 0)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [("video 2.mp4,2,0", "row 4: expected path,label,shard,row"), ("video 2.mp4,-1,0,2", "row 4: expected path,label,shard,row"),
+     ("video 2.mp4,2,0,x", "row 4: expected path,label,shard,row"),
+     ("video 2.mp4,2,0,3", "row 4: names row 3 of shard_00000.*, which has 3")],
+)  # fmt: skip
+def test_a_bad_row_of_the_manifest_is_named(cache, row, message):
+    manifest = cache[0] / latent_shards.MANIFEST
+    lines = manifest.read_text().splitlines()
+    assert lines[3] == "video 2.mp4,2,0,2"
+    manifest.write_text("\n".join([*lines[:3], row, *lines[4:]]) + "\n")
+    with pytest.raises(UserError, match=f"manifest.csv: {message}"):
+        open_dataset(configuration(cache[0]), None, 0)
+
+
+def test_both_splits_must_be_shards(cache):
+    folder, _ = cache
+    with pytest.raises(UserError, match="dataset.validation: there is no file .*gone.csv; point it to the manifest"):
+        open_dataset(configuration(folder, validation=str(folder / "gone.csv")), None, 0)
+    (folder / "files.csv").write_text("out_path,label\nclips/0.pt,0\n")
+    with pytest.raises(UserError, match="files.csv: is no manifest of shards"):
+        open_dataset(configuration(folder, validation=str(folder / "files.csv")), None, 0)
+
+
+def test_the_manifest_is_not_written_over_the_wrong_shards(cache):
+    folder, _ = cache
+    annotations = Annotations([f"video {clip}.mp4" for clip in range(7)], [0] * 7)
+    before = (folder / latent_shards.MANIFEST).read_text()
+    shutil.copy(latent_shards.shard_path(folder, 1), latent_shards.shard_path(folder, 0))
+    with pytest.raises(UserError, match="shard_00000.safetensors: holds other clips than rows 0 to 2 of the dataset"):
+        latent_shards.write_manifest(folder, annotations, 3)
+    assert (folder / latent_shards.MANIFEST).read_text() == before
