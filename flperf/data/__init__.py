@@ -13,7 +13,20 @@ from torch import Tensor
 from flperf.config import Config, UserError
 from flperf.config import Dataset as DatasetConfig
 from flperf.data import cache, latent_shards
-from flperf.data.clips import Annotations, Batches, ClipBatch, Place, TrainingOrder, ValidationOrder, Window, read_annotations, read_labels
+from flperf.data.clips import (
+    CLIPS_FILE,
+    LABELS_FILE,
+    Annotations,
+    Batches,
+    ClipBatch,
+    Place,
+    TrainingOrder,
+    ValidationOrder,
+    Window,
+    check_file,
+    read_annotations,
+    read_labels,
+)
 from flperf.data.preprocessing import Preprocessing
 
 __all__ = ["DATASETS", "ClipBatch", "Dataset", "Place", "Preprocessing", "WITHOUT_VIDEO", "open_dataset", "prepare_dataset"]
@@ -70,11 +83,20 @@ def open_dataset(config: Config, preprocessing: Preprocessing | None, seed: int)
 
 
 def prepare_dataset(config: Config) -> None:
-    """Write what a dataset needs and doesn't have: the demo's folder. Call it on one process of a machine, the others waiting."""
-    if config.dataset.kind == "demo" and not Path(_demo_csv(config.dataset)).is_file():
+    """Write what a dataset needs and doesn't have: the demo's folder. Call it on one process of a machine, the others waiting.
+
+    Raises `UserError` where a file of annotations is missing: here, before a hub is asked for a backbone.
+    """
+    dataset = config.dataset
+    if dataset.kind == "demo" and not Path(_demo_csv(dataset)).is_file():
         from flperf.data.demo import write_demo
 
-        write_demo(Path(_demo_csv(config.dataset)).parent)
+        write_demo(Path(_demo_csv(dataset)).parent)
+    if dataset.kind in ("kinetics_400", "demo"):
+        check_file(dataset.train, "dataset.train", CLIPS_FILE)
+        for key, what in (("validation", CLIPS_FILE), ("labels", LABELS_FILE)):
+            if getattr(dataset, key):
+                check_file(getattr(dataset, key), f"dataset.{key}", what)
 
 
 def _open_kinetics(config: Config, preprocessing: Preprocessing, seed: int) -> Dataset:
@@ -179,8 +201,8 @@ def _read_videos(file: str | None, key: str, limit: int | None) -> Annotations:
 
 def _read_splits(dataset: DatasetConfig, read: Callable[[str | None, str], Annotations]) -> dict[str, Annotations]:
     """Both splits; without a validation file an empty one."""
-    validation = read(dataset.validation, "dataset.validation") if dataset.validation else Annotations([], [])
-    return {"train": read(dataset.train, "dataset.train"), "validation": validation}
+    train = read(dataset.train, "dataset.train")
+    return {"train": train, "validation": read(dataset.validation, "dataset.validation") if dataset.validation else Annotations([], [])}
 
 
 def _demo_csv(dataset: DatasetConfig) -> str:

@@ -13,7 +13,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 
-import av
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types

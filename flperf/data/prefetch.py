@@ -30,7 +30,7 @@ Skipped = list[tuple[str, str]]  # (path, reason)
 
 MAX_BAD_SHARE = 0.5  # more unreadable clips than this share end the run
 MIN_OPENED = 32  # in training, once so many were opened
-LISTED = 20  # bad clips named in an error; each was logged before
+LISTED = 20  # bad clips named in an error
 
 
 class BadClip(Exception):
@@ -70,7 +70,7 @@ class Faults:
 def _listing(reasons: dict[str, str]) -> str:
     listed = [f"{path}: {reason}" for path, reason in reasons.items()]
     more = len(listed) - LISTED
-    return "; ".join(listed[:LISTED]) + (f"; and {more} more, logged above" if more > 0 else "")
+    return "; ".join(listed[:LISTED]) + (f"; and {more} more" if more > 0 else "")
 
 
 def readable(order, draw: Draw, read: Callable[[Draw], Any]) -> tuple[Draw, Any, Skipped]:

@@ -117,7 +117,7 @@ class Packets:
         self.marks: list[Mark] = []
         self.kept: list[av.Packet] | None = []  # None for a long video
         size = 0
-        for packet in _demux(container, stream):
+        for packet in demux(container, stream):
             self.marks.append(Mark(packet.pts, packet.is_keyframe, is_shown(packet)))
             size += packet.size
             if size > KEPT_BYTES:
@@ -145,10 +145,11 @@ class Packets:
             yield from self.kept[place:]
             return
         with open_video(self.path) as container:
-            yield from itertools.islice(_demux(container, video_stream(container)), place, None)
+            yield from itertools.islice(demux(container, video_stream(container)), place, None)
 
 
-def _demux(container, stream) -> Iterator[av.Packet]:
+def demux(container, stream) -> Iterator[av.Packet]:
+    """The packets of a stream that hold something."""
     return (packet for packet in container.demux(stream) if packet.size)
 
 

@@ -18,6 +18,7 @@ from flperf.data.preprocessing import Preprocessing
 PREPROCESSING = Preprocessing.of(Backbone(architecture={"crop_size": 48}))
 CPU = torch.device("cpu")
 READABLE = ["h264.mp4", "portrait.mp4", "short.mp4", "hevc.mp4", "mpeg4.avi", "vp9.webm", "vp9_short.webm", "vp8.webm", "mjpeg.avi"]
+READABLE += ["h264.ts", "variable.mkv"]
 
 
 def read(folder, names, order=None, place=None, window=None, threads=2):
@@ -41,7 +42,10 @@ def test_frames_are_those_of_plain_decoding(videos, decode_all, monkeypatch, nam
     assert torch.equal(out, PREPROCESSING.apply(torch.from_numpy(expected)))
 
 
-@pytest.mark.parametrize("name", ["empty.webm", "text.mp4", "truncated.mp4", "damaged.webm", "audio.mp4", "missing.mp4", "."])
+BROKEN = ["empty.webm", "text.mp4", "truncated.mp4", "damaged.webm", "audio.mp4", "missing.mp4", "stray.ts", "no_frames.mp4", "."]
+
+
+@pytest.mark.parametrize("name", BROKEN)
 def test_broken_files_are_bad_clips(videos, name):
     with pytest.raises(BadClip) as caught:
         pyav.read_clip(str(videos / name), Window(30, 2, "first"), 0.0, PREPROCESSING, torch.empty(30, 48, 48, 3, dtype=torch.uint8))
