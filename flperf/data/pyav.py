@@ -24,7 +24,7 @@ from flperf.data.preprocessing import Preprocessing
 
 # What a damaged file makes FFmpeg, PyAV, NumPy and torch raise: PyAV looks streams up by their number, also those that turn up late.
 DECODE_ERRORS = (av.error.FFmpegError, OSError, ValueError, RuntimeError, LookupError)
-KEPT_BYTES = 2**23  # of packets between the two looks at a file; each thread keeps no more
+KEPT_BYTES = 2**24  # of packets between the two looks at a file; each thread keeps no more
 
 
 def read_batches(
