@@ -5,7 +5,7 @@ batches without saying which file was at fault, so files are probed beforehand, 
 by clip: a bad clip is replaced or left out as with the other decoder, and no good one is lost.
 
 The resize is the processor's within one level, but for the outermost pixels of a crop that reaches the frame's edge (all four edges with
-DINOv3, two with 4DS, none with V-JEPA 2): beyond the edge DALI's filter repeats it, the processor's leaves the filter's weight out. On white
+DINOv3, two with 4DS, none with V-JEPA 2): beyond the edge DALI's filter repeats it, the processor's leaves that weight out. On white
 noise that made up to 20 levels.
 """
 
