@@ -164,11 +164,10 @@ def read_batches(
         geometry = preprocessing.geometry(height, width)
         return Request(path, window.start_frame(length, draw.uniform), geometry.roi_start, geometry.roi_end)
 
-    faults = Faults(order)
-    for draws, video, skipped in _decoded(graph, _prepared(batches, order, prepare, threads, prefetch), order, prepare, prefetch):
-        faults.count(draws, skipped)
-        yield ClipBatch.of(draws, annotations.labels, video=video, skipped=skipped)
-    faults.close()
+    with Faults(order) as faults:
+        for draws, video, skipped in _decoded(graph, _prepared(batches, order, prepare, threads, prefetch), order, prepare, prefetch):
+            faults.count(draws, skipped)
+            yield ClipBatch.of(draws, annotations.labels, video=video, skipped=skipped)
 
 
 def _prepared(batches: Iterable[list[Draw]], order, prepare, threads: int, prefetch: int) -> Iterator[Prepared]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from flperf.config import UserError
-from flperf.data.clips import Draw
+from flperf.data.clips import Draw, TrainingOrder, ValidationOrder
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class BadClip(Exception):
 class Faults:
     """Counts the unreadable clips of one pass over an order, logs each path once, and ends the run when they are too many."""
 
-    def __init__(self, order):
+    def __init__(self, order: TrainingOrder | ValidationOrder):
         self.order = order
         self.opened = 0
         self.bad = 0
@@ -61,9 +61,12 @@ class Faults:
         if not self.order.replaces and self.bad > MAX_BAD_SHARE * self.order.size:
             raise UserError(f"more than half of the {self.order.size} clips can't be read: {_listing(self.reasons)}")
 
-    def close(self) -> None:
-        """Say at the end of a pass in the order of the file what was left out; training says it in its metrics."""
-        if self.bad and not self.order.replaces:
+    def __enter__(self) -> "Faults":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        """At the end of a pass in the order of the file, say what was left out; training says it in its metrics, an error in itself."""
+        if self.bad and not self.order.replaces and kind in (None, GeneratorExit):
             logger.warning("%d of %d clips can't be read and are left out: %s", self.bad, self.opened, _listing(self.reasons))
 
 
@@ -147,7 +150,6 @@ def filled_buffers(
 ) -> Iterator[tuple[list[Draw], Tensor, Skipped]]:
     """Have `fill(draw, slot)` write every clip of a batch into its slot of a buffer `b …`, in a pool of threads; the slot of a clip that
     can't be read is zeros."""
-    faults = Faults(order)
 
     def filling(slot: Tensor) -> Callable[[Draw], None]:
         def fill_or_blank(draw: Draw) -> None:
@@ -163,10 +165,10 @@ def filled_buffers(
         buffer = buffers.take(len(draws))
         return buffer, [pool.submit(readable, order, draw, filling(slot)) for draw, slot in zip(draws, buffer, strict=True)]
 
-    for buffer, futures in read_ahead(batches, submit, threads, ahead):
-        results = [future.result() for future in futures]
-        skipped = [fault for _, _, faults_of_one in results for fault in faults_of_one]
-        draws = [draw for draw, _, _ in results]
-        faults.count(draws, skipped)
-        yield draws, buffer, skipped
-    faults.close()
+    with Faults(order) as faults:
+        for buffer, futures in read_ahead(batches, submit, threads, ahead):
+            results = [future.result() for future in futures]
+            draws = [draw for draw, _, _ in results]
+            skipped = [fault for _, _, faults_of_one in results for fault in faults_of_one]
+            faults.count(draws, skipped)
+            yield draws, buffer, skipped

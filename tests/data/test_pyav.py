@@ -104,6 +104,15 @@ def test_a_missing_folder_in_a_sorted_csv_does_not_end_validation(videos, decode
     assert "40 of 400 clips can't be read and are left out: " in caplog.text and "and 20 more" in caplog.text
 
 
+def test_a_reader_that_takes_no_more_than_it_needs_hears_what_was_left_out(videos, caplog):
+    """As encoding does, which knows how many batches there are."""
+    stream = _validate(videos, ["missing.webm", "vp9.webm", "vp8.webm", "mjpeg.avi"])
+    next(stream)
+    next(stream)
+    stream.close()
+    assert "1 of 4 clips can't be read and are left out: " in caplog.text
+
+
 @pytest.mark.parametrize("decoder", [pyav, dali])
 def test_half_a_split_is_too_much(videos, decoder):
     names = ["vp9_short.webm"] * 4 + ["missing.webm"] * 5
