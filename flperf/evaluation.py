@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flperf.baselines import BASELINES, Baselines
+from flperf.config import UserError
 from flperf.data.clips import ClipBatch
 from flperf.objective import FlowMatching, Regression, forecast
 from flperf.run import Run
@@ -184,6 +185,8 @@ def evaluate(
 
 def _result(sums: Sums, moments: dict[str, Moments], samples: int) -> dict[str, Any]:
     means = sums.means()
+    if not sums.clips:
+        raise UserError("dataset.validation: not one of its clips can be read")
     for error in ERRORS:
         best = torch.stack([means[f"{name}_{error}"].expand_as(means[f"forecast_{error}"]) for name in BASELINES])
         means[f"skill_{error}"] = 1 - means[f"forecast_{error}"] / best.amin(0).clamp(min=SMALLEST)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flperf.baselines import Baselines
-from flperf.config import Config
+from flperf.config import Config, UserError
 from flperf.data.clips import ClipBatch
 from flperf.evaluation import ERRORS, Moments, Pooled, Sums, evaluate, frechet_distance, sample_scores, summary
 from flperf.latents import Layout
@@ -124,6 +124,17 @@ def test_a_whole_evaluation_against_sums_by_hand():
     assert "skill" in summary(result) and "+3" in summary(result)
     again = evaluated(head, context, target, baselines, size=5)
     assert again["forecast_l1"] == pytest.approx(result["forecast_l1"], rel=1e-12)
+
+
+def test_an_evaluation_of_nothing_is_refused():
+    """Where no clip could be read there are no means."""
+    context, target, place = latents(2, 2, 1), latents(2, 3, 2), torch.zeros(3, 1, 2, 4)
+    batches = [ClipBatch(torch.zeros(2), torch.zeros(2), torch.arange(2), torch.zeros(2, dtype=torch.bool), latents=context)]
+    head = lambda context: context[:, :1].expand(-1, 3, -1, -1, -1)  # noqa: E731
+    with pytest.raises(UserError, match="not one of its clips can be read"):
+        evaluate(
+            head, build_objective(Config(), LAYOUT), batches, lambda _: (context, target), Baselines(place, place, torch.zeros(3, 13, 4))
+        )
 
 
 def test_a_perfect_forecast_has_skill_one_and_no_distance():

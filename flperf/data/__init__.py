@@ -14,6 +14,8 @@ from flperf.config import Config, UserError
 from flperf.config import Dataset as DatasetConfig
 from flperf.data import cache, latent_shards
 from flperf.data.clips import (
+    CLIPS_FILE,
+    LABELS_FILE,
     Annotations,
     Batches,
     ClipBatch,
@@ -81,11 +83,20 @@ def open_dataset(config: Config, preprocessing: Preprocessing | None, seed: int)
 
 
 def prepare_dataset(config: Config) -> None:
-    """Write what a dataset needs and doesn't have: the demo's folder. Call it on one process of a machine, the others waiting."""
-    if config.dataset.kind == "demo" and not Path(_demo_csv(config.dataset)).is_file():
+    """Write what a dataset needs and doesn't have: the demo's folder. Call it on one process of a machine, the others waiting.
+
+    Raises `UserError` where a file of annotations is missing: here, before a hub is asked for a backbone.
+    """
+    dataset = config.dataset
+    if dataset.kind == "demo" and not Path(_demo_csv(dataset)).is_file():
         from flperf.data.demo import write_demo
 
-        write_demo(Path(_demo_csv(config.dataset)).parent)
+        write_demo(Path(_demo_csv(dataset)).parent)
+    if dataset.kind in ("kinetics_400", "demo"):
+        existing_file(dataset.train, "dataset.train", CLIPS_FILE)
+        for key, what in (("validation", CLIPS_FILE), ("labels", LABELS_FILE)):
+            if getattr(dataset, key):
+                existing_file(getattr(dataset, key), f"dataset.{key}", what)
 
 
 def _open_kinetics(config: Config, preprocessing: Preprocessing, seed: int) -> Dataset:

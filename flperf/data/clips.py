@@ -2,12 +2,13 @@
 
 Training is one endless stream of samples. Sample s of the stream is clip permutation(seed, s // N)[s % N], so every clip comes
 exactly once an epoch, batches straddle epochs, and resuming needs nothing but the step. A clip that can't be read is replaced by
-attempt 1, 2, … at the same place, which takes the next clips of the permutation: the same replacement on every machine.
+attempt 1, 2, … at the same place, which takes the next clips of the permutation: the same replacement on every machine. In validation
+it is not: its place is marked invalid.
 """
 
+import logging
 import os
 from collections.abc import Generator, Iterable, Iterator
-from csv import reader
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,12 @@ import torch
 from torch import Tensor
 
 from flperf.config import UserError
+
+logger = logging.getLogger(__name__)
+
+CLIPS_FILE = "a Kinetics CSV (rows of 'path class_index')"
+LABELS_FILE = "a labels file (rows of 'index name')"
+MAX_CLASSES = 1_000_000  # a class index beyond is a slip, and names for all below it would fill the memory
 
 
 @dataclass(frozen=True)
@@ -63,11 +70,11 @@ class ClipBatch:
     label: Tensor  # int64 b
     clip: Tensor  # int64 b, row in the CSV
     sample: Tensor  # int64 b, place in the stream; in validation the row asked for
-    valid: Tensor  # bool b; False where validation is filled up or its clip could not be read
+    valid: Tensor  # bool b; False where validation is filled up or its clip could not be read, and its frames are black
     video: Tensor | None = None  # uint8 b f h w c
     latents: Tensor | None = None  # b t h w d
     centres: Tensor | None = None  # fp32 b f 2 2: where drawn shapes are, (x, y) in pixels of their canvas
-    skipped: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of the clips that were replaced
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of the clips that could not be read
 
     @classmethod
     def of(cls, draws: list[Draw], labels: list[int], **content) -> "ClipBatch":
@@ -86,6 +93,8 @@ Batches = Generator[ClipBatch, None, None]  # `close()` ends the threads that re
 
 class TrainingOrder:
     """The endless stream of one split; a pure function of (seed, sample, attempt)."""
+
+    replaces = True  # a clip that can't be read, by the next attempts
 
     def __init__(self, size: int, seed: int):
         self.size = size
@@ -112,14 +121,15 @@ class ValidationOrder:
     """Clips 0 … size-1 in file order. The last batch is filled with the last clip, marked invalid, so that shapes never change
     and every rank has the same number of batches."""
 
+    replaces = False
+
     def __init__(self, size: int):
         self.size = size
 
-    def draw(self, sample: int, attempt: int = 0) -> Draw:
-        """The clip of a row; replacements and rows beyond the end are invalid."""
+    def draw(self, sample: int) -> Draw:
+        """The clip of a row; rows beyond the end are invalid."""
         row = min(sample, self.size - 1)
-        clip = (row + attempt) % self.size
-        return Draw(sample, attempt, clip, _uniform(row, attempt), valid=sample < self.size and attempt == 0)
+        return Draw(sample, 0, row, _uniform(row, 0), valid=sample < self.size)
 
     def batches(self, place: Place, batch_size: int) -> Iterator[list[Draw]]:
         """The batches of one rank, each of `batch_size` draws."""
@@ -157,30 +167,37 @@ class Window:
 
 
 def read_annotations(csv: str | None, key: str, limit: int | None) -> Annotations:
-    """A Kinetics CSV: `path class_index` a row, separated by the last space; paths are relative to the CSV."""
+    """A Kinetics CSV: `path class_index` a row, separated by the last space; paths are relative to the CSV. A clip named twice is kept
+    once. Raises `UserError` that names the row."""
     folder = os.path.dirname(csv or "")
-    paths, labels, seen = [], [], {}
-    for row, line in _rows(csv, key, "a Kinetics CSV (rows of 'path class_index')"):
+    clips: dict[str, tuple[int, int]] = {}  # path → (row, class)
+    rows = 0
+    for row, line in _rows(csv, key, CLIPS_FILE):
         path, _, label = line.rpartition(" ")
+        path = path.rstrip()
         if not path or not label.isdecimal():
-            raise UserError(f"{csv}: row {row}: expected 'path class_index', got {line!r}")
-        first_row, first_label = seen.setdefault(path, (row, label))
-        if first_label != label:
+            raise UserError(f"{csv}: row {row}: expected 'path class_index', got {line[:200]!r}")
+        if len(label) > 18 or int(label) >= MAX_CLASSES:
+            raise UserError(f"{csv}: row {row}: class index {label[:40]} is above {MAX_CLASSES - 1}; number the classes from 0")
+        first_row, first_label = clips.setdefault(path, (row, int(label)))
+        if first_label != int(label):
             raise UserError(f"{csv}: row {row}: {path} has class {label} here but {first_label} in row {first_row}")
-        paths.append(os.path.join(folder, path))
-        labels.append(int(label))
-    if not paths:
+        rows += 1
+    if not clips:
         raise UserError(f"{csv}: holds no clips")
+    if rows > len(clips):
+        logger.warning("%s: %d rows name a clip again and are left out", csv, rows - len(clips))
+    paths, labels = [os.path.join(folder, path) for path in clips], [label for _, label in clips.values()]
     return Annotations(paths[:limit], labels[:limit])
 
 
-def read_labels(csv: str | None, annotations: list[Annotations]) -> list[str]:
+def read_labels(csv: str | None, annotations: list[Annotations], key: str = "dataset.labels") -> list[str]:
     """Class names by index from a file of `index name` rows; the indices themselves where there is no file."""
     highest = max(max(split.labels, default=0) for split in annotations)
     if csv is None:
         return [str(index) for index in range(highest + 1)]
     names = {}
-    for row, line in _rows(csv, "dataset.labels", "a labels file (rows of 'index name')"):
+    for row, line in _rows(csv, key, LABELS_FILE):
         index, _, name = line.partition(" ")
         if not index.isdecimal() or not name:
             raise UserError(f"{csv}: row {row}: expected 'index name', got {line!r}")
@@ -199,11 +216,11 @@ def existing_file(file: str | None, key: str, what: str) -> str:
 
 
 def has_header(file: str | None, columns: list[str]) -> bool:
-    """Whether there is such a CSV and its first line names these columns, which tells its format."""
+    """Whether there is such a CSV and its first line names these columns, which tells its format. Files that are no text have none."""
     if file is None or not Path(file).is_file():
         return False
-    with open(file, newline="", encoding="utf-8") as lines:
-        return next(reader(lines), None) == columns
+    with open(file, "rb") as lines:
+        return lines.readline(1000).decode("utf-8-sig", errors="replace").strip() == ",".join(columns)
 
 
 def _uniform(*entropy: int) -> float:
@@ -212,8 +229,11 @@ def _uniform(*entropy: int) -> float:
 
 
 def _rows(file: str | None, key: str, what: str) -> Iterator[tuple[int, str]]:
-    """(row, text) of the lines that aren't empty; rows count from 1."""
-    with open(existing_file(file, key, what), encoding="utf-8") as lines:
-        for row, line in enumerate(lines, start=1):
-            if line.strip():
-                yield row, line.strip()
+    """(row, text) of the lines that aren't empty; rows count from 1. A byte order mark, as Excel writes it, is no part of the text."""
+    with open(existing_file(file, key, what), encoding="utf-8-sig") as lines:
+        try:
+            for row, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield row, line.strip()
+        except UnicodeDecodeError:
+            raise UserError(f"{file}: is no text in UTF-8; save it as UTF-8, or point {key} to {what}") from None

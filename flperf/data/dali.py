@@ -2,17 +2,21 @@
 
 One definition serves both devices: on a CPU it runs VP8, VP9 and MJPEG, which keeps the GPU's graph honest. DALI fails whole
 batches without saying which file was at fault, so files are probed beforehand, and a batch that fails all the same is redone clip
-by clip: a bad clip is replaced by the next attempt at its place, and no good one is lost.
+by clip: a bad clip is replaced or left out as with the other decoder, and no good one is lost.
+
+The resize is the processor's within one level, but for the outermost pixels of a crop that reaches the frame's edge (all four edges with
+DINOv3, two with 4DS, none with V-JEPA 2): beyond the edge DALI's filter repeats it, the processor's leaves that weight out. On white
+noise that made up to 20 levels.
 """
 
 import itertools
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 
-import av
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
@@ -20,9 +24,9 @@ from torch import Tensor
 
 from flperf.config import UserError
 from flperf.data.clips import Annotations, Batches, ClipBatch, Draw, Window
-from flperf.data.prefetch import BadClip, Faults, Skipped, first_readable, read_ahead
+from flperf.data.prefetch import BadClip, Faults, Skipped, read_ahead, readable
 from flperf.data.preprocessing import Preprocessing, Size
-from flperf.data.pyav import DECODE_ERRORS, describe, is_shown, video_stream
+from flperf.data.pyav import DECODE_ERRORS, describe, is_shown, open_video, video_stream
 
 CPU_CODECS = ("vp8", "vp9", "mjpeg")
 GPU_CODECS = (*CPU_CODECS, "h264", "hevc", "av1", "mpeg4")
@@ -46,17 +50,27 @@ class Prepared:
 
     step: int
     draws: list[Draw]
-    requests: list[Request]
+    requests: list[Request | None]  # None: can't be read, and is left out
     skipped: Skipped
+
+    @property
+    def decoded(self) -> list[Request]:
+        """What the graph is asked for."""
+        return [request for request in self.requests if request]
+
+    @property
+    def places(self) -> list[bool]:
+        """Whether the graph is asked for each clip of the batch."""
+        return [request is not None for request in self.requests]
 
     def arrays(self) -> tuple[list, ...]:
         """What the graph's source emits for each clip: path, start, region's start and end, step id."""
         return (
-            [np.frombuffer(request.path.encode(), np.uint8) for request in self.requests],
-            [np.int32(request.start) for request in self.requests],
-            [np.float32(request.roi_start) for request in self.requests],
-            [np.float32(request.roi_end) for request in self.requests],
-            [np.int64(self.step) for _ in self.requests],
+            [np.frombuffer(os.path.abspath(request.path).encode(), np.uint8) for request in self.decoded],
+            [np.int32(request.start) for request in self.decoded],
+            [np.float32(request.roi_start) for request in self.decoded],
+            [np.float32(request.roi_end) for request in self.decoded],
+            [np.int64(self.step) for _ in self.decoded],
         )
 
 
@@ -71,12 +85,13 @@ class Feed:
 
     def __call__(self) -> tuple[list, ...]:
         try:
-            batch = next(self.prepared)
+            for batch in self.prepared:
+                self.in_flight.append(batch)
+                if batch.decoded:  # else it waits in flight for its turn
+                    return batch.arrays()
         except UserError as error:
             self.error = error
-            raise StopIteration from None
-        self.in_flight.append(batch)
-        return batch.arrays()
+        raise StopIteration
 
     def start_over(self) -> None:
         """Emit what is in flight once more."""
@@ -118,6 +133,16 @@ class Graph:
             pipeline.set_outputs(video, step)
         return pipeline
 
+    def spread(self, video: Tensor | None, places: list[bool]) -> Tensor:
+        """The decoded clips in their places of a batch, zeros in the others; `video` itself where there are no others."""
+        if all(places):
+            return video
+        device = "cpu" if self.device_id is None else f"cuda:{self.device_id}"
+        batch = torch.zeros(len(places), self.window.n_frames, *self.size, 3, dtype=torch.uint8, device=device)
+        if any(places):
+            batch[torch.tensor(places)] = video
+        return batch
+
 
 def read_batches(
     batches: Iterable[list[Draw]],
@@ -139,17 +164,17 @@ def read_batches(
         geometry = preprocessing.geometry(height, width)
         return Request(path, window.start_frame(length, draw.uniform), geometry.roi_start, geometry.roi_end)
 
-    faults = Faults()
-    for draws, video, skipped in _decoded(graph, _prepared(batches, order, prepare, threads, prefetch), order, prepare, prefetch):
-        faults.count(len(draws), skipped)
-        yield ClipBatch.of(draws, annotations.labels, video=video, skipped=skipped)
+    with Faults(order) as faults:
+        for draws, video, skipped in _decoded(graph, _prepared(batches, order, prepare, threads, prefetch), order, prepare, prefetch):
+            faults.count(draws, skipped)
+            yield ClipBatch.of(draws, annotations.labels, video=video, skipped=skipped)
 
 
 def _prepared(batches: Iterable[list[Draw]], order, prepare, threads: int, prefetch: int) -> Iterator[Prepared]:
-    """Probe the files of each batch ahead of the decoder, replacing those that are unreadable."""
+    """Probe the files of each batch ahead of the decoder."""
 
     def submit(pool: ThreadPoolExecutor, draws: list[Draw]) -> list[Future]:
-        return [pool.submit(first_readable, order, draw, prepare) for draw in draws]
+        return [pool.submit(readable, order, draw, prepare) for draw in draws]
 
     for step, futures in enumerate(read_ahead(batches, submit, threads, ahead=prefetch)):
         results = [future.result() for future in futures]
@@ -157,7 +182,10 @@ def _prepared(batches: Iterable[list[Draw]], order, prepare, threads: int, prefe
         yield Prepared(step, [draw for draw, _, _ in results], [request for _, request, _ in results], skipped)
 
 
-def _decoded(graph: Graph, prepared: Iterator[Prepared], order, prepare, prefetch: int) -> Iterator[tuple[list[Draw], Tensor, Skipped]]:
+Decoded = tuple[list[Draw], Tensor, Skipped]
+
+
+def _decoded(graph: Graph, prepared: Iterator[Prepared], order, prepare, prefetch: int) -> Iterator[Decoded]:
     """Run the graph; a batch that it fails is redone clip by clip, and a new graph goes on behind it."""
     first = next(prepared, None)
     if first is None:
@@ -167,51 +195,63 @@ def _decoded(graph: Graph, prepared: Iterator[Prepared], order, prepare, prefetc
     try:
         while True:
             try:
-                video = _run(pipeline, feed.in_flight)
+                video = _run(pipeline, feed)
             except DALI_ERRORS:
-                failed = feed.in_flight.popleft()
+                video = None
+            yield from _left_out(graph, feed)
+            batch = feed.in_flight.popleft()
+            if video is None:
                 feed.start_over()
-                pipeline = graph.pipeline(feed, len(failed.draws), prefetch)
-                draws, video, skipped = _clip_by_clip(graph, failed.draws, order, prepare)
-                yield draws, video, failed.skipped + skipped
+                pipeline = graph.pipeline(feed, len(batch.draws), prefetch)
+                yield _clip_by_clip(graph, batch, order, prepare)
             else:
-                done = feed.in_flight.popleft()
-                yield done.draws, video, done.skipped
+                yield batch.draws, graph.spread(video, batch.places), batch.skipped
     except StopIteration:
+        yield from _left_out(graph, feed)
         if feed.error:
             raise feed.error from None
     finally:
         prepared.close()  # a pipeline is part of a cycle, and would keep the probing threads until it is collected
 
 
-def _run(pipeline: Pipeline, in_flight: deque[Prepared]) -> Tensor:
+def _run(pipeline: Pipeline, feed: Feed) -> Tensor:
     video, step = pipeline.run()
-    expected = in_flight[0].step
+    expected = next(batch.step for batch in feed.in_flight if batch.decoded)
     if not (step.as_array() == expected).all():
         raise AssertionError(f"DALI returned batch {step.as_array().tolist()} where {expected} was due")
     return torch.from_dlpack(video.as_tensor())
 
 
-def _clip_by_clip(graph: Graph, draws: list[Draw], order, prepare) -> tuple[list[Draw], Tensor, Skipped]:
-    """Redo a failed batch one clip at a time, replacing those that fail; no good clip is lost."""
+def _left_out(graph: Graph, feed: Feed) -> Iterator[Decoded]:
+    """The batches that come next and of which no clip can be read: the graph has none of them."""
+    while feed.in_flight and not feed.in_flight[0].decoded:
+        batch = feed.in_flight.popleft()
+        yield batch.draws, graph.spread(None, batch.places), batch.skipped
+
+
+def _clip_by_clip(graph: Graph, failed: Prepared, order, prepare) -> Decoded:
+    """Redo a failed batch one clip at a time; no good clip is lost."""
 
     def decode(draw: Draw) -> Tensor:
         feed = Feed(iter([Prepared(draw.sample, [draw], [prepare(draw)], [])]))
         try:
-            return _run(graph.pipeline(feed, batch_size=1, ahead=1), feed.in_flight)
+            return _run(graph.pipeline(feed, batch_size=1, ahead=1), feed)
         except DALI_ERRORS as error:
-            raise BadClip(feed.in_flight[0].requests[0].path, _reason(error)) from None
+            raise BadClip(feed.in_flight[0].decoded[0].path, _reason(error)) from None
 
-    results = [first_readable(order, draw, decode) for draw in draws]
-    video = torch.cat([clip for _, clip, _ in results])
-    return [draw for draw, _, _ in results], video, [fault for _, _, faults in results for fault in faults]
+    results = [
+        readable(order, draw, decode) if place else (draw, None, []) for draw, place in zip(failed.draws, failed.places, strict=True)
+    ]
+    clips = [clip for _, clip, _ in results if clip is not None]
+    video = graph.spread(torch.cat(clips) if clips else None, [clip is not None for _, clip, _ in results])
+    return [draw for draw, _, _ in results], video, failed.skipped + [fault for _, _, faults in results for fault in faults]
 
 
 @cache
 def probe(path: str, backend: str) -> tuple[int, int, int]:
     """(frames, height, width) of a file from its header; the packets are counted where the header doesn't tell."""
     try:
-        with av.open(path, metadata_errors="ignore") as container:
+        with open_video(path) as container:
             stream = video_stream(container)
             context = stream.codec_context
             _check_format(path, context.name, context.pix_fmt, backend)

@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ import av
 from tqdm import tqdm
 
 from flperf.config import UserError
-from flperf.data.clips import Annotations, has_header, read_annotations, read_labels
-from flperf.data.pyav import DECODE_ERRORS, describe, is_shown, video_stream
+from flperf.data.clips import CLIPS_FILE, Annotations, has_header, read_annotations, read_labels
+from flperf.data.pyav import DECODE_ERRORS, demux, describe, is_shown, open_video, video_stream
 
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
+FIRST_PACKETS = 32  # of which one must become a frame
 MANY_RESOLUTIONS = 64  # NVDEC keeps a decoder for each; more than this many are worth a word
 
 
@@ -62,21 +63,22 @@ def write_index(source: str, labels: str | None, out: str, threads: int | None =
     """Probe every file that a Kinetics CSV names, or that a folder of class folders holds, in parallel, and write the index; rows stand
     in the order of the CSV, or of the files' names.
 
-    A file named twice with the same class is kept once. Raises `UserError` that names the row of whatever can't be used.
+    A file named twice with the same class is kept once. Raises `UserError` that names the row, or the option, of whatever can't be used.
     """
+    _check_options(source, labels, out, threads)
     if Path(source).is_dir():
         annotations = read_folder(Path(source), labels)
     else:
         annotations = read_annotations(source, "--csv", None)
-        read_labels(labels, [annotations])
+        read_labels(labels, [annotations], "--labels")
     folder = Path(out).absolute().parent
     wanted = {
         os.path.relpath(path, folder) if not os.path.isabs(path) else path: label
         for path, label in zip(annotations.paths, annotations.labels, strict=True)
     }
     partial = Path(f"{out}.partial")
-    folder.mkdir(parents=True, exist_ok=True)
-    probed = {row.path: row for row in _complete_rows(partial) if row.path in wanted}
+    # The labels are those of the CSV as it is now.
+    probed = {row.path: replace(row, label=wanted[row.path]) for row in _complete_rows(partial) if row.path in wanted}
     missing = [(path, label) for path, label in wanted.items() if path not in probed]
     with (
         open(partial, "a" if probed else "w", newline="", encoding="utf-8") as lines,
@@ -113,7 +115,7 @@ def read_folder(folder: Path, labels: str | None) -> Annotations:
     classes = [part[0] if len(part) > 1 else "unlabelled" for part in parts]
     if labels and not Path(labels).exists():
         Path(labels).write_text("".join(f"{number} {name}\n" for number, name in enumerate(sorted(set(classes)))), encoding="utf-8")
-    names = read_labels(labels, [Annotations([], [])]) if labels else sorted(set(classes))
+    names = read_labels(labels, [Annotations([], [])], "--labels") if labels else sorted(set(classes))
     unknown = sorted(set(classes) - set(names))
     if unknown:
         raise UserError(f"--folder: {folder / unknown[0]}: is no class of {labels}; add it there, or name another file with --labels")
@@ -123,21 +125,35 @@ def read_folder(folder: Path, labels: str | None) -> Annotations:
 def probe_file(folder: Path, path: str, label: int) -> Row:
     """What one file is, by reading all of its packets and decoding its first frame."""
     try:
-        with av.open(os.path.join(folder, path), metadata_errors="ignore") as container:
+        with open_video(os.path.join(folder, path)) as container:
             stream = video_stream(container)
             context = stream.codec_context
-            packets = [packet for packet in container.demux(stream) if packet.size]
-            frames = sum(map(is_shown, packets))
-            facts: dict[str, Any] = dict(
-                codec=context.name, pixel_format=context.pix_fmt or "", width=context.width, height=context.height, frames=frames
-            )
+            first, frames, times = [], 0, []
+            for packet in demux(container, stream):
+                first += [packet] if len(first) < FIRST_PACKETS else []
+                if is_shown(packet):
+                    frames += 1
+                    times += [packet.pts] if packet.pts is not None else []
             rate = float(stream.average_rate or 0)
-            facts |= dict(frame_rate=round(rate, 4), duration=round(frames / rate, 4) if rate else 0.0)
-            if not frames:
-                return Row(path, label, **facts, error="no video frames")
-            return Row(path, label, **facts, error=_first_frame_error(context, packets))
+            facts: dict[str, Any] = dict(
+                codec=context.name,
+                pixel_format=context.pix_fmt or "",
+                width=context.width,
+                height=context.height,
+                frames=frames,
+                frame_rate=round(rate, 4),
+                duration=round(_seconds(stream, frames, times), 4),
+            )
+            return Row(path, label, **facts, error=_first_frame_error(context, first) if frames else "no video frames")
     except DECODE_ERRORS as error:
         return Row(path, label, error=" ".join(describe(error).split()))
+
+
+def _seconds(stream: av.VideoStream, frames: int, times: list[int]) -> float:
+    """From the first frame to the end of the last, which lasts as long as a frame does on average; 0 where nothing tells."""
+    if len(times) == frames > 1:
+        return float((max(times) - min(times)) * stream.time_base) * frames / (frames - 1)
+    return frames / float(stream.average_rate) if stream.average_rate else 0.0
 
 
 def summary(rows: list[Row]) -> str:
@@ -159,14 +175,31 @@ def summary(rows: list[Row]) -> str:
 
 def _first_frame_error(context, packets: list[av.Packet]) -> str:
     """Why no frame comes out of the first packets, or nothing."""
-    for packet in [*packets[:32], None]:
+    for packet in [*packets, None]:
         for frame in context.decode(packet):
             return "the first frame is damaged" if frame.is_corrupt else ""
     return "no frame can be decoded"
 
 
+def _check_options(source: str, labels: str | None, out: str, threads: int | None) -> None:
+    """Complain before the work; makes the folder of `out`."""
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads: must be at least 1, is {threads}")
+    if not Path(source).exists():
+        raise UserError(f"--csv or --folder: there is no {source}; point --csv to {CLIPS_FILE}, or --folder to a folder of class folders")
+    for option, file in (("--csv", source), ("--labels", labels)):
+        if file and Path(out).resolve() == Path(file).resolve():
+            raise UserError(f"--out: {out} is the file of {option}, which it would overwrite; name another")
+    if Path(out).is_dir():
+        raise UserError(f"--out: {out} is a folder; name a file, such as {Path(out) / 'index.csv'}")
+    try:
+        Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {out} can't be written: {error.strerror}: {error.filename}") from None
+
+
 def _rows(file: str | Path) -> Iterator[Row]:
-    with open(file, newline="", encoding="utf-8") as lines:
+    with open(file, newline="", encoding="utf-8-sig") as lines:
         reader = csv.reader(lines)
         next(reader)
         for number, cells in enumerate(reader, start=2):

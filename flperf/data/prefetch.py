@@ -3,13 +3,18 @@
 Each clip is one task that writes its own slot of a preallocated batch, and a stated number of batches is in flight. There is no
 queue on which a thread could wait for another, so nothing can hang: tasks end by themselves, and closing or dropping the iterator
 cancels those that have not begun.
+
+Clips that can't be read do not end a run unless more than half of them can't. In training, whose order is random, that is half of the
+clips opened so far, once 32 were; an unreadable clip is replaced by the next one. Where clips are read in the order of the file, as in
+validation and encoding, it is half of the split, since rows sorted by class put the clips of a missing folder side by side; an unreadable
+clip is left out, its place marked invalid.
 """
 
-import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from threading import Thread
 from typing import Any
 
@@ -17,14 +22,15 @@ import torch
 from torch import Tensor
 
 from flperf.config import UserError
-from flperf.data.clips import Draw
+from flperf.data.clips import Draw, TrainingOrder, ValidationOrder
 
 logger = logging.getLogger(__name__)
 
 Skipped = list[tuple[str, str]]  # (path, reason)
 
-MAX_BAD_SHARE = 0.5  # more unreadable clips than this share, once MIN_OPENED were opened, end the run
-MIN_OPENED = 32
+MAX_BAD_SHARE = 0.5  # more unreadable clips than this share end the run
+MIN_OPENED = 32  # in training, once so many were opened
+LISTED = 20  # bad clips named in an error
 
 
 class BadClip(Exception):
@@ -32,41 +38,60 @@ class BadClip(Exception):
 
 
 class Faults:
-    """Counts unreadable clips, logs each path once, and ends the run when they are too many."""
+    """Counts the unreadable clips of one pass over an order, logs each path once, and ends the run when they are too many."""
 
-    def __init__(self):
+    def __init__(self, order: TrainingOrder | ValidationOrder):
+        self.order = order
         self.opened = 0
         self.bad = 0
         self.reasons: dict[str, str] = {}
 
-    def count(self, good: int, skipped: Skipped) -> None:
-        self.opened += good + len(skipped)
+    def count(self, draws: list[Draw], skipped: Skipped) -> None:
+        """The draws of a batch as they were read, and the clips that could not be."""
+        self.opened += sum(draw.valid for draw in draws) + len(skipped)
         self.bad += len(skipped)
         for path, reason in skipped:
             if path not in self.reasons:
                 self.reasons[path] = reason
-                logger.warning("unreadable clip replaced by the next one: %s: %s", path, reason)
-        if self.opened >= MIN_OPENED and self.bad > MAX_BAD_SHARE * self.opened:
-            raise UserError(f"{self.bad} of the first {self.opened} clips can't be read: {_examples(self.reasons.items())}")
+                logger.warning(
+                    "unreadable clip %s: %s: %s", "replaced by the next one" if self.order.replaces else "left out", path, reason
+                )
+        if self.order.replaces and self.opened >= MIN_OPENED and self.bad > MAX_BAD_SHARE * self.opened:
+            raise UserError(f"{self.bad} of the first {self.opened} clips can't be read: {_listing(self.reasons)}")
+        if not self.order.replaces and self.bad > MAX_BAD_SHARE * self.order.size:
+            raise UserError(f"more than half of the {self.order.size} clips can't be read: {_listing(self.reasons)}")
+
+    def __enter__(self) -> "Faults":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        """At the end of a pass in the order of the file, say what was left out; training says it in its metrics, an error in itself."""
+        if self.bad and not self.order.replaces and kind in (None, GeneratorExit):
+            logger.warning("%d of %d clips can't be read and are left out: %s", self.bad, self.opened, _listing(self.reasons))
 
 
-def _examples(skipped: Iterable[tuple[str, str]]) -> str:
-    return "; ".join(f"{path}: {reason}" for path, reason in itertools.islice(skipped, 5))
+def _listing(reasons: dict[str, str]) -> str:
+    listed = [f"{path}: {reason}" for path, reason in reasons.items()]
+    more = len(listed) - LISTED
+    return "; ".join(listed[:LISTED]) + (f"; and {more} more" if more > 0 else "")
 
 
-def first_readable(order, draw: Draw, read: Callable[[Draw], Any]) -> tuple[Draw, Any, Skipped]:
-    """Read the clip of `draw`, or of the next attempts at its place until one is readable: (its draw, what `read` returned, skipped).
+def readable(order, draw: Draw, read: Callable[[Draw], Any]) -> tuple[Draw, Any, Skipped]:
+    """Read the clip of `draw`: (its draw, what `read` returned, skipped).
 
-    Gives up with a `UserError` when MIN_OPENED attempts, or every clip of a smaller dataset, failed.
+    Where the order replaces clips that can't be read, the next attempts at the place follow until one is readable; gives up with a
+    `UserError` when MIN_OPENED attempts, or every clip of a smaller dataset, failed. Elsewhere the draw comes back invalid, with None.
     """
-    skipped = []
+    skipped: Skipped = []
     for _ in range(min(order.size, MIN_OPENED)):
         try:
             return draw, read(draw), skipped
         except BadClip as fault:
-            skipped.append(fault.args)
+            skipped += [fault.args] if draw.valid else []
+        if not order.replaces:
+            return replace(draw, valid=False), None, skipped
         draw = order.draw(draw.sample, draw.attempt + 1)
-    raise UserError(f"{len(skipped)} clips in a row can't be read: {_examples(skipped)}")
+    raise UserError(f"{len(skipped)} clips in a row can't be read: {_listing(dict(skipped))}")
 
 
 def read_ahead(tasks: Iterable, submit: Callable[[ThreadPoolExecutor, Any], Any], threads: int, ahead: int) -> Iterator:
@@ -123,18 +148,27 @@ def filled_buffers(
     threads: int,
     ahead: int,
 ) -> Iterator[tuple[list[Draw], Tensor, Skipped]]:
-    """Have `fill(draw, slot)` write every clip of a batch into its slot of a buffer `b …`, in a pool of threads."""
-    faults = Faults()
+    """Have `fill(draw, slot)` write every clip of a batch into its slot of a buffer `b …`, in a pool of threads; the slot of a clip that
+    can't be read is zeros."""
 
     def filling(slot: Tensor) -> Callable[[Draw], None]:
-        return lambda draw: fill(draw, slot)
+        def fill_or_blank(draw: Draw) -> None:
+            try:
+                fill(draw, slot)
+            except BadClip:
+                slot.zero_()
+                raise
+
+        return fill_or_blank
 
     def submit(pool: ThreadPoolExecutor, draws: list[Draw]) -> tuple[Tensor, list[Future]]:
         buffer = buffers.take(len(draws))
-        return buffer, [pool.submit(first_readable, order, draw, filling(slot)) for draw, slot in zip(draws, buffer, strict=True)]
+        return buffer, [pool.submit(readable, order, draw, filling(slot)) for draw, slot in zip(draws, buffer, strict=True)]
 
-    for buffer, futures in read_ahead(batches, submit, threads, ahead):
-        results = [future.result() for future in futures]
-        skipped = [fault for _, _, faults_of_one in results for fault in faults_of_one]
-        faults.count(len(results), skipped)
-        yield [draw for draw, _, _ in results], buffer, skipped
+    with Faults(order) as faults:
+        for buffer, futures in read_ahead(batches, submit, threads, ahead):
+            results = [future.result() for future in futures]
+            draws = [draw for draw, _, _ in results]
+            skipped = [fault for _, _, faults_of_one in results for fault in faults_of_one]
+            faults.count(draws, skipped)
+            yield draws, buffer, skipped

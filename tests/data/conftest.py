@@ -1,5 +1,6 @@
 """Small videos of every kind that the data tests read, written once a session."""
 
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -18,6 +19,8 @@ VIDEOS = {  # name → (codec, frames, height, width, pixel format, options)
     "vp9_short.webm": ("libvpx-vp9", 6, 74, 98, "yuv420p", {"deadline": "realtime", "cpu-used": "8"}),
     "vp8.webm": ("libvpx", 50, 80, 110, "yuv420p", {"deadline": "realtime", "auto-alt-ref": "1", "lag-in-frames": "8"}),
     "mjpeg.avi": ("mjpeg", 40, 96, 130, "yuvj420p", {}),
+    "h264.ts": ("libx264", 70, 96, 130, "yuv420p", {"g": "24", "bf": "2"}),
+    "variable.mkv": ("libx264", 40, 96, 130, "yuv420p", {"g": "12", "bf": "2"}),  # frames of 40 to 420 ms
 }
 
 
@@ -32,6 +35,8 @@ def videos(tmp_path_factory) -> Path:
     (folder / "empty.webm").write_bytes(b"")
     (folder / "text.mp4").write_text("no video at all\n" * 100)
     (folder / "truncated.mp4").write_bytes((folder / "h264.mp4").read_bytes()[:4000])
+    (folder / "stray.ts").write_bytes(_with_a_stray_stream((folder / "h264.ts").read_bytes()))
+    _write_video(folder / "no_frames.mp4", 0, "mjpeg", 0, 96, 130, "yuvj420p", {})
     (folder / "damaged.webm").write_bytes(bytes(b ^ (0xFF if i > 1500 and i % 211 == 0 else 0) for i, b in enumerate(good)))
     _write_audio(folder / "audio.mp4")
     return folder
@@ -54,10 +59,23 @@ def _write_video(path: Path, seed: int, codec: str, frames: int, height: int, wi
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25, options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, pixels
+        if path.stem == "variable":
+            stream.codec_context.time_base = Fraction(1, 1000)
         for index in range(frames):
-            frame = np.ascontiguousarray(texture[index : index + height, 2 * index : 2 * index + width])
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            pixels_of_frame = np.ascontiguousarray(texture[index : index + height, 2 * index : 2 * index + width])
+            frame = av.VideoFrame.from_ndarray(pixels_of_frame, format="rgb24")
+            if path.stem == "variable":
+                frame.pts, frame.time_base = 40 * index + 20 * (index // 4) ** 2, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+
+
+def _with_a_stray_stream(content: bytes) -> bytes:
+    """One damaged byte in the last frame's first packet of a transport stream: its identifier is that of no known stream."""
+    starts = [
+        place for place in range(0, len(content), 188) if content[place + 1 : place + 3] == b"\x41\x00"
+    ]  # a frame begins, stream 0x100
+    return content[: starts[-1] + 2] + b"\x49" + content[starts[-1] + 3 :]
 
 
 def _write_audio(path: Path) -> None:

@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from flperf.config import UserError
-from flperf.data.clips import Place, TrainingOrder, ValidationOrder, Window, read_annotations, read_labels
+from flperf.config import Config, Dataset, UserError
+from flperf.data import open_dataset, prepare_dataset
+from flperf.data.clips import Annotations, Place, TrainingOrder, ValidationOrder, Window, read_annotations, read_labels
 
 
 def samples(order, first_step, place, steps):
@@ -95,7 +96,38 @@ def test_annotations(tmp_path):
     assert read_labels(str(tmp_path / "labels.csv"), [annotations])[0] == "riding a bike"
 
 
-@pytest.mark.parametrize("text,row", [("a.mp4 1\nb.mp4\n", 2), ("a.mp4,1\n", 1), ("a.mp4 x\n", 1), ("a.mp4 1\n\na.mp4 2\n", 3)])
+def test_a_clip_named_twice_is_kept_once_and_counted(tmp_path, caplog):
+    (tmp_path / "a.csv").write_text("a.mp4 1\nb.mp4 0\na.mp4 1\na.mp4 01\n")
+    annotations = read_annotations(str(tmp_path / "a.csv"), "dataset.train", None)
+    assert [path.rpartition("/")[2] for path in annotations.paths] == ["a.mp4", "b.mp4"] and annotations.labels == [1, 0]
+    assert "a.csv: 2 rows name a clip again" in caplog.text
+
+
+def test_a_byte_order_mark_and_spare_spaces_are_no_part_of_a_path(tmp_path):
+    (tmp_path / "a.csv").write_text("a.mp4  1\nb c.mp4 0\n", encoding="utf-8-sig")
+    assert read_annotations(str(tmp_path / "a.csv"), "dataset.train", None).paths == [f"{tmp_path}/a.mp4", f"{tmp_path}/b c.mp4"]
+
+
+@pytest.mark.parametrize("content", ["Café.mp4 0\n".encode("latin-1"), "a.mp4 0\n".encode("utf-16"), b"\x00\x00\x00\x20ftypisom\xff\xfe"])
+def test_what_is_no_utf8_is_said(tmp_path, content):
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.csv: is no text in UTF-8; .* dataset\.train"):
+        read_annotations(str(tmp_path / "a.csv"), "dataset.train", None)
+    with pytest.raises(UserError, match=r"a\.csv: is no text in UTF-8; .* dataset\.labels"):
+        read_labels(str(tmp_path / "a.csv"), [Annotations([], [])])
+
+
+@pytest.mark.parametrize(
+    "text,row",
+    [
+        ("a.mp4 1\nb.mp4\n", 2),
+        ("a.mp4,1\n", 1),
+        ("a.mp4 x\n", 1),
+        ("a.mp4 1\n\na.mp4 2\n", 3),
+        ("a.mp4 1\nb.mp4 20000000\n", 2),
+        ("a.mp4 " + "9" * 5000, 1),
+    ],
+)
 def test_bad_rows_are_named(tmp_path, text, row):
     (tmp_path / "bad.csv").write_text(text)
     with pytest.raises(UserError, match=rf"bad\.csv: row {row}: "):
@@ -108,6 +140,19 @@ def test_labels_must_cover_the_classes(tmp_path):
     annotations = read_annotations(str(tmp_path / "a.csv"), "dataset.train", None)
     with pytest.raises(UserError, match="every class from 0 to 2"):
         read_labels(str(tmp_path / "labels.csv"), [annotations])
+
+
+def test_missing_files_are_named_before_a_backbone_is_fetched(tmp_path):
+    """`prepare_dataset` is called first of all; of two missing files, the training clips' is named."""
+    config = Config(dataset=Dataset(kind="kinetics_400", train=str(tmp_path / "train.csv"), validation="no.csv", labels="none.csv"))
+    for name in ("train", "validation", "labels"):
+        with pytest.raises(UserError, match=rf"dataset\.{name}: there is no file"):
+            prepare_dataset(config)
+        (tmp_path / f"{name}.csv").write_text("0 zero\n")
+        setattr(config.dataset, name, str(tmp_path / f"{name}.csv"))
+    prepare_dataset(config)
+    with pytest.raises(UserError, match=r"dataset\.train: is not set"):
+        open_dataset(Config(dataset=Dataset(kind="kinetics_400", validation="no.csv")), None, 0)
 
 
 @pytest.mark.parametrize("file", [None, "/no/such.csv"])

@@ -1,19 +1,20 @@
-"""More than two hundred damaged files in one dataset: reading goes on, replaces the same clips every time, and keeps nothing open."""
+"""More than two hundred damaged files in one dataset, and a long one: reading goes on, replaces the same clips every time, and keeps
+nothing open and little in memory."""
 
 import os
-import resource
 import struct
 from pathlib import Path
 
+import av
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from flperf.config import Backbone
-from flperf.data import Place
+from flperf.data import Place, index, pyav
 from flperf.data.clips import Annotations, TrainingOrder, Window
 from flperf.data.preprocessing import Preprocessing
-from flperf.data.pyav import read_batches
 
 CPU = torch.device("cpu")
 PREPROCESSING = Preprocessing.of(Backbone(architecture={"crop_size": 32}))
@@ -72,17 +73,18 @@ def corpus(videos, tmp_path_factory) -> tuple[Path, Annotations]:
 def read(annotations: Annotations, clips: int, batch_size: int = 16):
     """(row, video) of each clip, and the skipped ones, of the first clips of the order."""
     order = TrainingOrder(len(annotations), 0)
-    batches = read_batches(order.batches(0, Place(0, 1, batch_size, batch_size)), order, annotations, WINDOW, PREPROCESSING, 2, 2, CPU)
+    batches = pyav.read_batches(order.batches(0, Place(0, 1, batch_size, batch_size)), order, annotations, WINDOW, PREPROCESSING, 2, 2, CPU)
     for _ in range(clips // batch_size):
         yield next(batches)
     batches.close()
 
 
 def test_reading_goes_on_and_is_the_same_every_time(corpus):
+    """Over an epoch, which opens every file."""
     _, annotations = corpus
     runs = []
     for _ in range(2):
-        batches = list(read(annotations, 320))
+        batches = list(read(annotations, len(annotations) + 15))
         assert all(batch.video.shape == (16, 4, 32, 32, 3) for batch in batches)
         runs.append(([batch.clip.tolist() for batch in batches], [batch.skipped for batch in batches]))
     assert runs[0] == runs[1]
@@ -90,12 +92,35 @@ def test_reading_goes_on_and_is_the_same_every_time(corpus):
     assert all("cut" in path or "flipped" in path for skipped in runs[0][1] for path, _ in skipped)  # no whole file was lost
 
 
+def memory() -> float:
+    """MB of this process that are in memory now."""
+    return psutil.Process().memory_info().rss / 1e6
+
+
 def test_memory_and_handles_over_two_thousand_clips(corpus):
     """After the first 200 clips the process grows by less than 50 MB and opens nothing that it does not close."""
     _, annotations = corpus
-    handles, peak = len(os.listdir("/proc/self/fd")), None
+    handles, before = len(os.listdir("/proc/self/fd")), None
     for number, _ in enumerate(read(annotations, 2000), start=1):
-        if number * 16 >= 200 and peak is None:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 50 * 1024  # kB
+        if number * 16 >= 200 and before is None:
+            before = memory()
+    assert memory() - before < 50
     assert len(os.listdir("/proc/self/fd")) <= handles + 2
+
+
+@pytest.mark.parametrize("reader", [pyav, index])
+def test_a_long_video_is_not_held_in_memory(tmp_path, monkeypatch, reader):
+    """Of 120 MB of packets no more than KEPT_BYTES are in memory at a time."""
+    file, grown, is_shown = tmp_path / "long.avi", [], reader.is_shown
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("rawvideo", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 1000, 1000, "yuv420p"
+        for _ in range(80):
+            container.mux(stream.encode(av.VideoFrame(1000, 1000, "yuv420p")))
+    before = memory()
+    monkeypatch.setattr(reader, "is_shown", lambda packet: grown.append(memory() - before) or is_shown(packet))
+    if reader is pyav:
+        pyav.read_clip(str(file), WINDOW, 0.5, PREPROCESSING, torch.empty(4, 32, 32, 3, dtype=torch.uint8))
+    else:
+        assert index.probe_file(tmp_path, file.name, 0).frames == 80
+    assert len(grown) == 80 and max(grown) < 60

@@ -1,14 +1,18 @@
 """The index of a dataset's files."""
 
 import csv
+import os
+import re
+from pathlib import Path
 
 import pytest
 
 from flperf.config import UserError
 from flperf.data import index
+from flperf.data.clips import read_annotations
 
-BROKEN = ["empty.webm", "text.mp4", "truncated.mp4", "audio.mp4", "missing.mp4"]
-GOOD = ["h264.mp4", "vp9.webm", "mjpeg.avi"]
+BROKEN = ["empty.webm", "text.mp4", "truncated.mp4", "audio.mp4", "missing.mp4", "stray.ts", "no_frames.mp4"]
+GOOD = ["h264.mp4", "vp9.webm", "mjpeg.avi", "h264.ts"]
 
 
 @pytest.fixture
@@ -37,7 +41,7 @@ def test_training_reads_only_usable_files(annotated, tmp_path):
     index.write_index(str(annotated), None, str(out))
     assert index.is_index(str(out)) and not index.is_index(str(annotated))
     annotations = index.read_index(str(out), None)
-    assert len(annotations) == len(GOOD) and annotations.labels == [0, 1, 0]
+    assert len(annotations) == len(GOOD) and annotations.labels == [0, 1, 0, 1]
     assert all((tmp_path / path).is_file() for path in annotations.paths)
     assert len(index.read_index(str(out), 2)) == 2
 
@@ -57,6 +61,56 @@ def test_an_interrupted_index_goes_on(annotated, tmp_path, monkeypatch):
         assert len(list(csv.DictReader(file))) == len(whole)
 
 
+def test_labels_corrected_meanwhile_are_the_new_ones(annotated, tmp_path):
+    out = tmp_path / "index.csv"
+    index.write_index(str(annotated), None, str(out))
+    out.rename(tmp_path / "index.csv.partial")
+    annotated.write_text(re.sub(r" (\d)\n", lambda found: f" {int(found[1]) + 5}\n", annotated.read_text()))
+    assert [row.label for row in index.write_index(str(annotated), None, str(out))] == read_annotations(
+        str(annotated), "--csv", None
+    ).labels
+
+
+def test_variable_frame_rate(videos):
+    """The frames of this file begin 40 ms apart, then ever later; the last begins at 3.18 s."""
+    row = index.probe_file(videos, "variable.mkv", 0)
+    assert row.error == "" and row.frames == 40
+    assert row.duration == pytest.approx(3.18 * 40 / 39, abs=0.02)
+
+
+def test_a_long_video_is_not_kept_in_memory(videos, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(index, "_first_frame_error", lambda context, packets: sizes.append(len(packets)) or "")
+    index.probe_file(videos, "h264.mp4", 0)
+    assert sizes == [index.FIRST_PACKETS]
+
+
+def test_only_files_are_opened(videos, tmp_path, monkeypatch):
+    """A colon in a name is no protocol, and nothing waits at a pipe."""
+    (tmp_path / "a:b.webm").symlink_to(videos / "vp9.webm")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    monkeypatch.chdir(tmp_path)
+    Path("clips.csv").write_text("a:b.webm 0\npipe.mp4 0\n")
+    rows = index.write_index("clips.csv", None, "index.csv")
+    assert [row.error for row in rows] == ["", "is not a file (OSError)"]
+
+
+def test_mistaken_options_are_said(annotated, tmp_path):
+    csv_file, good = str(annotated), str(tmp_path / "index.csv")
+    text = annotated.read_text()
+    for source, labels, out, threads, message in [
+        (csv_file, None, csv_file, None, "--out: .* is the file of --csv"),
+        (csv_file, None, str(tmp_path), None, "--out: .* is a folder"),
+        (csv_file, None, f"{csv_file}/index.csv", None, "--out: .* can't be written"),
+        (csv_file, None, good, -1, "--threads: must be at least 1"),
+        (str(tmp_path / "nope"), None, good, None, "--folder: there is no .*nope"),
+        (csv_file, str(tmp_path / "nope"), good, None, "--labels: there is no file .*nope"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            index.write_index(source, labels, out, threads)
+    assert annotated.read_text() == text
+
+
 def test_repeated_rows_are_kept_once_and_contradictions_refused(videos, tmp_path):
     file = tmp_path / "clips.csv"
     file.write_text(f"{videos}/vp9.webm 0\n{videos}/vp9.webm 0\n")
@@ -74,6 +128,8 @@ def test_mistakes_name_the_row(annotated, tmp_path):
     (tmp_path / "bad.csv").write_text(",".join(index.HEADER) + "\nclip.mp4,one,h264\n")
     with pytest.raises(UserError, match="row 2: is no row of an index"):
         index.read_index(str(tmp_path / "bad.csv"), None)
+    (tmp_path / "marked.csv").write_text(",".join(index.HEADER) + "\nclip.mp4,3,h264,,1,1,1,1.0,1.0,\n", encoding="utf-8-sig")
+    assert index.is_index(str(tmp_path / "marked.csv")) and index.read_index(str(tmp_path / "marked.csv"), None).labels == [3]
     (tmp_path / "none.csv").write_text(",".join(index.HEADER) + "\nclip.mp4,0,,,0,0,0,0.0,0.0,no video stream\n")
     with pytest.raises(UserError, match="not one of its files is usable"):
         index.read_index(str(tmp_path / "none.csv"), None)

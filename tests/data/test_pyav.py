@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flperf.config import Backbone, UserError
-from flperf.data import pyav
+from flperf.data import dali, pyav
 from flperf.data.clips import Annotations, Place, TrainingOrder, ValidationOrder, Window
 from flperf.data.prefetch import BadClip, read_ahead
 from flperf.data.preprocessing import Preprocessing
@@ -18,6 +18,7 @@ from flperf.data.preprocessing import Preprocessing
 PREPROCESSING = Preprocessing.of(Backbone(architecture={"crop_size": 48}))
 CPU = torch.device("cpu")
 READABLE = ["h264.mp4", "portrait.mp4", "short.mp4", "hevc.mp4", "mpeg4.avi", "vp9.webm", "vp9_short.webm", "vp8.webm", "mjpeg.avi"]
+READABLE += ["h264.ts", "variable.mkv"]
 
 
 def read(folder, names, order=None, place=None, window=None, threads=2):
@@ -27,9 +28,12 @@ def read(folder, names, order=None, place=None, window=None, threads=2):
     return pyav.read_batches(batches, order, annotations, window or Window(4, 3, "random"), PREPROCESSING, threads, 2, CPU)
 
 
+@pytest.mark.parametrize("kept_bytes", [pyav.KEPT_BYTES, 0])
 @pytest.mark.parametrize("name", READABLE)
 @pytest.mark.parametrize("n_frames,stride,uniform", [(1, 1, 0.0), (8, 1, 0.7), (7, 5, 0.99), (12, 2, 0.4), (80, 1, 0.5)])
-def test_frames_are_those_of_plain_decoding(videos, decode_all, name, n_frames, stride, uniform):
+def test_frames_are_those_of_plain_decoding(videos, decode_all, monkeypatch, name, n_frames, stride, uniform, kept_bytes):
+    """Whether the packets are kept, as those of usual clips are, or demuxed again, as those of long videos."""
+    monkeypatch.setattr(pyav, "KEPT_BYTES", kept_bytes)
     window = Window(n_frames, stride, "random")
     out = torch.full((n_frames, 48, 48, 3), 77, dtype=torch.uint8)
     pyav.read_clip(str(videos / name), window, uniform, PREPROCESSING, out)
@@ -38,7 +42,10 @@ def test_frames_are_those_of_plain_decoding(videos, decode_all, name, n_frames, 
     assert torch.equal(out, PREPROCESSING.apply(torch.from_numpy(expected)))
 
 
-@pytest.mark.parametrize("name", ["empty.webm", "text.mp4", "truncated.mp4", "damaged.webm", "audio.mp4", "missing.mp4", "."])
+BROKEN = ["empty.webm", "text.mp4", "truncated.mp4", "damaged.webm", "audio.mp4", "missing.mp4", "stray.ts", "no_frames.mp4", "."]
+
+
+@pytest.mark.parametrize("name", BROKEN)
 def test_broken_files_are_bad_clips(videos, name):
     with pytest.raises(BadClip) as caught:
         pyav.read_clip(str(videos / name), Window(30, 2, "first"), 0.0, PREPROCESSING, torch.empty(30, 48, 48, 3, dtype=torch.uint8))
@@ -75,15 +82,48 @@ def test_a_file_that_vanishes_is_replaced(videos, tmp_path):
 def test_validation_fills_up_and_marks_what_it_could_not_read(videos):
     names = ["h264.mp4", "missing.mp4", "vp9.webm"]
     batches = list(_validate(videos, names))
-    assert [batch.clip.tolist() for batch in batches] == [[0, 2], [2, 2]]
+    assert [batch.clip.tolist() for batch in batches] == [[0, 1], [2, 2]]
     assert [batch.valid.tolist() for batch in batches] == [[True, False], [True, False]]
     assert [batch.video.shape for batch in batches] == [(2, 4, 48, 48, 3)] * 2
+    assert batches[0].video[0].any() and not batches[0].video[1].any()
 
 
-def _validate(folder, names):
+@pytest.mark.parametrize("decoder", [pyav, dali])
+def test_a_missing_folder_in_a_sorted_csv_does_not_end_validation(videos, decoder, caplog):
+    """Forty clips in a row are a tenth of the split; the others are all read, in order, in batches of one shape."""
+    names = [f"gone/{row}.webm" if 20 <= row < 60 else "vp9_short.webm" for row in range(400)]
+    with caplog.at_level(logging.WARNING):
+        batches = list(_validate(videos, names, decoder, batch_size=8))
+    assert {batch.video.shape for batch in batches} == {(8, 4, 48, 48, 3)}
+    assert torch.cat([batch.clip for batch in batches]).tolist() == list(range(400))
+    valid = torch.cat([batch.valid for batch in batches])
+    assert valid.tolist() == ["gone" not in name for name in names]
+    filled = torch.cat([batch.video for batch in batches]).flatten(1).any(1)
+    assert torch.equal(filled, valid)
+    assert [path for batch in batches for path, _ in batch.skipped] == [str(videos / name) for name in names if "gone" in name]
+    assert "40 of 400 clips can't be read and are left out: " in caplog.text and "and 20 more" in caplog.text
+
+
+def test_a_reader_that_takes_no_more_than_it_needs_hears_what_was_left_out(videos, caplog):
+    """As encoding does, which knows how many batches there are."""
+    stream = _validate(videos, ["missing.webm", "vp9.webm", "vp8.webm", "mjpeg.avi"])
+    next(stream)
+    next(stream)
+    stream.close()
+    assert "1 of 4 clips can't be read and are left out: " in caplog.text
+
+
+@pytest.mark.parametrize("decoder", [pyav, dali])
+def test_half_a_split_is_too_much(videos, decoder):
+    names = ["vp9_short.webm"] * 4 + ["missing.webm"] * 5
+    with pytest.raises(UserError, match=r"more than half of the 9 clips can't be read: .*missing\.webm"):
+        list(_validate(videos, names, decoder))
+
+
+def _validate(folder, names, decoder=pyav, batch_size=2):
     annotations, order = Annotations([str(folder / name) for name in names], [0] * len(names)), ValidationOrder(len(names))
-    batches = order.batches(Place(0, 1, 2, 2), 2)
-    return pyav.read_batches(batches, order, annotations, Window(4, 3, "center"), PREPROCESSING, 2, 2, CPU)
+    batches = order.batches(Place(0, 1, batch_size, batch_size), batch_size)
+    return decoder.read_batches(batches, order, annotations, Window(4, 3, "center"), PREPROCESSING, 2, 2, CPU)
 
 
 def test_a_dataset_of_missing_files_ends_with_a_list(videos):
