@@ -416,16 +416,23 @@ def test_machine_code_of_every_specialisation(chip):
             raise AssertionError(str(case)) from error
 
 
+# Of the memory time, by chip. A B200 moves its bytes so fast that four normals for a Philox call and two special functions a pair alone are
+# above 70% of its 17 instructions an element. Normalising reduces over the token twice: more arithmetic, but less than the bytes of a
+# pass of its own, which would double the noising's time. There and on a B200 it must not get worse.
+ARITHMETIC = {
+    "plain": {"A100": kernel_report.ROOM, "H100": kernel_report.ROOM, "B200": 1.1},
+    "normalised": {"A100": 0.95, "H100": 0.85, "B200": 1.75},
+}
+
+
 @pytest.mark.parametrize("chip", kernel_report.CHIPS, ids=lambda chip: chip.name)
 @pytest.mark.parametrize("op", ["noise", "loss"])
-@pytest.mark.parametrize("per_channel", [False, True])
-def test_memory_bound(op, per_channel, chip):
-    """Arithmetic below 70% of the memory time on A100 and H100. A B200 has no such margin: four normals take a Philox call and four
-    special functions a pair, and these alone are above 70% of its 17 instructions an element; there it must not fall further behind."""
-    case = kernel_report.Case(op, per_channel=per_channel)
+@pytest.mark.parametrize("per_channel, norm", [(False, "none"), (True, "none"), (True, "layer")])
+def test_memory_bound(op, per_channel, norm, chip):
+    case = kernel_report.Case(op, per_channel=per_channel, norm=norm)
     cost = kernel_report.cost(case, chip)
     assert cost.bytes_moved == case.bytes_bound
-    assert cost.ratio < (1.1 if chip.name == "B200" else 0.7)
+    assert cost.ratio < ARITHMETIC["plain" if norm == "none" else "normalised"][chip.name]
 
 
 META = dict(device="meta")
