@@ -18,7 +18,7 @@ import torch
 from benchmarks import sizes
 from benchmarks.memory import peak_memory_bytes, reset_peak_memory
 from benchmarks.sizes import DEVICE
-from flperf.devices import copy_rate, peak_flops
+from flperf.devices import copy_rate, measured_flops
 from flperf.tracking import PACKAGES
 
 FOLDER = Path(__file__).parent
@@ -84,7 +84,7 @@ def _processor() -> str:
 @pytest.fixture(scope="session")
 def peaks() -> dict[str, float]:
     """FLOP/s of a matrix product in bf16 and fp32, and bytes/s of a copy (read and written), the best of a few."""
-    return {"bf16": peak_flops(DEVICE, torch.bfloat16), "fp32": peak_flops(DEVICE, torch.float32), "copy": copy_rate(DEVICE)}
+    return {"bf16": measured_flops(DEVICE, torch.bfloat16), "fp32": measured_flops(DEVICE, torch.float32), "copy": copy_rate(DEVICE)}
 
 
 def synchronise() -> None:

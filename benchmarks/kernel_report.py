@@ -2,7 +2,8 @@
 
 Each kernel is compiled ahead of time as a call on CUDA tensors would compile it, and its cubin is disassembled. Bytes and instructions an
 element follow from the loop over tiles, and from them the time on a chip: the longest of memory traffic / bandwidth and, for each
-pipe of the processor, instructions / rate. `--all` adds every specialisation that a configuration can launch.
+pipe of the processor, instructions / rate. The aim is arithmetic below 70% of the memory time: it then hides behind the
+memory even where a processor does not reach these rates. `--all` adds every specialisation that a configuration can launch.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 REFERENCE_SIZE = (8, 4096, 1024)  # b, n, d
+ROOM = 0.7  # share of the memory time below which arithmetic should stay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,7 +266,8 @@ def report(cases: list[Case]) -> str:
         for chip in CHIPS:
             code, c = compile_case(case, chip.capability), cost(case, chip)
             counts = [c.instructions.get(name, 0) for name in kinds]
-            verdict = ("memory-bound" if c.ratio <= 1 else "ARITHMETIC-BOUND") + ("" if c.ratio < 0.7 else ", above the goal of 70%")
+            verdict = "ARITHMETIC-BOUND" if c.ratio > 1 else "memory-bound"
+            verdict += f", arithmetic above {ROOM:.0%} of memory" if c.ratio >= ROOM else ""
             lines.append(
                 f"{str(case):36.36} {chip.name:5} {code.registers:5} {code.occupancy:4.0%}"
                 f" | {c.bytes_moved:6.2f} {case.bytes_bound:5} | {'':24}"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 MODULES = [
     *("flperf.forecaster", "flperf.config", "flperf.latents", "flperf.encoder", "flperf.objective", "flperf.sampler", "flperf.baselines"),
     *("flperf.heads", "flperf.heads.predictor", "flperf.heads.cross_attention", "flperf.heads.dit", "flperf.heads.layers"),
-    *("flperf.backbones.vjepa2", "flperf.backbones.dinov3", "flperf.backbones.four_ds"),
+    *("flperf.attention", "flperf.backbones.vjepa2", "flperf.backbones.dinov3", "flperf.backbones.four_ds"),
     *("flperf.data", "flperf.data.clips", "flperf.data.preprocessing", "flperf.data.index", "flperf.evaluation", "flperf.visualise"),
     *("flperf_kernels.flow_matching", "flperf_kernels.adaln", "flperf_kernels.philox"),
 ]

@@ -96,7 +96,7 @@ def measured_cpu() -> Device:
     cpu = torch.device("cpu")
     return Device(
         name=f"this CPU, threads: {torch.get_num_threads()}",
-        peaks={dtype: peak_flops(cpu, dtype) for dtype in (torch.bfloat16, torch.float32)},
+        peaks={dtype: measured_flops(cpu, dtype) for dtype in (torch.bfloat16, torch.float32)},
         memory=psutil.virtual_memory().total,
         bandwidth=copy_rate(cpu),
         link=None,
@@ -109,12 +109,17 @@ def measured_cpu() -> Device:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the device: the table's where it is in it, else the best of a few matrix products measured now."""
+    """FLOP/s of the device: the table's where it is in it, else measured now."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for key, known in DEVICES.items():
             if key.upper() in name and dtype in known.peaks:
                 return known.peaks[dtype]
+    return measured_flops(device, dtype)
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a matrix product, the best of a few."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / best_seconds(lambda: a @ b, device)

@@ -94,8 +94,8 @@ def attention() -> Iterator[Finding]:
     """Which operator the reference heads (width 128) would use."""
     import torch
 
+    from flperf.attention import attention_operator
     from flperf.engine import compute_dtype
-    from flperf.heads.layers import attention_operator
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = compute_dtype("auto", device)

@@ -20,6 +20,7 @@ from flperf.checkpoint import Checkpoints
 from flperf.compile_cache import compile_cache_state
 from flperf.config import Config, UserError, parse_interval
 from flperf.data.clips import ClipBatch
+from flperf.data.transfer import copied_ahead
 from flperf.devices import peak_flops
 from flperf.engine import head_weights, load_weights, set_schedule
 from flperf.evaluation import evaluate_run, summary, table
@@ -108,7 +109,7 @@ def train(run: Run, folder: RunFolder, *, profiled: bool = False) -> None:
     tracker = Tracker(run.config, folder, run.process.is_main, first_step, schedule.total_steps)
     tracker.say(f"resumed at step {first_step}" if first_step else f"training {schedule.total_steps} steps; the first compiles")
     use_latent_statistics(run, folder)
-    batches = run.dataset.train_batches(first_step, run.place, run.process.device)
+    batches = copied_ahead(run.dataset.train_batches(first_step, run.place, run.process.device), run.process.device)
     try:
         if run.dataset.validation_size and run.config.evaluation.eval_first and first_step == 0:
             validate(run, tracker, 0, 0)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from flperf.attention import attention_operator
 from flperf.baselines import Baselines
 from flperf.config import Config
 from flperf.data import WITHOUT_VIDEO, Dataset, open_dataset, prepare_dataset
@@ -16,7 +17,6 @@ from flperf.data.preprocessing import Preprocessing
 from flperf.encoder import Encoder, build_encoder, encode_clip
 from flperf.engine import Process, build_engine, compute_dtype, place_among
 from flperf.heads import build_head, use_initial_weights
-from flperf.heads.layers import attention_operator
 from flperf.latents import Layout, Normaliser, Statistics, latent_layout
 from flperf.objective import FlowMatching, Regression, build_objective
 from flperf.throughput import count_parameters, encoder_flops, head_flops, memory_gb

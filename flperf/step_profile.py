@@ -4,11 +4,13 @@ Stages are timed as in every run (on CUDA by events); what happens inside them (
 PyTorch's profiler, which watches a few steps after the first ones have compiled.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from flperf.engine import Process
@@ -51,26 +53,27 @@ class StepProfile:
         return self.steps == PROFILED_STEPS
 
     def _write(self, profiler: profile) -> None:
-        self.table = stage_table(self.timer.read(WATCHED), profiler.key_averages(), self.process.device.type == "cuda")
+        self.table = stage_table(self.timer.read(WATCHED), profiler.events(), self.process.device.type == "cuda")
         if self.process.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(self.folder / "trace.json.gz"))
             (self.folder / "table.txt").write_text(self.table + "\n")
 
 
-def stage_table(stages: dict[str, float], events, on_gpu: bool) -> str:
-    """Milliseconds a step and its share, as text. stages: `StageTimer`'s; events: averages of a profile of `WATCHED` steps."""
+def stage_table(stages: dict[str, float], events: Iterable[FunctionEvent], on_gpu: bool) -> str:
+    """Milliseconds a step and its share, as text. stages: `StageTimer`'s; events: those of a profile of `WATCHED` steps."""
+    # Of a GPU only what ran on it: a kernel's time stands again at the operator that launched it and in every range around it.
+    worked = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation] if on_gpu else events
 
     def milliseconds(parts: tuple[str, ...]) -> float:
         """Of the events with one of these in their name, without what they called."""
-        chosen = [event for event in events if any(part in event.key for part in parts)]
+        chosen = [event for event in worked if any(part in event.name for part in parts)]
         return sum(event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in chosen) / 1e3 / WATCHED
 
-    step = sum(event.cpu_time_total for event in events if event.key.startswith("ProfilerStep")) / 1e3 / WATCHED
-    kernels = sum(event.self_device_time_total for event in events) / 1e3 / WATCHED
+    step = sum(event.cpu_time_total for event in events if event.name.startswith("ProfilerStep")) / 1e3 / WATCHED
     rows = {label: stages[f"{name}_ms"] for name, label in STAGES.items()}
-    # A CPU is idle in no stage; a GPU while it runs no kernel.
-    idle = step - (kernels if on_gpu else sum(rows.values()))
+    # A CPU is idle in no stage; a GPU while nothing runs on any of its streams.
+    idle = step - (busy(worked) / 1e3 / WATCHED if on_gpu else sum(rows.values()))
     rows |= {
         "of it copies": milliseconds(COPIES),
         "of it collectives": milliseconds(COLLECTIVES),
@@ -78,3 +81,12 @@ def stage_table(stages: dict[str, float], events, on_gpu: bool) -> str:
         "whole step": step,
     }
     return "\n".join(f"{label:>18} {value:9.2f} ms {value / step:7.1%}" for label, value in rows.items())
+
+
+def busy(events: Iterable[FunctionEvent]) -> float:
+    """Microseconds in which at least one of the events ran."""
+    total = reached = 0.0
+    for start, end in sorted((event.time_range.start, event.time_range.end) for event in events):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total

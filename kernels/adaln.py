@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from flperf_kernels.launching import launch
 from torch import Tensor
 
 PROGRAMS = 1024  # about what fills a device; each then takes the rows that are its share
@@ -26,7 +27,10 @@ def residual_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: 
 
 
 def reference(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As one would write it, for autograd to differentiate; in at least fp32."""
+    """As one would write it, for autograd to differentiate: (x', h), each [b, n, d] in the dtype of x, computed in at least fp32.
+
+    x, y: [b, n, d]; gate, shift, scale: [b, d], of any dtypes.
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
     gate, shift, scale = (modulation[:, None].to(dtype) for modulation in (gate, shift, scale))
     summed = (x.to(dtype) + gate * y.to(dtype)).to(x.dtype)
@@ -107,12 +111,6 @@ def backward_launch(grad_out, grad_h, out, y, gate, scale, eps, grad_x, grad_y):
     partial = torch.empty(len(out), programs, 3, out.shape[-1], dtype=torch.float32, device=out.device)
     tensors = dict(grad_out=grad_out, grad_h=grad_h, out=out, y=y, gate=gate, scale=scale, grad_x=grad_x, grad_y=grad_y, partial=partial)
     return backward_kernel, (programs, len(out)), tensors | dict(eps=eps) | sizes, options
-
-
-def launch(kernel, grid, arguments, options) -> None:
-    """Run a kernel on the device of its first tensor."""
-    with torch.cuda.device_of(next(iter(arguments.values()))):
-        kernel[grid](**arguments, **options)
 
 
 def _check(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from flperf_kernels.launching import launch
 from flperf_kernels.philox import draw_normals, draw_normals_one_by_one, philox_normal, signed_64
 from torch import Tensor
 
@@ -77,13 +78,16 @@ def _noise_like(data: Tensor, sample: Tensor, seed: int) -> Tensor:
 
 
 def noise_reference(latents, tau, sample, seed, mean, std, norm, eps, out_dtype) -> Tensor:
-    """`flow_matching_noise` in plain PyTorch."""
+    """`flow_matching_noise` in plain PyTorch: latents [b, n, d], tau [b] and sample int64 [b] to x_tau [b, n, d] in `out_dtype`."""
     data = flow_matching_data(latents, mean, std, norm, eps)
     return _noise_like(data, sample, seed).lerp_(data, tau.to(data.dtype)[:, None, None]).to(out_dtype)
 
 
 def loss_reference(prediction, latents, sample, seed, loss, mean, std, norm, eps, weight, reduction, scale) -> Tensor:
-    """The loss as one would write it, for autograd to differentiate."""
+    """`flow_matching_loss` as one would write it, for autograd to differentiate: [b], or a scalar for reduction "mean", in at least fp32.
+
+    prediction and latents [b, n, d]; sample int64 [b]; weight [b] and mean, std [d], or None each.
+    """
     velocity = flow_matching_velocity(latents, sample, seed=seed, mean=mean, std=std, norm=norm, eps=eps)
     pointwise = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}[loss]
     per_sample = pointwise(prediction.to(velocity.dtype), velocity, reduction="none").mean((1, 2)) * scale
@@ -92,7 +96,7 @@ def loss_reference(prediction, latents, sample, seed, loss, mean, std, norm, eps
 
 
 def loss_and_derivative(residual: Tensor, loss: str) -> tuple[Tensor, Tensor]:
-    """l and l' of each element."""
+    """l and its derivative l' of each element of a residual of any shape, both of that shape and dtype; loss is one of LOSSES."""
     if loss == "mse":
         return residual.square(), 2.0 * residual
     if loss == "l1":
@@ -145,7 +149,7 @@ def _data(x, mask, width, eps, scale, shift, NORM: tl.constexpr, STANDARDISE: tl
     """normalise(x) scale + shift."""
     factor = 1.0
     if NORM == "l2":
-        factor = 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, 1, keep_dims=True)), eps)
+        factor = 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, 1, keep_dims=True)), eps, propagate_nan=tl.PropagateNan.ALL)
     elif NORM == "layer":
         x = tl.where(mask, x - tl.sum(x, 1, keep_dims=True) / width, 0.0)
         factor = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / width + eps)
@@ -229,7 +233,7 @@ def loss_kernel(
         elif LOSS == "l1":
             value, derivative = tl.abs(residual), tl.where(residual > 0, gradient_gain, tl.where(residual < 0, -gradient_gain, 0.0))
         else:
-            clamped = tl.clamp(residual, -1.0, 1.0)
+            clamped = tl.clamp(residual, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
             value, derivative = clamped * (residual - 0.5 * clamped), clamped * gradient_gain
         value = value if MASK == "none" else tl.where(mask, value, 0.0)
         loss += tl.sum(value.reshape(R, C // 4, 4), 2)  # four neighbours sit in one thread: a quarter of the registers, no exchange
@@ -264,8 +268,6 @@ def scale_kernel(gradient, factor, factor_stride, gain, total, steps, BLOCK: tl.
 
 
 # ------------------------------------------------------------------------------------------------------------------- launch
-# Each function returns (kernel, grid, arguments, options) instead of launching, so that tests and benchmarks/kernel_report.py
-# compile exactly what a call would run, from meta tensors.
 
 
 def _tiling(latents: Tensor, strided: tuple[Tensor, ...], per_channel: bool, norm: str, per_thread: int):
@@ -316,19 +318,9 @@ def sum_launch(values: Tensor, out: Tensor):
 
 def scale_launch(gradient: Tensor, factor: Tensor, gain: float):
     b, total, block, steps = gradient.shape[0], gradient[0].numel(), 2048, 8
-    arguments = dict(gradient=gradient, factor=factor, factor_stride=factor.stride(0) if factor.dim() else 0, gain=gain)
+    arguments = dict(gradient=gradient, factor=factor, factor_stride=factor.dim(), gain=gain)  # one for all, or one a sample
     grid = (triton.cdiv(total, block * steps), b)
     return scale_kernel, grid, arguments | dict(total=total, steps=steps, BLOCK=block), dict(num_warps=4)
-
-
-def launch(kernel, grid, arguments, options) -> None:
-    """Run a kernel on the device of its first tensor."""
-    if max(grid[1:], default=0) > 65535:
-        raise ValueError(f"a grid of {grid} blocks: CUDA allows at most 65535 samples a batch")
-    # Only [b, n, d] have strides; Triton launches on the current device.
-    arguments = {name: value.contiguous() if isinstance(value, Tensor) and value.dim() == 1 else value for name, value in arguments.items()}
-    with torch.cuda.device_of(next(value for value in arguments.values() if isinstance(value, Tensor))):
-        kernel[grid](**arguments, **options)
 
 
 # -------------------------------------------------------------------------------------------------------------- registration
@@ -340,7 +332,9 @@ def _refuse_gradient(**tensors: Tensor | None) -> None:
             raise ValueError(f"flow matching is differentiable in the prediction only, but {name} requires a gradient: detach it first")
 
 
-def _check(latents, sample, mean, std, norm, prediction=None, tau=None, weight=None, loss="mse", reduction="mean") -> None:
+def _check(
+    latents, sample, mean, std, norm, prediction=None, tau=None, weight=None, loss="mse", reduction="mean", out_dtype=torch.float32
+) -> None:
     """What every implementation relies on; the fake ones check it too, so compiled code fails while it is traced."""
     if latents.dim() != 3 or latents.dtype not in DTYPES:
         raise ValueError(f"latents must be [b, n, d] in {DTYPES}, got {list(latents.shape)} in {latents.dtype}")
@@ -354,7 +348,8 @@ def _check(latents, sample, mean, std, norm, prediction=None, tau=None, weight=N
             raise ValueError(f"{name} must be {wanted}, got {list(tensor.shape)} in {tensor.dtype} on {tensor.device}")
     if (mean is None) != (std is None):
         raise ValueError("mean and std go together")
-    for name, value, allowed in (("norm", norm, NORMS), ("loss", loss, LOSSES), ("reduction", reduction, REDUCTIONS)):
+    choices = dict(norm=(norm, NORMS), loss=(loss, LOSSES), reduction=(reduction, REDUCTIONS), out_dtype=(out_dtype, DTYPES))
+    for name, (value, allowed) in choices.items():
         if value not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
 
@@ -371,12 +366,12 @@ library.define("scale_gradient_(Tensor(a!) gradient, Tensor factor, float gain) 
 
 
 def _noise_fake(latents, tau, sample, seed, mean, std, norm, eps, out_dtype):
-    _check(latents, sample, mean, std, norm, tau=tau)
+    _check(latents, sample, mean, std, norm, tau=tau, out_dtype=out_dtype)
     return torch.empty(latents.shape, dtype=out_dtype, device=latents.device)
 
 
 def _noise_cpu(latents, tau, sample, seed, mean, std, norm, eps, out_dtype):
-    _check(latents, sample, mean, std, norm, tau=tau)
+    _check(latents, sample, mean, std, norm, tau=tau, out_dtype=out_dtype)
     return noise_reference(latents, tau, sample, seed, mean, std, norm, eps, out_dtype)
 
 

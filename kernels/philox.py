@@ -12,6 +12,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+from flperf_kernels.launching import launch
 from torch import Tensor
 from triton.language.extra import libdevice
 
@@ -30,8 +31,9 @@ TWO_LN2 = tl.constexpr(2.0 * math.log(2.0))
 
 
 def philox_words(group: Tensor, sample: Tensor, seed: Tensor | int, rounds: int = ROUNDS.value) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four 32-bit words (in int64, since PyTorch has no full uint32) of counter (group, sample), both int64, broadcast.
+    """Four 32-bit words (each in int64, since PyTorch has no full uint32) of the counter (group, sample).
 
+    group and sample: int64, of shapes that broadcast to the one of each word; seed: an int or int64, of which all 64 bits count.
     A product of two 32-bit numbers wraps to a negative int64, but its bits are right, and shift and mask read the halves off them.
     """
     c0, c1, c2, c3 = group & LOW, (group >> 32) & LOW, sample & LOW, (sample >> 32) & LOW
@@ -44,7 +46,7 @@ def philox_words(group: Tensor, sample: Tensor, seed: Tensor | int, rounds: int 
 
 
 def box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
-    """Two words to two independent fp32 normals."""
+    """Two words (32 bits in int64), of any one shape, to two independent standard normals of that shape in fp32."""
     radius = (-2.0 * (radius_word.float() * UNIFORM_STEP.value + UNIFORM_STEP.value / 2).log()).sqrt()
     angle = angle_word.float() * ANGLE_STEP.value
     return radius * angle.cos(), radius * angle.sin()
@@ -74,8 +76,7 @@ def philox_normal(sample: Tensor, count: int, *, seed: int) -> Tensor:
         return normal_reference(sample, count, seed)
     if sample.is_cuda:
         out = torch.empty(len(sample), count, device=sample.device)
-        with torch.cuda.device_of(sample):  # Triton launches on the current device
-            normal_kernel[triton.cdiv(count, 1024), len(sample)](sample.contiguous(), out, count, seed, FAST=True, BLOCK=1024)
+        launch(*normal_launch(sample, out, seed))
         return out
     # By count alone and not by the batch, whose split must not change a bit: eager and compiled code may round a cosine differently.
     if count < 1024:
@@ -167,3 +168,10 @@ def normal_kernel(sample, out, count, seed: tl.int64, FAST: tl.constexpr, BLOCK:
     element = block * BLOCK + tl.arange(0, BLOCK)[None, :]
     normals = draw_normals(group.to(tl.uint64), tl.load(sample + b), seed, 1.0, FAST)
     tl.store(out + b * count + element, normals, mask=element < count)
+
+
+def normal_launch(sample: Tensor, out: Tensor, seed: int):
+    """Fill out [b, count] with the noise of sample int64 [b]: (kernel, grid, arguments, options) for `launch`."""
+    count, block = out.shape[1], 1024
+    arguments = dict(sample=sample, out=out, count=count, seed=seed, FAST=not out.is_cpu, BLOCK=block)
+    return normal_kernel, (triton.cdiv(count, block), len(sample)), arguments, dict(num_warps=4)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from flperf.attention import attention
 from flperf.config import Backbone, UserError
 
 TUBELET = (2, 16, 16)
@@ -102,8 +103,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """b n d -> b n d."""
         projected = self.query_key_value(self.attention_norm(x))
-        query, key, value = rearrange(projected, "b n (three a k) -> three b a n k", three=3, a=self.num_heads).unbind()
-        x = x + self.out(rearrange(F.scaled_dot_product_attention(query, key, value), "b a n k -> b n (a k)"))
+        query, key, value = rearrange(projected, "b n (three a k) -> three b n a k", three=3, a=self.num_heads).unbind()
+        x = x + self.out(rearrange(attention(query, key, value), "b n a k -> b n (a k)"))
         return x + self.dense_out(F.gelu(self.dense_in(self.mlp_norm(x)), approximate="tanh"))
 
 

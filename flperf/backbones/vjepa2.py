@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from flperf.attention import attention
 from flperf.backbones.pretrained import load_transformer
 from flperf.config import Backbone, UserError
 
@@ -53,34 +54,34 @@ class Block(nn.Module):
 
     def __init__(self, layer: Any):
         super().__init__()
-        attention = layer.attention
-        self.num_heads = attention.num_attention_heads
-        self.norm1, self.norm2, self.mlp, self.out = layer.norm1, layer.norm2, layer.mlp, attention.proj
-        dim, bias = attention.hidden_size, attention.query.bias is not None
+        theirs = layer.attention
+        self.num_heads = theirs.num_attention_heads
+        self.norm1, self.norm2, self.mlp, self.out = layer.norm1, layer.norm2, layer.mlp, theirs.proj
+        dim, bias = theirs.hidden_size, theirs.query.bias is not None
         self.query_key_value = nn.Linear(dim, 3 * dim, bias=bias)
         for name in ("weight", "bias") if bias else ("weight",):
-            query, key, value = (getattr(part, name).detach() for part in (attention.query, attention.key, attention.value))
+            query, key, value = (getattr(part, name).detach() for part in (theirs.query, theirs.key, theirs.value))
             query, key = (rearrange(x, "(a k two) ... -> (a two k) ...", a=self.num_heads, two=2) for x in (query, key))
             setattr(self.query_key_value, name, nn.Parameter(torch.cat([query, key, value])))
 
     def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        """b n d -> b n d; cosine, sine: [n, k]."""
+        """b n d -> b n d; cosine, sine: [n, 1, k]."""
         query, key, value = rearrange(
-            self.query_key_value(self.norm1(x)), "b n (three a k) -> three b a n k", three=3, a=self.num_heads
+            self.query_key_value(self.norm1(x)), "b n (three a k) -> three b n a k", three=3, a=self.num_heads
         ).unbind()
-        mixed = F.scaled_dot_product_attention(rotate(query, cosine, sine), rotate(key, cosine, sine), value)
-        x = x + self.out(rearrange(mixed, "b a n k -> b n (a k)"))
+        mixed = attention(rotate(query, cosine, sine), rotate(key, cosine, sine), value)
+        x = x + self.out(rearrange(mixed, "b n a k -> b n (a k)"))
         return x + self.mlp(self.norm2(x))
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + k/2) of `b a n k`, in fp32."""
+    """Rotate the pairs (i, i + k/2) of `b n a k` by cosine and sine [n, 1, k], in fp32."""
     first, second = x.float().chunk(2, dim=-1)
     return (x.float() * cosine + torch.cat([-second, first], dim=-1) * sine).to(x.dtype)
 
 
 def rotary_table(frames: int, height: int, width: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine for every token and channel of a head, even channels first, fp32 [t h w, k].
+    """Cosine and sine for every token and channel of a head, even channels first, fp32 [t h w, 1, k].
 
     As published, which the weights expect: each of t, h and w has a third of the channels (rounded down to pairs), the frequencies of
     that third repeat one after another, so the two channels of a pair turn by different angles, and what is left over stays.
@@ -90,5 +91,5 @@ def rotary_table(frames: int, height: int, width: int, head_dim: int, device: to
     places = torch.cartesian_prod(*(torch.arange(size, device=device) for size in (frames, height, width)))
     angles = (places[:, :, None] * frequencies.repeat(2)).flatten(1)  # [t h w, 3 * 2 * count]
     angles = F.pad(angles, (0, head_dim - angles.shape[1]))
-    angles = rearrange(angles, "n (k two) -> n (two k)", two=2)
+    angles = rearrange(angles, "n (k two) -> n 1 (two k)", two=2)
     return angles.cos(), angles.sin()

@@ -1,4 +1,4 @@
-"""The parts all heads are built of: attention, rotary and sine positions, the transformer block, the embedding of tau.
+"""The parts all heads are built of: attention layers, rotary and sine positions, the transformer block, the embedding of tau.
 
 Shapes in einops names: b batch, n tokens of the head's own sequence, m tokens of the context, d width, a attention heads,
 k width of one attention head. One block serves every head: `modulated` adds adaLN-zero (DiT, arXiv:2212.09748, section 3.2),
@@ -11,33 +11,11 @@ from einops import rearrange, repeat
 from flperf_kernels.adaln import residual_modulate
 from torch import Tensor, nn
 
+from flperf.attention import attention
 from flperf.latents import Layout
 
 ROTARY_BASE = 10_000.0
 Rotary = tuple[Tensor, Tensor]  # cosine and sine, each fp32 [n, 1, k/2]
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(k)) v for `b n a k` tensors: xFormers on CUDA, PyTorch's own kernel elsewhere (xFormers has none)."""
-    if query.is_cuda:
-        from xformers.ops import memory_efficient_attention
-
-        return memory_efficient_attention(query, key, value)
-    query, key, value = (rearrange(x, "b n a k -> b a n k") for x in (query, key, value))
-    return rearrange(F.scaled_dot_product_attention(query, key, value), "b a n k -> b n a k")
-
-
-def attention_operator(width: int, dtype: torch.dtype, device: torch.device) -> str:
-    """What `attention` runs for heads of this width, and what it could run but for a package that is missing."""
-    if device.type != "cuda":
-        return "PyTorch scaled_dot_product_attention"
-    from xformers.ops import fmha
-
-    query = torch.empty(1, 128, 1, width, dtype=dtype, device=device)
-    operator = fmha.dispatch._dispatch_fw(fmha.Inputs(query, query, query), needs_gradient=True)
-    hopper_unused = torch.cuda.get_device_capability(device) == (9, 0) and operator is not fmha.flash3.FwOp
-    advice = "; this GPU could run FlashAttention-3, some 1.5 times faster: install flash_attn_3" if hopper_unused else ""
-    return f"xFormers {operator.NAME}{advice}"
 
 
 def token_coordinates(layout: Layout) -> Tensor:

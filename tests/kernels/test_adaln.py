@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from flperf_kernels import adaln
+from flperf_kernels.launching import launch
 
 from benchmarks import kernel_report, norm_report
 from flperf.config import Model
@@ -37,10 +38,10 @@ def exact(tensors, dtype=torch.float64):
 def by_kernels(tensors):
     x, y, gate, shift, scale, grad_out, grad_h = tensors
     out, h, grad_x, grad_y = (torch.full_like(x, float("nan")) for _ in range(4))
-    adaln.launch(*adaln.forward_launch(x, y, gate, shift, scale, 1e-6, out, h))
+    launch(*adaln.forward_launch(x, y, gate, shift, scale, 1e-6, out, h))
     backward = adaln.backward_launch(grad_out, grad_h, out, y, gate, scale, 1e-6, grad_x, grad_y)
     backward[2]["partial"].fill_(float("nan"))
-    adaln.launch(*backward)
+    launch(*backward)
     return [out, h, grad_x, grad_y, *backward[2]["partial"].sum(1).to(x.dtype).unbind(1)]
 
 
@@ -130,8 +131,8 @@ def test_machine_code(chip, dtype, width):
         0.5: adaln.forward_launch(x, x, gate, gate, gate, 1e-6, x, x),
         0.25: adaln.backward_launch(x, x, x, x, gate, gate, 1e-6, x, x),
     }
-    for occupancy, launch in launches.items():
-        code = kernel_report.disassemble(kernel_report.specialise(launch, chip.capability), chip.capability)
+    for occupancy, described in launches.items():
+        code = kernel_report.disassemble(kernel_report.specialise(described, chip.capability), chip.capability)
         assert code.stack_bytes == code.local_bytes == 0 and code.loops == 1
         assert not [opcode for opcode in code.setup | code.loop if opcode.startswith(("LDL", "STL", "ATOM", "RED"))]
         narrow = [opcode for opcode in code.loop if opcode[:3] in ("LDG", "STG") and ".128" not in opcode]

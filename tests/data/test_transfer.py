@@ -1,0 +1,52 @@
+"""Copies to the device: the same batches in the same order, and an end to the threads behind them."""
+
+import pytest
+import torch
+
+from flperf.data.clips import ClipBatch
+from flperf.data.transfer import copied_ahead
+
+
+class Source:
+    """Three batches of latents, as a generator that knows whether it was closed."""
+
+    def __init__(self, pinned: bool):
+        index = torch.arange(2)
+        latents = [torch.full((2, 8, 16, 16, 256), float(i), pin_memory=pinned) for i in range(3)]
+        self.batches = [ClipBatch(index, index, index + i, index >= 0, latents=x) for i, x in enumerate(latents)]
+        self.closed = False
+
+    def read(self):
+        try:
+            yield from self.batches
+        finally:
+            self.closed = True
+
+
+def test_on_a_cpu_batches_pass_untouched():
+    source = Source(pinned=False)
+    assert all(a is b for a, b in zip(copied_ahead(source.read(), torch.device("cpu")), source.batches, strict=True))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_closing_ends_the_source(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    source = Source(pinned=device == "cuda")
+    batches = copied_ahead(source.read(), torch.device(device))
+    next(batches)
+    batches.close()
+    assert source.closed
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_copies_hold_what_was_sent():
+    source, device = Source(pinned=True), torch.device("cuda")
+    work = torch.ones(4096, 4096, device=device)
+    sums = []
+    for batch in copied_ahead(source.read(), device):
+        assert batch.latents.device.type == "cuda"
+        sums.append(((work @ work).sum() * 0 + batch.latents.double().mean(), batch.sample.tolist()))  # behind work that takes a while
+        del batch  # its memory may be taken by the next copy, but not before it was read
+    assert [(value.item(), sample) for value, sample in sums] == [(float(i), [i, i + 1]) for i in range(3)]

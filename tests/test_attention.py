@@ -1,0 +1,26 @@
+"""Attention as encoders and heads call it, against its formula."""
+
+import pytest
+import torch
+
+from flperf.attention import attention, attention_operator
+
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("width", [64, 88])
+def test_attention_is_its_formula(device, width):
+    """On parts of one projection, as blocks have them, and with other lengths of keys and queries."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(2, 37, 3, 4, width, generator=generator).to(device, torch.float16).unbind(2)  # each b n a k
+    query = query[:, :20]
+    scores = torch.einsum("bnak, bmak -> banm", query.double(), key.double()) / width**0.5
+    expected = torch.einsum("banm, bmak -> bnak", scores.softmax(-1), value.double())
+    mixed = attention(query, key, value)
+    assert mixed.shape == query.shape and mixed.dtype == query.dtype
+    torch.testing.assert_close(mixed.double(), expected, rtol=0, atol=4e-3)
+
+
+def test_the_operator_has_a_name():
+    assert attention_operator(128, torch.float32, torch.device("cpu")) == "PyTorch scaled_dot_product_attention"
