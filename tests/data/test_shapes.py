@@ -17,8 +17,10 @@ from flperf.data.shapes import (
     draw_clips,
     heatmap_centres,
     patch_heatmaps,
+    shape_rows,
     to_pixels,
     to_unit,
+    whole_frames,
 )
 
 CPU = torch.device("cpu")
@@ -138,10 +140,32 @@ def test_a_shape_is_every_pixel_whose_centre_it_covers_though_memory_is_used_aga
     assert len(addresses) == 1
 
 
-def test_shapes_partly_beyond_the_edge_are_cut():
-    centres = np.array([[[[1.0, 63.0], [62.5, -2.0]]]], dtype=np.float32)
-    drawn = Canvas(1, (64, 64), CPU).draw(centres, SHAPES)
-    assert torch.equal(drawn[0], compared_pixel_by_pixel(centres[0], SHAPES, (64, 64)))
+def as_on_a_gpu(centres, shapes, size):
+    return whole_frames(shape_rows(torch.from_numpy(centres).flatten(0, 1), shapes, size), size).unflatten(0, centres.shape[:2])
+
+
+def on_a_cpu(centres, shapes, size):
+    return Canvas(centres.shape[1], size, CPU).draw(centres, shapes)
+
+
+@pytest.mark.parametrize("draw", [on_a_cpu, as_on_a_gpu])
+def test_shapes_partly_beyond_the_edge_are_cut(draw):
+    centres = np.array([[[[1.0, 63.0], [62.5, -2.0]], [[-30.0, 20.0], [90.0, 90.0]]]], dtype=np.float32)  # at last out of sight
+    drawn = draw(centres, SHAPES, (64, 64))
+    assert drawn.shape == (1, 2, 64, 64, 3) and torch.equal(drawn[0], compared_pixel_by_pixel(centres[0], SHAPES, (64, 64)))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 80), (1, 7)])
+def test_a_gpu_draws_what_a_cpu_draws(size):
+    centres = clip_centres([0, 1, 2], SHAPES, 0, 20, 1)
+    assert torch.equal(as_on_a_gpu(centres, SHAPES, size), on_a_cpu(centres, SHAPES, size))
+
+
+@pytest.mark.gpu
+def test_the_canvas_of_a_gpu_is_on_it():
+    centres = clip_centres([0, 1, 2], SHAPES, 0, 20, 1)
+    drawn = Canvas(20, (64, 64), torch.device("cuda")).draw(centres, SHAPES)
+    assert drawn.is_cuda and drawn.is_contiguous() and torch.equal(drawn.cpu(), on_a_cpu(centres, SHAPES, (64, 64)))
 
 
 def test_heatmaps_are_distributions_around_the_centre():
