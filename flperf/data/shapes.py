@@ -11,6 +11,7 @@ corner is (-1, -1) and the opposite one (1, 1).
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -29,7 +30,8 @@ SHAPES = ("square", "disk")  # the order of centres and heatmaps
 SPLICED = 2**32  # added to the seed of what is spliced in
 
 
-Rows = tuple[Tensor, Tensor, Tensor]  # of a shape in each frame, int64 `n r` each: row, first pixel, pixel after the last; none: row = height
+# Of a shape in each frame, int64 `n r` each: row (the height of the frame where there is none), first pixel, pixel after the last.
+Rows = tuple[Tensor, Tensor, Tensor]
 Runs = dict[int, np.ndarray]  # by length in pixels, the first pixels (of a batch) of the runs of that length, int64 [n]
 
 
@@ -115,6 +117,17 @@ def paint(pixels: np.ndarray, runs: Runs, colour: tuple[int, int, int]) -> None:
         windows[first] = np.frombuffer(bytes(colour) * length, item)
 
 
+@dataclass
+class ShapesBatch(ClipBatch):
+    """Drawn clips with where their shapes are: `centres`, and the same as heatmaps."""
+
+    image_size: int = 0  # of the canvas whose pixels the centres count
+
+    def heatmaps(self, height: int, width: int) -> Tensor:
+        """fp32 `b f 2 h w`: for each shape of each frame the distribution over patches that `patch_heatmaps` tells of."""
+        return patch_heatmaps(self.centres, self.image_size, height, width)
+
+
 def read_batches(
     batches: Iterable[list[Draw]],
     labels: list[int],
@@ -126,11 +139,12 @@ def read_batches(
     size: Size,
     device: torch.device,
 ) -> Batches:
-    """Yield batches for `device`; clip i of the split has index `first_index + i`. They carry the shapes' centres."""
+    """Yield `ShapesBatch`es for `device`; clip i of the split has index `first_index + i`."""
     canvas = Canvas(n_frames, size, device)
     for draws in batches:
         centres = clip_centres([first_index + draw.clip for draw in draws], shapes, seed, n_frames, stride)
-        yield ClipBatch.of(draws, labels, video=canvas.draw(centres, shapes), centres=torch.from_numpy(centres))
+        video = canvas.draw(centres, shapes)
+        yield ShapesBatch.of(draws, labels, video=video, centres=torch.from_numpy(centres), image_size=shapes.image_size)
 
 
 def draw_clips(indices: list[int], shapes: Shapes, seed: int, n_frames: int, stride: int, size: Size) -> tuple[Tensor, Tensor]:
@@ -193,6 +207,14 @@ def circle(centre: float, radius: float, phase: float, period: float, time: np.n
 
 
 def check(shapes: Shapes) -> None:
+    """Raises `UserError` where the shapes don't fit the canvas."""
+    for key in ("image_size", "square_size", "disk_radius"):
+        if getattr(shapes, key) <= 0:
+            raise UserError(f"dataset.shapes.{key}: must be above 0, is {getattr(shapes, key)}")
+    for key in ("square_init", "square_vel"):
+        value = getattr(shapes, key)
+        if value is not None and len(value) != 2:
+            raise UserError(f"dataset.shapes.{key}: must be [x, y], is {value}")
     half, size = shapes.square_size / 2, shapes.image_size
     if shapes.square_size >= size or 4 * shapes.disk_radius >= size:
         raise UserError(f"dataset.shapes: the square ({shapes.square_size}) or disk ({shapes.disk_radius}) is too large for {size} pixels")
