@@ -128,8 +128,8 @@ class Observer(Protocol):
     """Judges forecasts by something else than errors of latents."""
 
     def add(self, latents: dict[str, Tensor], batch: ClipBatch) -> None:
-        """Normalised latents, fp32 `b t h w d`, of "forecast", "copy_last" (t = 1) and "target"; and of one "sample" where the forecast is the
-        mean of several: a future, and not a blur of some."""
+        """Normalised latents, fp32 `b t h w d`, of "forecast", "copy_last" (t = 1) and "target"; where the forecast is the mean of several
+        samples, which may be a blur, of one "sample", too."""
 
 
 @dataclass
