@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import BACKBONES, REGIMES, ROOT, TINY
+from runs import BACKBONES, FOUR_DS, REGIMES, ROOT, TINY
 
 from flperf import forecasting
 from flperf.config import UserError, load_config
@@ -110,8 +110,7 @@ def test_a_locator_is_read_as_it_was_written(folder):
 @pytest.mark.parametrize("kind", ["vjepa2", "dinov3", "4ds"])
 def test_what_it_learns_from_single_images_it_finds_in_clips(folder, kind):
     """An image is a video that stands still for one latent frame."""
-    size = ["backbone.kind=4ds", *(f"backbone.architecture.{key}" for key in ("crop_size=null", "image_size=32", "intermediate_size=48"))]
-    overrides = {**BACKBONES, "4ds": size}[kind]
+    overrides = {**BACKBONES, "4ds": FOUR_DS}[kind]
     images = load_config(str(folder / "tiny.yaml"), [*overrides, "dataset.n_frames=1"])
     locator, error = train_locator(images, "heatmap", 2, CPU)
     save_locator(folder / f"{kind}.safetensors", locator, images)
