@@ -7,6 +7,7 @@ own scores say whether they are good and honestly spread.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -61,36 +62,46 @@ class Sums:
         return {key: (part / self.clips).view(total.shape) for (key, total), part in zip(self.totals.items(), parts, strict=True)}
 
 
-class Moments:
-    """Mean and covariance of tokens, for the Fréchet distance."""
+@dataclass
+class Gaussian:
+    """mean [d] and covariance [d d], fp64."""
 
-    def __init__(self, dim: int, device: torch.device):
-        self.total = torch.zeros(dim + 1, dim, dtype=torch.float64, device=device)  # outer products, then the sum
-        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
+    mean: Tensor
+    covariance: Tensor
+
+    @cached_property
+    def root(self) -> Tensor:
+        """The covariance's square root; what takes longest of a Fréchet distance."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+
+class Moments:
+    """Mean and covariance of the tokens of each latent frame, for the Fréchet distance."""
+
+    def __init__(self, frames: int, dim: int, device: torch.device):
+        self.total = torch.zeros(frames, dim + 1, dim, dtype=torch.float64, device=device)  # outer products, then the sum
+        self.tokens = torch.zeros((), dtype=torch.float64, device=device)  # of a frame
 
     def add(self, latents: Tensor) -> None:
-        """latents: `… d`."""
-        tokens = latents.flatten(0, -2).float()
-        self.total += torch.cat([tokens.T @ tokens, tokens.sum(0, keepdim=True)]).double()
-        self.tokens += len(tokens)
+        """latents: `b t h w d`."""
+        tokens = rearrange(latents, "b t h w d -> t (b h w) d").float()
+        self.total += torch.cat([tokens.mT @ tokens, tokens.sum(1, keepdim=True)], dim=1).double()
+        self.tokens += tokens.shape[1]
 
-    def result(self) -> tuple[Tensor, Tensor]:
-        """Mean [d] and covariance [d d] over all processes, fp64 on the CPU."""
+    def result(self) -> list[Gaussian]:
+        """Of each frame, and at last of all frames together; over all processes, on the CPU."""
         if dist.is_initialized():
             dist.all_reduce(self.total)
             dist.all_reduce(self.tokens)
-        total = (self.total / self.tokens).cpu()
-        mean = total[-1]
-        return mean, total[:-1] - torch.outer(mean, mean)
+        frames = (self.total / self.tokens).cpu()
+        return [Gaussian(total[-1], total[:-1] - torch.outer(total[-1], total[-1])) for total in [*frames, frames.mean(0)]]
 
 
-def frechet_distance(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two (mean, covariance) (Heusel et al., arXiv:1706.08500, equation 6)."""
-    (mean1, covariance1), (mean2, covariance2) = first, second
-    values, vectors = torch.linalg.eigh(covariance1)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    overlap = torch.linalg.eigvalsh(root @ covariance2 @ root).clamp(min=0).sqrt().sum()
-    return ((mean1 - mean2).square().sum() + covariance1.trace() + covariance2.trace() - 2 * overlap).item()
+def frechet_distance(first: Gaussian, second: Gaussian) -> float:
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al., arXiv:1706.08500, equation 6)."""
+    overlap = torch.linalg.eigvalsh(first.root @ second.covariance @ first.root).clamp(min=0).sqrt().sum()
+    return ((first.mean - second.mean).square().sum() + first.covariance.trace() + second.covariance.trace() - 2 * overlap).item()
 
 
 def sample_scores(samples: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -118,7 +129,8 @@ class Observer(Protocol):
     """Judges forecasts by something else than errors of latents."""
 
     def add(self, latents: dict[str, Tensor], batch: ClipBatch) -> None:
-        """Normalised latents, fp32 `b t h w d`, of "forecast" (the mean of the samples), "copy_last" (t = 1) and "target"."""
+        """Normalised latents, fp32 `b t h w d`, of "forecast", "copy_last" (t = 1) and "target"; where the forecast is the mean of several
+        samples, which may be a blur, of one "sample", too."""
 
 
 @dataclass
@@ -159,7 +171,8 @@ def evaluate(
 
     batches yield `ClipBatch`es; latents_of turns one into normalised (context, target). skill = 1 - forecast's error / the best trivial
     forecast's, for each error; above 0 the head knows something. The result holds means over all frames by name, and under "horizon" the
-    same names with a list, one number a latent frame ahead. `frechet` compares the tokens of one sample with the true ones.
+    same names with a list, one number a latent frame ahead. `frechet` compares the tokens of one sample with the true ones; over all frames
+    it is that of all tokens together.
     Observers see the latents of every batch.
     """
     device = baselines.position_mean.device
@@ -177,9 +190,12 @@ def evaluate(
         for name, score in scores.items():
             sums.add(name, score, valid)
         for name, latents in {**forecasts, "forecast": samples[:, 0], "target": truth}.items():
-            moments.setdefault(name, Moments(truth.shape[-1], device)).add(latents.expand_as(truth)[valid])
+            moments.setdefault(name, Moments(truth.shape[1], truth.shape[-1], device)).add(latents.expand_as(truth)[valid])
+        seen = {"target": truth, "forecast": forecasts["forecast"], "copy_last": forecasts["copy_last"]}
+        if samples.shape[1] > 1:
+            seen["sample"] = samples[:, 0]
         for observer in observers:
-            observer.add({"target": truth, "forecast": samples.mean(1), "copy_last": context[:, -1:].float()}, batch)
+            observer.add(seen, batch)
     return _result(sums, moments, objective.samples)
 
 
@@ -191,30 +207,43 @@ def _result(sums: Sums, moments: dict[str, Moments], samples: int) -> dict[str, 
         best = torch.stack([means[f"{name}_{error}"].expand_as(means[f"forecast_{error}"]) for name in BASELINES])
         means[f"skill_{error}"] = 1 - means[f"forecast_{error}"] / best.amin(0).clamp(min=SMALLEST)
     if samples > 1:
-        # The mean of k honest samples errs by 1 + 1/k of their variance (Fortin et al. 2014, equation 15): 1 is calibrated, less too sure.
-        means["spread"] = ((1 + 1 / samples) * means["variance"] / means["forecast_mse"]).sqrt()
+        means["spread"] = _spread(means["variance"], means["forecast_mse"], samples)
     result: dict[str, Any] = {"clips": int(sums.clips)}
-    result |= {key: value.mean().item() for key, value in means.items() if not key.startswith("skill")}
-    for error in ERRORS:  # of the means: not the mean of skills
+    result |= {key: value.mean().item() for key, value in means.items()}
+    if samples > 1:  # ratios of the means: not means of ratios
+        result["spread"] = _spread(means["variance"].mean(), means["forecast_mse"].mean(), samples).item()
+    for error in ERRORS:
         result[f"skill_{error}"] = 1 - result[f"forecast_{error}"] / max(min(result[f"{name}_{error}"] for name in BASELINES), SMALLEST)
-    distributions = {name: moment.result() for name, moment in moments.items()}
-    result |= {f"{name}_frechet": frechet_distance(distributions[name], distributions["target"]) for name in ("forecast", *BASELINES)}
+    result["horizon"] = {key: value.tolist() for key, value in means.items() if value.ndim == 1}
+    truth = moments.pop("target").result()
+    for name, moment in moments.items():
+        distances = [frechet_distance(true, forecast) for true, forecast in zip(truth, moment.result(), strict=True)]
+        *result["horizon"][f"{name}_frechet"], result[f"{name}_frechet"] = distances
     for error in ("l1", "mse"):  # a clip's best sample, not the best of each frame
         if f"best_{error}" in result:
             result[f"best_{error}"] = result.pop(f"best_clip_{error}")
-    result["horizon"] = {key: value.tolist() for key, value in means.items() if value.ndim == 1}
     return result
 
 
+def _spread(variance: Tensor, error: Tensor, samples: int) -> Tensor:
+    """Spread of k samples against the squared error of their mean, which is 1 + 1/k of their variance where they are honest (Fortin et al.
+    2014, equation 15): 1 is calibrated, less too sure."""
+    return ((1 + 1 / samples) * variance / error).sqrt()
+
+
 def evaluate_run(run: Run, observers: Sequence[Observer] = ()) -> dict[str, Any]:
-    """`evaluate` on the first `evaluation.max_clips` validation clips, shared out over the processes, with a progress bar."""
+    """`evaluate` on the first `evaluation.max_clips` validation clips, shared out over the processes, with a progress bar.
+
+    The result names the latents' `norm`, too: errors compare only between runs that have it in common.
+    """
     config, device = run.config.evaluation, run.process.device
     batch_size = config.batch_size or run.place.micro_batch_size
     batches = run.dataset.validation_batches(run.place, batch_size, config.max_clips, device)
     clips = min(run.dataset.validation_size, config.max_clips or run.dataset.validation_size)
     rounds = -(-clips // (batch_size * run.process.world_size))
     shown = tqdm(_on_device(batches, device), "evaluating", rounds, leave=False, disable=None if run.process.is_main else True)
-    return evaluate(run.forecaster, run.objective, shown, run.latents, run.baselines, observers)
+    result = evaluate(run.forecaster, run.objective, shown, run.latents, run.baselines, observers)
+    return {"norm": run.config.latents.embedding_norm, **result}
 
 
 def _on_device(batches: Iterable[ClipBatch], device: torch.device) -> Iterator[ClipBatch]:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -34,7 +34,10 @@ def frame_centres(centres: Tensor, encoder: Encoder) -> Tensor:
 
 
 class FrameLatents:
-    """Latents of single frames with the true centres, as forecasts of a configuration have them but for standardisation."""
+    """Latents of single frames with the true centres, as forecasts of a configuration have them but for standardisation.
+
+    A single image is repeated to as many frames as a latent frame has.
+    """
 
     def __init__(self, config: Config, device: torch.device):
         if config.dataset.kind != "bouncing_shapes":
@@ -44,20 +47,21 @@ class FrameLatents:
         self.dataset = open_dataset(config, preprocessing, config.seed)
         dtype = compute_dtype(config.engine.precision, device)
         self.encoder = build_encoder(config.backbone, preprocessing, dtype=dtype, device=device, compile=config.engine.compile)
-        self.frames, height, width, dim = self.encoder.latent_shape(config.dataset.n_frames)
+        self.repeats = self.encoder.frames_per_latent if config.dataset.n_frames == 1 else 1
+        self.frames, height, width, dim = self.encoder.latent_shape(config.dataset.n_frames * self.repeats)
         self.grid = height, width, dim
         self.normaliser = Normaliser(unstandardised(config.latents.embedding_norm), torch.float32)
 
     @torch.no_grad()
     def of(self, batch: ClipBatch) -> tuple[Tensor, Tensor]:
         """Latents `n h w d` and centres `n 2 2` of all latent frames of a batch; of a single image where a clip is one."""
-        video = batch.video.to(self.device)
+        video, centres = (repeat(part.to(self.device), "b f ... -> b (f r) ...", r=self.repeats) for part in (batch.video, batch.centres))
         if self.frames == 1:
             latents = self.encoder(video)
         else:
             layout = latent_layout(self.config, self.frames, *self.grid)
             latents = torch.cat(encode_clip(self.encoder, video, layout, self.config.backbone.encode), dim=1)
-        centres = frame_centres(batch.centres.to(self.device), self.encoder)[:, : latents.shape[1]]
+        centres = frame_centres(centres, self.encoder)[:, : latents.shape[1]]
         return self.normaliser(latents).flatten(0, 1), centres.flatten(0, 1)
 
 
@@ -158,6 +162,7 @@ class PixelErrors:
 
 
 def locator_summary(errors: dict[str, list[float]]) -> str:
-    names = {"forecast": "forecast", "copy_last": "copy last", "target": "true latents"}
-    rows = [f"{label:>14}" + "".join(f"{error:9.1f}" for error in errors[name]) for name, label in names.items()]
+    names = {"forecast": "forecast", "sample": "one sample", "copy_last": "copy last", "target": "true latents"}
+    shown = {label: errors[name] for name, label in names.items() if name in errors}
+    rows = [f"{label:>14}" + "".join(f"{error:9.1f}" for error in ahead) for label, ahead in shown.items()]
     return "\n".join(["where the shapes are, error in pixels by latent frame ahead:", *rows])

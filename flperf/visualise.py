@@ -149,12 +149,12 @@ def _draw_errors(axis, example: Example) -> None:
     forecasts = {"forecast": example.forecast[: len(target)]}
     if example.baselines is not None:
         trivial = example.baselines.forecasts(example.context[None])
-        names = {"copy_last": "copy of the last latent", "mean": "mean latent", "ridge": "ridge regression"}
+        names = {"copy_last": "copy of the last latent", "mean": "mean latent", "median": "median latent", "ridge": "ridge regression"}
         forecasts |= {label: trivial[name][0] for name, label in names.items()}
-    for (label, latents), style in zip(forecasts.items(), ("o-", "s--", "^:", "v:"), strict=False):
+    for (label, latents), style in zip(forecasts.items(), ("o-", "s--", "^:", "d:", "v:"), strict=False):
         error = (latents[: len(target)] - target).abs().mean((1, 2, 3))
         axis.plot(range(1, len(target) + 1), error, style, label=label, markersize=4)
-    axis.set(xlabel="latent frames ahead", ylabel="L1 error\n(standardised)", ylim=(0, None))
+    axis.set(xlabel="latent frames ahead", ylabel="L1 error\n(normalised)", ylim=(0, None))
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
 

@@ -38,6 +38,8 @@ BACKBONES = {
     "dinov3": ["backbone.kind=dinov3", "backbone.frame_stride=2", *(f"backbone.architecture.{k}={v}" for k, v in DINOV3.items())],
 }
 
+FOUR_DS = ["backbone.kind=4ds", *(f"backbone.architecture.{size}" for size in ("crop_size=null", "image_size=32", "intermediate_size=48"))]
+
 
 def free_port() -> int:
     with socket.socket() as listener:

@@ -57,14 +57,18 @@ def test_latents_have_the_contract_shape(kind):
     assert not encoder.training and not any(parameter.requires_grad for parameter in encoder.parameters())
 
 
+@pytest.mark.parametrize("layout", [LAYOUT, Layout(3, 3, 2, 2, 48)], ids=["apart", "in one batch"])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_split_encoding_lets_no_bit_of_the_target_into_the_context(kind):
-    encoder, video, changed = build(kind), random_video(), random_video()
-    changed[:, 4:] = random_video(seed=1)[:, 4:]
-    context, target = encode_clip(encoder, video, LAYOUT, "split")
-    context_changed, target_changed = encode_clip(encoder, changed, LAYOUT, "split")
+def test_split_encoding_lets_no_bit_of_the_target_into_the_context(kind, layout):
+    """Parts of equal length are encoded as one batch."""
+    encoder, video, changed, known = build(kind), random_video(), random_video(), 2 * layout.context_frames
+    changed[:, known:] = random_video(seed=1)[:, known:]
+    context, target = encode_clip(encoder, video, layout, "split")
+    context_changed, target_changed = encode_clip(encoder, changed, layout, "split")
     assert torch.equal(context, context_changed)
     assert not torch.allclose(target, target_changed)
+    torch.testing.assert_close(context, encoder(video[:, :known]))
+    torch.testing.assert_close(target, encoder(video[:, known:]))
 
 
 def test_joint_encoding_leaks_as_soon_as_the_encoder_attends():

@@ -8,9 +8,10 @@ import torch
 from flperf.baselines import Baselines
 from flperf.config import Config, UserError
 from flperf.data.clips import ClipBatch
-from flperf.evaluation import ERRORS, Moments, Pooled, Sums, evaluate, frechet_distance, sample_scores, summary
+from flperf.evaluation import ERRORS, Gaussian, Moments, Pooled, Sums, evaluate, frechet_distance, sample_scores, summary
 from flperf.latents import Layout
 from flperf.objective import build_objective, forecast
+from flperf.probe import probe_accuracies
 
 LAYOUT = Layout(context_frames=2, target_frames=3, height=1, width=2, dim=4)
 CPU = torch.device("cpu")
@@ -73,20 +74,20 @@ def test_frechet_distance_of_gaussians():
     turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).double()).Q
     variances = torch.tensor([4.0, 1.0, 0.0]).double(), torch.tensor([1.0, 9.0, 0.0]).double()
     means = torch.zeros(3).double(), torch.tensor([1.0, 2.0, 0.0]).double()
-    first, second = ((turn @ mean, turn @ variance.diag() @ turn.T) for mean, variance in zip(means, variances, strict=True))
+    first, second = (Gaussian(turn @ mean, turn @ variance.diag() @ turn.T) for mean, variance in zip(means, variances, strict=True))
     assert frechet_distance(first, second) == pytest.approx(5 + 1 + 4)
     assert frechet_distance(second, second) == pytest.approx(0, abs=1e-12)
 
 
-def test_moments_are_those_of_all_tokens():
+def test_moments_are_those_of_each_frame_and_of_all_tokens():
     tokens = latents(5, 3)
-    moments = Moments(4, CPU)
+    moments = Moments(3, 4, CPU)
     moments.add(tokens[:2])
     moments.add(tokens[2:])
-    mean, covariance = moments.result()
-    flat = tokens.flatten(0, -2).double()
-    torch.testing.assert_close(mean, flat.mean(0), atol=1e-6, rtol=0)
-    torch.testing.assert_close(covariance, flat.T.cov(correction=0), atol=1e-5, rtol=0)
+    for gaussian, part in zip(moments.result(), [tokens[:, 0], tokens[:, 1], tokens[:, 2], tokens], strict=True):
+        flat = part.flatten(0, -2).double()
+        torch.testing.assert_close(gaussian.mean, flat.mean(0), atol=1e-6, rtol=0)
+        torch.testing.assert_close(gaussian.covariance, flat.T.cov(correction=0), atol=1e-5, rtol=0)
 
 
 def batches_of(context: torch.Tensor, target: torch.Tensor, size: int):
@@ -100,8 +101,8 @@ def batches_of(context: torch.Tensor, target: torch.Tensor, size: int):
         yield ClipBatch(label=rows % 2, clip=rows, sample=rows, valid=valid, latents=clips)
 
 
-def evaluated(head, context, target, baselines, size, observers=()):
-    objective = build_objective(Config(), LAYOUT)
+def evaluated(head, context, target, baselines, size, observers=(), objective=None):
+    objective = objective or build_objective(Config(), LAYOUT)
     split = lambda batch: (batch.latents[:, :2], batch.latents[:, 2:])  # noqa: E731
     return evaluate(head, objective, batches_of(context, target, size), split, baselines, observers)
 
@@ -150,6 +151,70 @@ def test_a_perfect_forecast_has_skill_one_and_no_distance():
     )
     assert result["skill_l1"] == result["skill_mse"] == 1 and result["forecast_frechet"] == pytest.approx(0, abs=1e-5)
     assert result["horizon"]["copy_last_l1"][0] == 0 and result["horizon"]["skill_l1"][0] == 1  # finite where a trivial one is perfect too
+
+
+class HonestSamples:
+    """k = 8 forecasts of N(0, 1), whatever the context; they are kept."""
+
+    samples = 8
+
+    def __init__(self):
+        self.generator, self.drawn = torch.Generator().manual_seed(3), []
+
+    def loss(self, head, context, target, sample, reduction):
+        return torch.zeros(len(sample))
+
+    def draw(self, head, context, keys, part=0):
+        self.drawn.append(torch.randn(*keys.shape, 3, 1, 2, 4, generator=self.generator))
+        return self.drawn[-1]
+
+
+def test_reported_scores_of_honest_samples():
+    """Truth and samples N(0, 1): 1000 clips of 3 frames of 8 numbers. Bounds are four deviations of what is estimated.
+
+    variance: of 8 numbers, 1 +- (2 / 7)^0.5, 24,000 times. The mean's squared error: (1 + 1/8)(1 +- 2^0.5); the spread's square is their
+    ratio. Energy: E|x - y| / 8^0.5 / 2 with x - y of variance 2 in each of 8 dimensions: Gamma(4.5) / Gamma(4) / 8^0.5; a frame's
+    deviates by less than 1.5 (2 - E^2)^0.5, E being twice that.
+    """
+    clips, objective = 1000, HonestSamples()
+    context, target, place = latents(clips, 2, 1), latents(clips, 3, 2), torch.zeros(3, 1, 2, 4)
+    pooled = Pooled()
+    result = evaluated(None, context, target, Baselines(place, place, torch.zeros(3, 13, 4)), 250, [pooled], objective)
+    variance_error, mse_error = (2 / 7 / 24_000) ** 0.5, (2 / 24_000) ** 0.5
+    assert result["variance"] == pytest.approx(1, abs=4 * variance_error)
+    assert result["forecast_mse"] == pytest.approx(1.125, rel=4 * mse_error)
+    assert result["spread"] == pytest.approx(1, abs=4 * math.hypot(variance_error, mse_error) / 2)
+    ratio = 1.125 * sum(result["horizon"]["variance"]) / sum(result["horizon"]["forecast_mse"])
+    assert result["spread"] == pytest.approx(ratio**0.5, rel=1e-6)
+    energy = math.gamma(4.5) / math.gamma(4) / 8**0.5
+    assert result["forecast_energy"] == pytest.approx(energy, abs=4 * 1.5 * ((2 - 4 * energy**2) / 3000) ** 0.5)
+    by_hand = (torch.cat(objective.drawn) - target[:, None]).abs().flatten(2).mean(2)  # clip, sample
+    assert result["best_l1"] == pytest.approx(by_hand.amin(1).mean().item(), rel=1e-5)
+    assert result["sample_l1"] == pytest.approx(by_hand.mean().item(), rel=1e-5) and result["best_l1"] < result["sample_l1"]
+    assert "1 is calibrated" in summary(result)
+    _, observed = pooled.gathered()
+    first_samples = torch.cat([drawn[:, 0] for drawn in objective.drawn])
+    torch.testing.assert_close(observed["sample"], first_samples.mean((1, 2, 3)))
+
+
+def test_the_frechet_distance_is_that_of_each_frame():
+    """Forecasts that are off by 0, 1 and 2 in each of 4 channels: 0, 4 and 16 apart. Together they also spread more than the truth."""
+    context = latents(50, 2, 1)
+    target = context[:, -1:].expand(-1, 3, -1, -1, -1)
+    place, offset = torch.zeros(3, 1, 2, 4), torch.arange(3.0).view(1, 3, 1, 1, 1)
+    result = evaluated(lambda context: context[:, -1:] + offset, context, target, Baselines(place, place, torch.zeros(3, 13, 4)), 25)
+    assert result["horizon"]["forecast_frechet"] == pytest.approx([0, 4, 16], abs=1e-4)
+    assert result["horizon"]["copy_last_frechet"] == pytest.approx([0, 0, 0], abs=1e-4)
+    assert 4 < result["forecast_frechet"] < 20 / 3  # their mean is off by 1 in each channel; a mixture is nearer than its parts
+
+
+def test_a_probe_tells_separable_classes_and_errs_on_their_opposites():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(40) % 2
+    features = torch.randn(40, 3, generator=generator) + 10.0 * (2 * labels - 1)[:, None]
+    training, held_out = (labels[:20], features[:20]), features[20:]
+    accuracies = probe_accuracies(training, (labels[20:], {"target": held_out, "opposite": -held_out}))
+    assert accuracies == {"target": 1.0, "opposite": 0.0, "chance": 0.5}
 
 
 def test_pooled_latents_are_those_of_the_valid_clips():

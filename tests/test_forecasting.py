@@ -61,7 +61,7 @@ def test_a_trained_head_is_judged_as_it_was_in_training(folder, checkpoint, caps
         assert result[key] == pytest.approx(before[key], rel=1e-6)
     assert result["horizon"]["ridge_l1"] == pytest.approx(before["horizon"]["ridge_l1"], rel=1e-6)
     assert result["clips"] == 16 and "median latent" in capsys.readouterr().out
-    assert result["probe"].keys() == {"target", "forecast", "copy_last", "chance"}
+    assert result["probe"].keys() == {"target", "forecast", "sample", "copy_last", "chance"}
     assert all(0 <= accuracy <= 1 for accuracy in result["probe"].values())
 
 

@@ -5,15 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import ROOT, TINY
+from runs import BACKBONES, FOUR_DS, REGIMES, ROOT, TINY
 
 from flperf import forecasting
 from flperf.config import UserError, load_config
+from flperf.data import Place
 from flperf.data.clips import ClipBatch
 from flperf.data.shapes import patch_heatmaps
 from flperf.heads.locator import LOCATORS, Locator
 from flperf.latents import Layout, Normaliser, Statistics
-from flperf.locator import PixelErrors, frame_centres, load_locator, save_locator, train_locator
+from flperf.locator import FrameLatents, PixelErrors, frame_centres, load_locator, save_locator, train_locator
 from flperf.train import train
 
 CPU = torch.device("cpu")
@@ -84,10 +85,13 @@ def test_training_evaluating_and_refusing(folder, capsys):
     file = folder / "locator.safetensors"
     forecasting.locator(["--config", config, "--out", str(file), "--head", "heatmap", "--steps", "3"])
     assert "pixels of 256" in capsys.readouterr().out
-    train(["--config", config])
+    train(["--config", config, *REGIMES["flow_matching"]])
     forecasting.evaluate(["--checkpoint", str(folder / "experiment/tiny"), "--locator", str(file), "--out", str(folder / "out.jsonl")])
-    located = json.loads((folder / "out.jsonl").read_text())["locator"]
-    assert {name: len(errors) for name, errors in located.items()} == {"forecast": 2, "copy_last": 2, "target": 2}
+    result = json.loads((folder / "out.jsonl").read_text())
+    located = result["locator"]
+    assert result["norm"] == "standardize" and "one sample" in capsys.readouterr().out
+    assert {name: len(errors) for name, errors in located.items()} == {"forecast": 2, "sample": 2, "copy_last": 2, "target": 2}
+    assert located["sample"] != located["forecast"], "the mean of two samples is neither of them"
     assert all(0 < error < 256 for errors in located.values() for error in errors)
     with pytest.raises(UserError, match="another encoder or canvas"):
         load_locator(file, load_config(config, ["backbone.architecture.num_hidden_layers=1"]), CPU)
@@ -101,6 +105,23 @@ def test_a_locator_is_read_as_it_was_written(folder):
     save_locator(folder / "again.safetensors", locator, config)
     latents = torch.randn(3, 2, 2, 24)
     assert error > 0 and torch.equal(load_locator(folder / "again.safetensors", config, CPU).locate(latents), locator.locate(latents))
+
+
+@pytest.mark.parametrize("kind", ["vjepa2", "dinov3", "4ds"])
+def test_what_it_learns_from_single_images_it_finds_in_clips(folder, kind):
+    """An image is a video that stands still for one latent frame."""
+    overrides = {**BACKBONES, "4ds": FOUR_DS}[kind]
+    images = load_config(str(folder / "tiny.yaml"), [*overrides, "dataset.n_frames=1"])
+    locator, error = train_locator(images, "heatmap", 2, CPU)
+    save_locator(folder / f"{kind}.safetensors", locator, images)
+    assert 0 < error < 256
+    frames = FrameLatents(images, CPU)
+    batch = next(frames.dataset.train_batches(0, Place(0, 1, 3, 3), CPU))
+    latents, centres = frames.of(batch)
+    assert latents.shape == (3, 2, 2, 24) and torch.equal(centres, batch.centres[:, 0])
+    clips = FrameLatents(load_config(str(folder / "tiny.yaml"), overrides), CPU)
+    of_clips, _ = clips.of(next(clips.dataset.train_batches(0, Place(0, 1, 3, 3), CPU)))
+    assert load_locator(folder / f"{kind}.safetensors", clips.config, CPU).locate(of_clips).shape == (12, 2, 2)
 
 
 def test_without_known_positions_there_is_nothing_to_learn():

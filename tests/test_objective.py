@@ -150,6 +150,24 @@ def test_logit_normal_tau_has_its_median_where_the_shift_puts_it(shift):
     assert tau.logit().median().item() == pytest.approx(-math.log(shift), abs=0.04)
 
 
+def test_as_many_clips_as_asked_for_train_without_their_context():
+    """20,000 draws of probability p: within four deviations, (p (1 - p) / 20,000)^0.5 each. In evaluation every clip has its context."""
+    layout, rate, seen = Layout(1, 1, 1, 1, 2), 0.2, []
+    config = Config(model=MODEL, objective=Objective(kind="flow_matching", context_dropout=rate))
+    objective, context = build_objective(config, layout), torch.ones(len(SAMPLES), 1, 1, 1, 2)
+
+    def head(context, noised, tau):
+        seen.append(context.flatten(1))
+        return torch.zeros_like(noised)
+
+    objective.loss(head, context, context, SAMPLES)
+    with torch.no_grad():
+        objective.loss(head, context, context, SAMPLES)
+    kept = seen[0].mean(1)
+    assert set(kept.tolist()) == {0.0, 1.0} and seen[1].eq(1).all()
+    assert 1 - kept.mean().item() == pytest.approx(rate, abs=4 * (rate * (1 - rate) / len(SAMPLES)) ** 0.5)
+
+
 def test_the_dimension_shift_needs_none_at_its_base():
     base = Layout(2, 2, 8, 8, 32)  # 2 * 8 * 8 tokens of 32 channels are 4096 numbers
     assert tau_shift(Objective(tau_shift=None), base) == 1.0

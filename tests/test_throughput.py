@@ -2,13 +2,18 @@
 
 import pytest
 import torch
-from runs import REGIMES, TINY
+from runs import BACKBONES, FOUR_DS, REGIMES, TINY
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop
 
-from flperf.config import parse_config
+from flperf.config import Model, parse_config
+from flperf.data.preprocessing import Preprocessing
+from flperf.encoder import build_encoder, encode_clip
 from flperf.engine import start_process
+from flperf.heads import build_head
+from flperf.latents import Layout
 from flperf.run import build_run, flops_per_clip
+from flperf.throughput import encoder_flops, head_flops
 
 # Wide enough that what is not three times its forward weighs little: the first layers' inputs need no gradient.
 WIDER = ["model.depth=8", "model.hidden_dim=96", "trainer.batch_size=2", "trainer.ema_decay=null"]
@@ -33,11 +38,28 @@ def test_logged_flops_are_those_of_a_training_step(tmp_path, regime):
     assert flops_per_clip(run) == pytest.approx(expected, rel=0.01)
 
 
-def test_attention_trains_at_three_times_its_forward_not_as_pytorch_counts_it():
-    """PyTorch counts five products for the backward pass of fused attention, one of them the scores computed again: not model FLOPs."""
-    b, a, n, k = 2, 3, 64, 16
-    shape = (b, a, n, k)
-    forward = flop_registry[torch.ops.aten._scaled_dot_product_flash_attention](shape, shape, shape, out_val=None)
-    backward = sdpa_backward_flop(shape, shape, shape, shape)
-    assert forward == 4 * b * a * n * n * k
-    assert forward + backward * 4 / 5 == 3 * forward
+@pytest.mark.parametrize("mode", ["split", "joint"])
+@pytest.mark.parametrize("kind", ["vjepa2", "dinov3", "4ds"])
+def test_encoding_is_counted_for_every_backbone_and_mode(tmp_path, kind, mode):
+    config = parse_config(TINY.format(folder=tmp_path), "tiny", {**BACKBONES, "4ds": FOUR_DS}[kind])
+    encoder = build_encoder(
+        config.backbone, Preprocessing.of(config.backbone), dtype=torch.float32, device=torch.device("cpu"), compile=False
+    )
+    layout, video = Layout(1, 3, 2, 2, 24), torch.zeros(1, 8, 32, 32, 3, dtype=torch.uint8)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+        encode_clip(encoder, video, layout, mode)
+    assert encoder_flops(encoder, layout, mode) == counted.get_total_flops()
+
+
+def test_attention_is_counted_as_its_products_and_not_as_pytorch_counts_training():
+    """What grows with the square of the tokens, in training three times its forward. PyTorch counts five products for the backward pass of
+    fused attention, one of them the scores computed again, which are not the model's FLOPs."""
+    layouts = [Layout(frames, frames, 4, 4, 24) for frames in (1, 2)]
+    model = Model(head="predictor", num_context_latents=1, hidden_dim=32, depth=3, num_heads=2)
+    once, twice = (3 * head_flops(build_head(model, layout, seed=0, compile=False), layout, False) for layout in layouts)
+    forward, backward = 0, 0
+    for sign, tokens in ((-2, 32), (1, 64)):  # what grows with the tokens cancels out
+        shape = (1, 2, tokens, 16)
+        forward += sign * model.depth * flop_registry[torch.ops.aten._scaled_dot_product_flash_attention](shape, shape, shape, out_val=None)
+        backward += sign * model.depth * sdpa_backward_flop(shape, shape, shape, shape)
+    assert twice - 2 * once == forward + backward * 4 / 5

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from nbclient import NotebookClient
-from runs import REGIMES, ROOT
+from runs import ROOT
 
 from flperf.baselines import Baselines
 from flperf.config import UserError
+from flperf.data.demo import write_demo
 from flperf.video import convert_video_tensor_to_mp4, save_mp4_video
 from flperf.visualise import Example, Projection, write_example
 
@@ -112,14 +113,18 @@ def test_a_folder_that_can_not_be_written_is_named(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def dump(tiny):
-    """Dumps of a tiny run that was stopped and resumed."""
-    cadence = ["evaluation.eval_every=2", "checkpoint.save_every=2", "trainer.stop_after=2"]
-    command = [sys.executable, str(ROOT / "flperf/train.py"), "--config", str(tiny), "name=dumped", *REGIMES["flow_matching"], *cadence]
+def dump(tmp_path_factory):
+    """Dumps of the demo, on fewer clips and for a few steps, stopped and resumed."""
+    folder = tmp_path_factory.mktemp("demo")
+    write_demo(folder / "data", {"train": 10, "validation": 2})
+    changed = [f"experiment={folder}/experiment", *(f"dataset.{key}={folder}/data/{key}.csv" for key in ("train", "validation", "labels"))]
+    changed += ["trainer.batch_size=4", "trainer.max_steps=4", "trainer.stop_after=2", "evaluation.eval_every=2", "checkpoint.save_every=2"]
+    changed += ["latents.statistics_clips=4", "evaluation.sampling.steps=2", "engine.compile=false"]
+    command = [sys.executable, str(ROOT / "flperf/train.py"), "--config", str(ROOT / "configs/demo.yaml"), *changed]
     for _ in range(2):
         finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert finished.returncode == 0, finished.stderr[-3000:]
-    return tiny.parent / "experiment/dumped/dump"
+    return folder / "experiment/demo/dump"
 
 
 def test_a_run_leaves_a_folder_for_every_evaluation(dump):

@@ -109,7 +109,8 @@ class Block(nn.Module):
 
 
 def blocks_before(fraction: float, layers: int) -> int:
-    """How many blocks run for a readout at a fraction of the depth, see `FourDS`."""
+    """How many blocks run for a readout at a fraction of the depth, see `FourDS`: entry int((layers + 1) * fraction) - 1 of the published
+    list, whose length is layers + 1, not layers."""
     return max(int((layers + 1) * fraction) - 2, 0)
 
 

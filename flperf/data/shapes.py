@@ -1,9 +1,9 @@
 """Bouncing shapes: a square that bounces off the walls and a disk on a circle, drawn rather than read.
 
 A clip is a pure function of (seed, index): its motion is computed in closed form for every frame at once. Every row of a shape is a run of
-pixels, and all runs of one length are written by one call; where a batch's memory is used again only the runs drawn last are
-painted over, so most of a frame is never touched. Lengths are in pixels of a canvas of `image_size`, drawn at whatever
-resolution the backbone takes.
+pixels, computed where it is drawn. A GPU compares every pixel with its row's run. A CPU writes all runs of one length by one call; where a
+batch's memory is used again only the runs drawn last are painted over, so most of a frame is never touched. Lengths are in pixels of a
+canvas of `image_size`, drawn at whatever resolution the backbone takes.
 
 Positions have one convention: (x, y) in pixels of the canvas, the upper left corner of the first pixel at (0, 0); in [-1, 1] that
 corner is (-1, -1) and the opposite one (1, 1).
@@ -11,6 +11,7 @@ corner is (-1, -1) and the opposite one (1, 1).
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -29,52 +30,83 @@ SHAPES = ("square", "disk")  # the order of centres and heatmaps
 SPLICED = 2**32  # added to the seed of what is spliced in
 
 
+# Of a shape in each frame, int64 `n r` each: row (the height of the frame where there is none), first pixel, pixel after the last.
+Rows = tuple[Tensor, Tensor, Tensor]
 Runs = dict[int, np.ndarray]  # by length in pixels, the first pixels (of a batch) of the runs of that length, int64 [n]
 
 
 class Canvas:
-    """Batches of frames, uint8 `b f h w c`, in memory that is used again once nobody holds it."""
+    """Batches of frames, uint8 `b f h w c` on `device`; on a CPU in memory that is used again once nobody holds it."""
 
     def __init__(self, frames: int, size: Size, device: torch.device):
-        self.size = size
+        self.size, self.device = size, device
         self.buffers = Buffers((frames, *size, 3), torch.uint8, device)
         self.drawn: dict[int, list[Runs]] = {}  # by a buffer's address, what is on it
 
     def draw(self, centres: np.ndarray, shapes: Shapes) -> Tensor:
         """Shapes at centres `b f 2 2` on a background; the disk lies over the square."""
-        video = self.buffers.take(len(centres))
+        rows = shape_rows(torch.from_numpy(centres).to(self.device).flatten(0, 1), shapes, self.size)
+        if self.device.type == "cpu":
+            return self._draw_runs(len(centres), [runs(shape, self.size) for shape in rows])
+        return whole_frames(rows, self.size).unflatten(0, centres.shape[:2])
+
+    def _draw_runs(self, b: int, new: list[Runs]) -> Tensor:
+        video = self.buffers.take(b)
         pixels = video.view(-1).numpy()
-        for old in self.drawn.get(video.data_ptr(), ()):
-            paint(pixels, old, BACKGROUND)
-        new = [
-            shape_runs(centres[:, :, shape], half, self.size, shapes.image_size, round)
-            for shape, half, round in ((0, shapes.square_size / 2, False), (1, shapes.disk_radius, True))
-        ]
         if video.data_ptr() not in self.drawn:
             pixels.reshape(-1, 3)[:] = BACKGROUND
-        if not self.buffers.pinned:  # pinned memory may have held something else meanwhile
-            self.drawn[video.data_ptr()] = new
-        for runs, colour in zip(new, (SQUARE_COLOUR, DISK_COLOUR), strict=True):
-            paint(pixels, runs, colour)
+        for old in self.drawn.get(video.data_ptr(), ()):
+            paint(pixels, old, BACKGROUND)
+        for shape, colour in zip(new, (SQUARE_COLOUR, DISK_COLOUR), strict=True):
+            paint(pixels, shape, colour)
+        self.drawn[video.data_ptr()] = new
         return video
 
 
-def shape_runs(centres: np.ndarray, half: float, size: Size, image_size: int, round: bool) -> Runs:
-    """The pixels whose centres lie within `half` of centres `b f 2` (in x and in y, or `round`: as distance)."""
+def shape_rows(centres: Tensor, shapes: Shapes, size: Size) -> list[Rows]:
+    """The pixels of square and disk whose centres lie within them; centres: `n 2 2`. In fp64: the same pixels on every device."""
+    square, disk = centres.double().unbind(1)
+    image_size = shapes.image_size
+    return [_rows(square, shapes.square_size / 2, size, image_size, False), _rows(disk, shapes.disk_radius, size, image_size, True)]
+
+
+def _rows(centres: Tensor, half: float, size: Size, image_size: int, round: bool) -> Rows:
+    """The pixels whose centres lie within `half` of centres `n 2` (in x and in y, or `round`: as distance)."""
     height, width = size
-    x, y = np.moveaxis(centres.reshape(-1, 2, 1).astype(np.float64), 1, 0)  # frame 1
+    x, y = centres[:, :, None].unbind(1)  # n 1
     down, across = height / image_size, width / image_size
-    row = np.ceil((y - half) * down - 0.5) + np.arange(math.floor(2 * half * down) + 1)  # frame row
+    row = torch.ceil((y - half) * down - 0.5) + torch.arange(math.floor(2 * half * down) + 1, device=centres.device)  # n r
     distance = (row + 0.5) / down - y
-    reach = np.sqrt(np.maximum(half**2 - distance**2, 0)) if round else np.full_like(distance, half)
-    left = np.maximum(np.ceil((x - reach) * across - 0.5), 0)
-    right = np.minimum(np.floor((x + reach) * across - 0.5), width - 1) + 1
-    seen = (np.abs(distance) <= half) & (row >= 0) & (row < height) & (right > left)
-    first = ((np.arange(len(x))[:, None] * height + row) * width + left)[seen].astype(np.int64)
+    reach = (half**2 - distance.square()).clamp(min=0).sqrt() if round else half
+    left = torch.ceil((x - reach) * across - 0.5).clamp(min=0).expand_as(row)
+    right = torch.floor((x + reach) * across - 0.5).clamp(max=width - 1).expand_as(row) + 1
+    seen = (distance.abs() <= half) & (row >= 0) & (row < height) & (right > left)
+    return torch.where(seen, row, height).long(), left.long(), right.long()
+
+
+def whole_frames(rows: list[Rows], size: Size) -> Tensor:
+    """Square and disk drawn pixel by pixel, uint8 `n h w c` on their device."""
+    device = rows[0][0].device
+    video = torch.tensor(BACKGROUND, dtype=torch.uint8, device=device)
+    for (row, left, right), colour in zip(rows, (SQUARE_COLOUR, DISK_COLOUR), strict=True):
+        first, end = (torch.zeros(len(row), size[0] + 1, dtype=torch.int64, device=device).scatter_(1, row, x) for x in (left, right))
+        column = torch.arange(size[1], device=device)
+        inside = (column >= first[:, :-1, None]) & (column < end[:, :-1, None])  # n h w
+        video = torch.where(inside[..., None], torch.tensor(colour, dtype=torch.uint8, device=device), video)
+    return video
+
+
+def runs(rows: Rows, size: Size) -> Runs:
+    """The rows of all frames, which follow each other in memory, by length."""
+    height, width = size
+    row, left, right = (part.numpy() for part in rows)
+    seen = row < height
+    first = ((np.arange(len(row))[:, None] * height + row) * width + left)[seen]
     length = (right - left)[seen].astype(np.uint16)  # numpy sorts these by radix
-    order = np.argsort(length, kind="stable")
-    lengths, starts = np.unique(length[order], return_index=True)
-    return dict(zip(lengths.tolist(), np.split(first[order], starts[1:]), strict=True))
+    first = first[np.argsort(length, kind="stable")]
+    counts = np.bincount(length)
+    ends = counts.cumsum()
+    return {n: first[ends[n] - counts[n] : ends[n]] for n in counts.nonzero()[0].tolist()}
 
 
 def paint(pixels: np.ndarray, runs: Runs, colour: tuple[int, int, int]) -> None:
@@ -83,6 +115,17 @@ def paint(pixels: np.ndarray, runs: Runs, colour: tuple[int, int, int]) -> None:
         item = np.dtype((np.void, 3 * length))
         windows = np.ndarray(len(pixels) // 3 - length + 1, item, pixels, strides=(3,))  # from each pixel on, `length` of them
         windows[first] = np.frombuffer(bytes(colour) * length, item)
+
+
+@dataclass
+class ShapesBatch(ClipBatch):
+    """Drawn clips with where their shapes are: `centres`, and the same as heatmaps."""
+
+    image_size: int = 0  # of the canvas whose pixels the centres count
+
+    def heatmaps(self, height: int, width: int) -> Tensor:
+        """fp32 `b f 2 h w`: for each shape of each frame the distribution over patches that `patch_heatmaps` tells of."""
+        return patch_heatmaps(self.centres, self.image_size, height, width)
 
 
 def read_batches(
@@ -96,11 +139,12 @@ def read_batches(
     size: Size,
     device: torch.device,
 ) -> Batches:
-    """Yield batches for `device`; clip i of the split has index `first_index + i`. They carry the shapes' centres."""
+    """Yield `ShapesBatch`es for `device`; clip i of the split has index `first_index + i`."""
     canvas = Canvas(n_frames, size, device)
     for draws in batches:
         centres = clip_centres([first_index + draw.clip for draw in draws], shapes, seed, n_frames, stride)
-        yield ClipBatch.of(draws, labels, video=canvas.draw(centres, shapes), centres=torch.from_numpy(centres))
+        video = canvas.draw(centres, shapes)
+        yield ShapesBatch.of(draws, labels, video=video, centres=torch.from_numpy(centres), image_size=shapes.image_size)
 
 
 def draw_clips(indices: list[int], shapes: Shapes, seed: int, n_frames: int, stride: int, size: Size) -> tuple[Tensor, Tensor]:
@@ -163,6 +207,14 @@ def circle(centre: float, radius: float, phase: float, period: float, time: np.n
 
 
 def check(shapes: Shapes) -> None:
+    """Raises `UserError` where the shapes don't fit the canvas."""
+    for key in ("image_size", "square_size", "disk_radius"):
+        if getattr(shapes, key) <= 0:
+            raise UserError(f"dataset.shapes.{key}: must be above 0, is {getattr(shapes, key)}")
+    for key in ("square_init", "square_vel"):
+        value = getattr(shapes, key)
+        if value is not None and len(value) != 2:
+            raise UserError(f"dataset.shapes.{key}: must be [x, y], is {value}")
     half, size = shapes.square_size / 2, shapes.image_size
     if shapes.square_size >= size or 4 * shapes.disk_radius >= size:
         raise UserError(f"dataset.shapes: the square ({shapes.square_size}) or disk ({shapes.disk_radius}) is too large for {size} pixels")

@@ -17,8 +17,10 @@ from flperf.data.shapes import (
     draw_clips,
     heatmap_centres,
     patch_heatmaps,
+    shape_rows,
     to_pixels,
     to_unit,
+    whole_frames,
 )
 
 CPU = torch.device("cpu")
@@ -100,9 +102,18 @@ def test_a_limit_moves_no_clip():
     assert torch.equal(whole.video, limited.video)
 
 
-@pytest.mark.parametrize("keys", [{"square_size": 300}, {"square_init": [0.0, 50.0]}])
-def test_shapes_beyond_the_canvas_are_refused(keys):
-    with pytest.raises(UserError, match="dataset.shapes"):
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"square_size": 300}, r"dataset.shapes: the square \(300\)"),
+        ({"disk_radius": 0}, "dataset.shapes.disk_radius: must be above 0, is 0"),
+        ({"square_init": [0.0, 50.0]}, "dataset.shapes.square_init: .* beyond the walls"),
+        ({"square_init": [90.0]}, r"dataset.shapes.square_init: must be \[x, y\]"),
+        ({"square_vel": [1.0, 2.0, 3.0]}, r"dataset.shapes.square_vel: must be \[x, y\]"),
+    ],
+)
+def test_shapes_that_do_not_fit_the_canvas_are_refused(keys, named):
+    with pytest.raises(UserError, match=named):
         open_dataset(Config(dataset=Dataset(kind="bouncing_shapes", shapes=Shapes(**keys))), PREPROCESSING, 0)
 
 
@@ -138,10 +149,32 @@ def test_a_shape_is_every_pixel_whose_centre_it_covers_though_memory_is_used_aga
     assert len(addresses) == 1
 
 
-def test_shapes_partly_beyond_the_edge_are_cut():
-    centres = np.array([[[[1.0, 63.0], [62.5, -2.0]]]], dtype=np.float32)
-    drawn = Canvas(1, (64, 64), CPU).draw(centres, SHAPES)
-    assert torch.equal(drawn[0], compared_pixel_by_pixel(centres[0], SHAPES, (64, 64)))
+def as_on_a_gpu(centres, shapes, size):
+    return whole_frames(shape_rows(torch.from_numpy(centres).flatten(0, 1), shapes, size), size).unflatten(0, centres.shape[:2])
+
+
+def on_a_cpu(centres, shapes, size):
+    return Canvas(centres.shape[1], size, CPU).draw(centres, shapes)
+
+
+@pytest.mark.parametrize("draw", [on_a_cpu, as_on_a_gpu])
+def test_shapes_partly_beyond_the_edge_are_cut(draw):
+    centres = np.array([[[[1.0, 63.0], [62.5, -2.0]], [[-30.0, 20.0], [90.0, 90.0]]]], dtype=np.float32)  # at last out of sight
+    drawn = draw(centres, SHAPES, (64, 64))
+    assert drawn.shape == (1, 2, 64, 64, 3) and torch.equal(drawn[0], compared_pixel_by_pixel(centres[0], SHAPES, (64, 64)))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 80), (1, 7)])
+def test_a_gpu_draws_what_a_cpu_draws(size):
+    centres = clip_centres([0, 1, 2], SHAPES, 0, 20, 1)
+    assert torch.equal(as_on_a_gpu(centres, SHAPES, size), on_a_cpu(centres, SHAPES, size))
+
+
+@pytest.mark.gpu
+def test_the_canvas_of_a_gpu_is_on_it():
+    centres = clip_centres([0, 1, 2], SHAPES, 0, 20, 1)
+    drawn = Canvas(20, (64, 64), torch.device("cuda")).draw(centres, SHAPES)
+    assert drawn.is_cuda and drawn.is_contiguous() and torch.equal(drawn.cpu(), on_a_cpu(centres, SHAPES, (64, 64)))
 
 
 def test_heatmaps_are_distributions_around_the_centre():
@@ -154,12 +187,15 @@ def test_heatmaps_are_distributions_around_the_centre():
     torch.testing.assert_close(to_unit(torch.tensor([0.0, 32.0, 64.0]), 64), torch.tensor([-1.0, 0.0, 1.0]))
 
 
-def test_batches_carry_centres_and_visualisation_is_a_split_of_its_own():
+def test_batches_carry_centres_and_heatmaps_and_visualisation_is_a_split_of_its_own():
     place = Place(0, 1, 4, 4)
     shapes = dataset(n_frames=3)
     batch = next(shapes.validation_batches(place, 4, None, CPU))
     for video, centres in zip(batch.video, batch.centres, strict=True):
         assert torch.equal(video, compared_pixel_by_pixel(centres.numpy(), SHAPES, (32, 32)))
+    heatmaps = batch.heatmaps(8, 4)
+    assert heatmaps.shape == (4, 3, 2, 8, 4)
+    torch.testing.assert_close(heatmap_centres(heatmaps, 64), batch.centres.clamp(torch.tensor([8.0, 4.0]), torch.tensor([56.0, 60.0])))
     shown = next(shapes.chosen_batches([range(8)], 8, "visualisation", CPU)).video
     others = torch.cat([batch.video, *(next(shapes.chosen_batches([range(10)], 10, "train", CPU)).video[None])])
     assert len(shapes.splits["visualisation"]) == 8 and not any(torch.equal(a, b) for a in shown for b in others)
