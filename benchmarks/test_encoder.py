@@ -25,7 +25,7 @@ def test_encode(benchmark, record, backbone, mode):
     config = configuration("predictor", backbone)
     ours = encoder_of(config, DTYPE, True)
     others = {"eager fp32": encoder_of(config, torch.float32, False), "eager": encoder_of(config, DTYPE, False)}
-    if backbone == "vjepa2":
+    if (backbone, mode) == ("vjepa2", "joint"):
         with patch.dict(backbones.BACKBONES, vjepa2=TransformersVJEPA2):
             others |= {f"transformers' layers, {way}": encoder_of(config, DTYPE, way == "compiled") for way in ("eager", "compiled")}
     layout, video = layout_of(config, ours), video_of(config)

@@ -55,20 +55,19 @@ def test_head(benchmark, record, layout, name, what):
     record(of(ours), "clips", BATCH, flops=flops, dtype=DTYPE, beside=beside)
 
 
-def against_itself(record, layout: Layout, name: str, without: str, override: str) -> None:
-    ours, other = Pass(name, layout, DTYPE, True, override), Pass(name, layout, DTYPE, True)
-    flops = 3 * BATCH * head_flops(other.head, layout, name == "dit")
+def against_itself(record, layout: Layout, without: str, override: str) -> None:
+    ours, other = Pass("dit", layout, DTYPE, True, override), Pass("dit", layout, DTYPE, True)
+    flops = 3 * BATCH * head_flops(other.head, layout, True)
     record(ours.forward_backward, "clips", BATCH, flops=flops, dtype=DTYPE, beside={without: other.forward_backward})
 
 
-@pytest.mark.benchmark(group="activation checkpointing")
-@pytest.mark.parametrize("name", HEADS)
-def test_checkpointed(record, layout, name):
+@pytest.mark.benchmark(group="DiT with activation checkpointing")
+def test_checkpointed(record, layout):
     """Keeps only the blocks' inputs and computes the rest again, which doesn't count as FLOPs."""
-    against_itself(record, layout, name, "all activations kept", "model.activation_checkpointing=true")
+    against_itself(record, layout, "all activations kept", "model.activation_checkpointing=true")
 
 
 @pytest.mark.skipif(not ON_GPU, reason="the fused adaLN is a Triton kernel; on a CPU its PyTorch reference runs")
-@pytest.mark.benchmark(group="adaLN of the DiT")
+@pytest.mark.benchmark(group="DiT with fused adaLN")
 def test_fused_adaln(record, layout):
-    against_itself(record, layout, "dit", "adaLN left to Inductor", "model.fused_adaln=true")
+    against_itself(record, layout, "adaLN left to Inductor", "model.fused_adaln=true")

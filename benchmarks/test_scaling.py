@@ -25,7 +25,7 @@ def flops() -> int:
 
 @pytest.mark.skipif(ON_GPU, reason="two processes share the cores of a CPU; GPUs need one each")
 @pytest.mark.benchmark(group="weak scaling, two processes")
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", [1, 3])  # the default, and the one that communicates most
 def test_two_processes(benchmark, record, flops, stage):
     clips = UPDATES * 2 * BATCH
     with workers(1, f"engine.zero_stage={stage}") as one, workers(2, f"engine.zero_stage={stage}") as two:

@@ -53,7 +53,7 @@ def test_step(benchmark, record, folder, regime, source, batch):
     size = f"trainer.batch_size={batch}"
     step = ours(regime, source, "split", folder, size)
     also = {"ours, joint": ours(regime, "drawn", "joint", folder, size)} if source == "drawn" else {}
-    if batch == sizes.BATCH and source == "drawn":
+    if (regime, source, batch) == ("predictor", "drawn", sizes.BATCH):
         also["ours, eager"] = ours(regime, "drawn", "split", folder, size, "engine.compile=false")
     beside = {name: usual(step.run, source, folder, autocast) for name, autocast in USUAL.items()}
     seconds = record(step, "clips", batch, flops=flops_of(step), dtype=step.run.dtype, beside=beside | also)

@@ -36,6 +36,7 @@ def configuration(regime: str, source: str, mode: str, folder: Path, *overrides:
         "video": ["dataset.kind=demo", f"dataset.train={folder}/demo/train.csv", "dataset.validation=null"],
         "cache": ["dataset.kind=kinetics_400_cached", f"dataset.train={folder}/{mode}/train/manifest.csv", "dataset.validation=null"],
     }
+    clips += ["engine.compile=false"] if sizes.QUICK else []
     keys = [*clips, f"backbone.encode={mode}", "trainer.ema_decay=null", f"experiment={folder}", "dataset.labels=null"]
     return sizes.configuration(regime, "vjepa2", *keys, *files[source], *overrides, size=sizes.STEP_SIZE)
 
