@@ -7,16 +7,13 @@ those of a matrix product and of a copy, measured in the same session: fractions
 last case of every benchmark once, at toy sizes, and saves nothing: it says what is broken, not what is slow.
 """
 
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import sizes
-from benchmarks.memory import peak_memory_bytes, reset_peak_memory
+from benchmarks.recording import Recorder
 from benchmarks.sizes import DEVICE
 from flperf.devices import copy_rate, measured_flops
 from flperf.tracking import PACKAGES
@@ -87,56 +84,6 @@ def peaks() -> dict[str, float]:
     return {"bf16": measured_flops(DEVICE, torch.bfloat16), "fp32": measured_flops(DEVICE, torch.float32), "copy": copy_rate(DEVICE)}
 
 
-def synchronise() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
 @pytest.fixture
-def record(benchmark, peaks) -> Callable:
-    """`record(function, unit, count, flops=…, dtype=…, beside=…)`: time calls of `function`, each of which handles `count` units.
-
-    `beside` names other functions that do the same work: each is timed once before every round, so that a machine whose speed drifts
-    shows in both, and the median of the rounds' ratios is recorded.
-    """
-
-    def run(
-        function: Callable[[], object],
-        unit: str,
-        count: float,
-        *,
-        flops: float = 0,
-        dtype=torch.float32,
-        rounds: int = 5,
-        beside: dict[str, Callable[[], object]] | None = None,
-    ) -> None:
-        others = {name: [] for name in beside or {}}
-
-        def timed(other: Callable[[], object]) -> float:
-            start = time.perf_counter()
-            other()
-            synchronise()
-            return time.perf_counter() - start
-
-        def setup() -> None:
-            for name, seconds in others.items():
-                seconds.append(timed(beside[name]))
-
-        timed(function)
-        setup()
-        reset_peak_memory()
-        benchmark.pedantic(timed, (function,), setup=setup, rounds=rounds, warmup_rounds=1)
-        durations, info = benchmark.stats.stats.data, benchmark.extra_info
-        seconds = statistics.median(durations)
-        info[f"{unit}_per_s"] = count / seconds
-        info["peak_memory_bytes"] = peak_memory_bytes()
-        info["copy_GB_per_s"] = peaks["copy"] / 1e9
-        for name, others_seconds in others.items():
-            last = others_seconds[-len(durations) :]
-            info[f"times as fast as {name}"] = statistics.median(a / b for a, b in zip(last, durations, strict=True))
-            info[f"seconds of {name}"] = statistics.median(last)
-        if flops:
-            peak = peaks["bf16" if dtype == torch.bfloat16 else "fp32"]
-            info |= {"FLOPs": flops, "fraction_of_peak": flops / seconds / peak, "peak_TFLOP_per_s": peak / 1e12}
-
-    return run
+def record(benchmark, peaks) -> Recorder:
+    return Recorder(benchmark, peaks)

@@ -1,19 +1,23 @@
-"""How the cost of a training step grows with clips, frames, tokens and depth: a table, a picture, and the fitted exponents.
+"""How the cost of a training step grows with clips, frames, tokens, depth and processes: a table, a picture, and the fitted exponents.
 
     python -m benchmarks.growth --picture growth.png
 
 One size is doubled at a time while the others stay; the exponent is the slope of log(time) over log(size), fitted to the larger half of the
-points, where constant costs weigh little. Times are CPU seconds of one thread (seconds on a GPU), least of a few.
+points, where constant costs weigh little. Times are CPU seconds of one thread (seconds on a GPU), least of a few. Processes take as many
+clips each, so their time should stay; it is that on the clock, of a whole update with one thread each, and they share this CPU's cores.
 """
 
 import argparse
+import os
 import time
+import timeit
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from benchmarks import sizes
+from benchmarks.scaling import UPDATES, workers
 from flperf.encoder import encode_clip
 
 START = {"clips": 2, "frames": 8, "tokens a frame": 16, "depth": 4}
@@ -23,8 +27,9 @@ SWEEPS = {
     "tokens a frame": (4, 16, 64, 144, 256),
     "depth": (2, 4, 8, 16),
 }
+PROCESSES = (1, 2)
 # What the operations say. Attention is quadratic in tokens, so frames and tokens lie between 1 and 2.
-EXPECTED = {"clips": "1", "frames": "1 to 2", "tokens a frame": "1 to 2", "depth": "1"}
+EXPECTED = {"clips": "1", "frames": "1 to 2", "tokens a frame": "1 to 2", "depth": "1", "processes": "0"}
 ROUNDS = 5
 
 
@@ -59,17 +64,25 @@ def seconds(function) -> float:
 
 
 def exponent(values: list[int], times: list[float]) -> float:
-    half = len(values) // 2
+    half = min(len(values) // 2, len(values) - 2)
     return float(np.polyfit(np.log(values[half:]), np.log(times[half:]), 1)[0])
+
+
+def update_seconds(processes: int) -> float:
+    """Of an update by so many processes together, the least of a few."""
+    with workers(processes) as group:
+        return min(timeit.repeat(group.update, number=1, repeat=ROUNDS)) / UPDATES
 
 
 def measure() -> dict[str, tuple[list[int], list[float]]]:
     curves = {}
     for name, values in SWEEPS.items():
-        times = [seconds(step(*(START | {name: value}).values())) for value in values]
-        curves[name] = (list(values), times)
+        curves[name] = (list(values), [seconds(step(*(START | {name: value}).values())) for value in values])
+    if not sizes.ON_GPU and len(os.sched_getaffinity(0)) >= max(PROCESSES):
+        curves["processes"] = (list(PROCESSES), [update_seconds(count) for count in PROCESSES])
+    for name, (values, times) in curves.items():
         shown = ", ".join(f"{value}: {1e3 * t:.0f} ms" for value, t in zip(values, times, strict=True))
-        print(f"{name:15} ^{exponent(list(values), times):.2f} (expected {EXPECTED[name]})   {shown}", flush=True)
+        print(f"{name:15} ^{exponent(values, times):.2f} (expected {EXPECTED[name]})   {shown}", flush=True)
     return curves
 
 

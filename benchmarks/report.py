@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+PICTURE = Path(__file__).parent / "history.png"
 HISTORY = 5
 
 
@@ -106,21 +107,20 @@ def draw(cohorts: dict[str, list[Saved]], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="also draw the history as a PNG")
+    parser.add_argument("--picture", type=Path, default=PICTURE, metavar="FILE", help="a PNG of the history (default: %(default)s)")
     parser.add_argument("--percent", type=float, default=10.0, help="how much slower is a regression (default: 10)")
     parser.add_argument("--floor-ms", type=float, default=1.0, help="and by how many milliseconds at least (default: 1)")
     options = parser.parse_args(arguments)
     cohorts = read_results(options.results)
     if not cohorts:
-        print(f"{options.results} holds no results; run: python -m pytest benchmarks --benchmark-autosave")
+        print(f"{options.results} holds no results; run: python -m pytest benchmarks")
         return 2
     slower = []
     for cohort, runs in cohorts.items():
         print(f"{cohort}: {len(runs)} runs, the newest {runs[-1].commit} of {runs[-1].time}\n{table(runs)}\n")
         slower += regressions(runs, options.percent, options.floor_ms / 1e3)
-    if options.picture:
-        draw(cohorts, options.picture)
-        print(f"drawn to {options.picture}")
+    draw(cohorts, options.picture)
+    print(f"drawn to {options.picture}")
     print("\n".join(["regressions:", *map(str, slower)]) if slower else "no regression")
     return 1 if slower else 0
 

@@ -1,4 +1,4 @@
-"""One of the processes of benchmarks/test_scaling.py: builds a run and takes updates when its first process is told to.
+"""One of the processes of benchmarks/scaling.py: builds a run and takes updates when its first process is told to.
 
 Each line on the standard input of rank 0 is a number of updates, 0 for the end, and whether to profile them (0 or 1); the answer is
 one line of JSON.

@@ -1,10 +1,11 @@
-"""How long a checkpoint holds training up: copied and written beside it, waited for, or written by DeepSpeed.
+"""How long a checkpoint holds training up, copied and written beside it, against waiting for the write and DeepSpeed's; and its loading.
 
     python -m pytest benchmarks/test_checkpoint.py
 
-All three save the same state. DeepSpeed's own files are left in the page cache; ours are on disk (fsync) when they count as written.
+All save the same state. DeepSpeed's own files are left in the page cache; ours are on disk (fsync) when they count as written.
 """
 
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -43,23 +44,38 @@ def engine():
     return engine
 
 
-@pytest.mark.benchmark(group="hold-up of training by a checkpoint")
-@pytest.mark.parametrize("way", ["copied, written beside", "waited for", "DeepSpeed"])
-def test_save(benchmark, engine, tmp_path, way):
-    checkpoints, steps = Checkpoints(engine, tmp_path, keep=1), iter(range(1, 1000))
-
-    def save(step: int) -> None:
-        if way == "DeepSpeed":
-            engine.save_checkpoint(str(tmp_path), tag=f"deepspeed_{step}")
-            return
-        checkpoints.save(step)
-        if way == "waited for":
-            checkpoints.wait()
-
-    def before():
-        checkpoints.wait()  # the write of the round before is not the copy's
-        return (next(steps),), {}
-
-    benchmark.pedantic(save, setup=before, rounds=5, warmup_rounds=1)
+@pytest.fixture
+def checkpoints(engine, tmp_path):
+    checkpoints = Checkpoints(engine, tmp_path / "ours", keep=1)
+    yield checkpoints
     checkpoints.close()
-    benchmark.extra_info["state_bytes"] = 16 * sum(parameter.numel() for parameter in engine.module.parameters())
+
+
+def state_bytes(engine) -> int:
+    return 16 * sum(parameter.numel() for parameter in engine.module.parameters())
+
+
+@pytest.mark.benchmark(group="hold-up of training by a checkpoint")
+def test_save(record, engine, checkpoints, tmp_path):
+    steps = count(1)
+
+    def save() -> None:
+        checkpoints.save(next(steps))
+
+    def wait_for() -> None:
+        save()
+        checkpoints.wait()
+
+    beside = {"waiting for the write": wait_for, "DeepSpeed": lambda: engine.save_checkpoint(str(tmp_path / "deepspeed"), tag="last")}
+    # The write of the round before is not the copy's.
+    record(save, "GB", state_bytes(engine) / 1e9, bytes=2 * state_bytes(engine), beside=beside, before=checkpoints.wait)
+
+
+@pytest.mark.benchmark(group="loading a checkpoint")
+def test_load(record, engine, checkpoints, tmp_path):
+    """Ours with its checksums."""
+    checkpoints.save(1)
+    checkpoints.wait()
+    engine.save_checkpoint(str(tmp_path / "deepspeed"), tag="last")
+    beside = {"DeepSpeed": lambda: engine.load_checkpoint(str(tmp_path / "deepspeed"), tag="last")}
+    record(checkpoints.resume, "GB", state_bytes(engine) / 1e9, bytes=2 * state_bytes(engine), beside=beside)

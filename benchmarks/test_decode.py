@@ -4,11 +4,15 @@
 
 Clips of 64 frames at stride 2, from 340 x 256 to 256 x 256. The baseline is a PyTorch DataLoader with decord and the steps of the Hugging
 Face processor in float, a clip at a time: resize (antialiased), crop, rescale, normalise. The pipeline hands on uint8, which
-the encoder normalises in its compiled graph; `normalised` adds that step here, in place, for a comparison of like with like.
+the encoder normalises in its compiled graph; `normalised` adds that step here, in place, for a comparison of like with like. It is left
+out where decord (of the extra `benchmark`) is not installed. DALI decodes H.264 by NVDEC on a GPU, and VP9 and MJPEG on a CPU, beside PyAV.
 """
 
 import os
+from collections.abc import Callable
 from fractions import Fraction
+from importlib.util import find_spec
+from pathlib import Path
 
 import av
 import numpy as np
@@ -16,29 +20,35 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.sizes import QUICK
+from benchmarks.sizes import DEVICE, ON_GPU, QUICK
 from flperf.config import Backbone
-from flperf.data import Place
-from flperf.data.clips import Annotations, TrainingOrder, Window
+from flperf.data import Place, dali, pyav
+from flperf.data.clips import Annotations, Batches, TrainingOrder, Window
 from flperf.data.preprocessing import Preprocessing
-from flperf.data.pyav import read_batches
 
 WINDOW, BATCH, BATCHES = Window(64, 2, "first"), 1 if QUICK else 8, 2
 PREPROCESSING = Preprocessing.of(Backbone(architecture={"crop_size": 256}))
-WORKERS = len(os.sched_getaffinity(0))
+WORKERS, CPU = len(os.sched_getaffinity(0)), torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory) -> list[str]:
-    """Clips of 150 frames of moving noise over a gradient, encoded as Kinetics usually is."""
-    folder, paths = tmp_path_factory.mktemp("decode"), []
-    for index in range(BATCH):
+FORMATS = {  # name -> (file extension, encoder, pixel format, its options)
+    "h264": ("mp4", "libx264", "yuv420p", {"crf": "23", "preset": "medium"}),
+    "vp9": ("webm", "libvpx-vp9", "yuv420p", {"deadline": "realtime", "cpu-used": "8", "crf": "24", "b": "0"}),
+    "mjpeg": ("avi", "mjpeg", "yuvj420p", {}),
+}
+DALI_FORMATS = ("h264",) if ON_GPU else ("vp9", "mjpeg")
+
+
+def write_videos(folder: Path, name: str) -> list[str]:
+    """Clips of 150 frames of moving noise over a gradient, encoded as Kinetics usually is, or in another format."""
+    extension, codec, pixels, options = FORMATS[name]
+    paths = [str(folder / f"{index}.{extension}") for index in range(BATCH)]
+    for index, path in enumerate(paths):
         random = np.random.default_rng(index)
         texture = np.kron(random.integers(0, 160, (40, 60, 3), dtype=np.uint8), np.ones((16, 16, 1), np.uint8))
-        paths.append(str(folder / f"{index}.mp4"))
-        with av.open(paths[-1], "w") as container:
-            stream = container.add_stream("libx264", rate=Fraction(30), options={"crf": "23", "preset": "medium"})
-            stream.width, stream.height, stream.pix_fmt = 340, 256, "yuv420p"
+        with av.open(path, "w") as container:
+            stream = container.add_stream(codec, rate=Fraction(30), options=options)
+            stream.width, stream.height, stream.pix_fmt = 340, 256, pixels
             for frame in range(150):
                 image = texture[frame : frame + 256, 2 * frame : 2 * frame + 340] + random.integers(0, 16, (256, 340, 1), dtype=np.uint8)
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
@@ -67,17 +77,14 @@ class UsualDataset(torch.utils.data.Dataset):
 
 
 def usual(paths: list[str]) -> None:
-    pytest.importorskip("decord", reason="needs decord, of the extra `benchmark`")
     for batch in torch.utils.data.DataLoader(UsualDataset(paths), BATCH, num_workers=WORKERS):
         assert batch.shape == (BATCH, 64, 3, 256, 256)
 
 
-def pipeline(paths: list[str], normalise: bool) -> None:
-    order = TrainingOrder(len(paths), 0)
-    batches = read_batches(
-        order.batches(0, Place(0, 1, BATCH, BATCH)), order, Annotations(paths, [0] * len(paths)), WINDOW, PREPROCESSING, WORKERS, 1,
-        torch.device("cpu"),
-    )  # fmt: skip
+def ours(read_batches: Callable[..., Batches], paths: list[str], device: torch.device = CPU, normalise: bool = False) -> None:
+    order, annotations = TrainingOrder(len(paths), 0), Annotations(paths, [0] * len(paths))
+    draws = order.batches(0, Place(0, 1, BATCH, BATCH))
+    batches = read_batches(draws, order, annotations, WINDOW, PREPROCESSING, WORKERS, 1, device)
     scale = PREPROCESSING.rescale / torch.tensor(PREPROCESSING.std)
     shift = -torch.tensor(PREPROCESSING.mean) / torch.tensor(PREPROCESSING.std)
     for _ in range(BATCHES):
@@ -89,18 +96,20 @@ def pipeline(paths: list[str], normalise: bool) -> None:
     batches.close()
 
 
-VARIANTS = {
-    "decord, DataLoader, processor in float": usual,
-    "pipeline, normalised": lambda paths: pipeline(paths, True),
-    "pipeline, uint8": lambda paths: pipeline(paths, False),
-}
-
-
 @pytest.mark.benchmark(group="decode, 64 frames of 340 x 256 H.264")
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_decode(benchmark, videos, variant):
-    benchmark.pedantic(VARIANTS[variant], (videos,), rounds=5, warmup_rounds=1)
-    benchmark.extra_info["clips_per_s"] = BATCH * BATCHES / benchmark.stats.stats.median
+@pytest.mark.parametrize("pixels", ["normalised", "uint8"])
+def test_decode(record, tmp_path, pixels):
+    paths = write_videos(tmp_path, "h264")
+    beside = {"decord, DataLoader, processor in float": lambda: usual(paths)} if find_spec("decord") else {}
+    record(lambda: ours(pyav.read_batches, paths, normalise=pixels == "normalised"), "clips", BATCH * BATCHES, beside=beside)
+
+
+@pytest.mark.benchmark(group="decode by DALI, 64 frames of 340 x 256")
+@pytest.mark.parametrize("name", DALI_FORMATS)
+def test_dali(record, tmp_path, name):
+    paths = write_videos(tmp_path, name)
+    beside = {"PyAV": lambda: ours(pyav.read_batches, paths)}
+    record(lambda: ours(dali.read_batches, paths, DEVICE), "clips", BATCH * BATCHES, beside=beside)
 
 
 @pytest.mark.benchmark(group="first batch of the order, 240,000 clips")

@@ -1,28 +1,34 @@
-"""The frozen encoder: eager fp32, eager and compiled in the compute dtype, split and joint.
+"""The frozen encoder, compiled in the compute dtype, against eager in fp32 and in that dtype, and transformers' own layers: in turns.
 
     python -m pytest benchmarks/test_encoder.py
 
 `joint` attends over the whole clip, as FutureLatents does; `split` encodes context and target apart, which is also less work.
 """
 
+from functools import partial
+from unittest.mock import patch
+
 import pytest
 import torch
 
 from benchmarks.sizes import BACKBONES, BATCH, DTYPE, configuration, encoder_of, layout_of, video_of
+from benchmarks.usual_way import TransformersVJEPA2
+from flperf import backbones
 from flperf.encoder import encode_clip
 from flperf.throughput import encoder_flops
 
-VARIANTS = {"eager fp32": (torch.float32, False), "eager": (DTYPE, False), "compiled": (DTYPE, True)}
 
-
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("mode", ["joint", "split"])
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_encode(benchmark, record, backbone, mode, variant):
-    dtype, compile = VARIANTS[variant]
+def test_encode(benchmark, record, backbone, mode):
     benchmark.group = f"encoder, {backbone}"
     config = configuration("predictor", backbone)
-    encoder = encoder_of(config, dtype, compile)
-    layout, video = layout_of(config, encoder), video_of(config)
-    flops = BATCH * encoder_flops(encoder, layout, mode)
-    record(lambda: encode_clip(encoder, video, layout, mode), "clips", BATCH, flops=flops, dtype=dtype)
+    ours = encoder_of(config, DTYPE, True)
+    others = {"eager fp32": encoder_of(config, torch.float32, False), "eager": encoder_of(config, DTYPE, False)}
+    if (backbone, mode) == ("vjepa2", "joint"):
+        with patch.dict(backbones.BACKBONES, vjepa2=TransformersVJEPA2):
+            others |= {f"transformers' layers, {way}": encoder_of(config, DTYPE, way == "compiled") for way in ("eager", "compiled")}
+    layout, video = layout_of(config, ours), video_of(config)
+    beside = {name: partial(encode_clip, encoder, video, layout, mode) for name, encoder in others.items()}
+    flops = BATCH * encoder_flops(ours, layout, mode)
+    record(partial(encode_clip, ours, video, layout, mode), "clips", BATCH, flops=flops, dtype=DTYPE, beside=beside)

@@ -1,19 +1,21 @@
-"""Each head, forward alone and with its backward pass: eager fp32, eager and compiled in the compute dtype.
+"""Each head, compiled in the compute dtype, against eager in fp32 and in that dtype: forward alone, and with its backward pass.
 
     python -m pytest benchmarks/test_heads.py
 
-Forward and backward count three times the forward's operations. `checkpointed` keeps only the blocks' inputs and computes the rest again.
+Forward and backward count three times the forward's operations. What may be switched on (activation checkpointing, the DiT's fused adaLN)
+is timed against the same head without it.
 """
+
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from benchmarks.sizes import BATCH, DEVICE, DTYPE, HEADS, configuration, encoder_of, head_of, latents_of, layout_of
+from benchmarks.sizes import BATCH, DEVICE, DTYPE, HEADS, ON_GPU, configuration, encoder_of, head_of, latents_of, layout_of
 from flperf.latents import Layout
 from flperf.throughput import head_flops
 
-VARIANTS = {"eager fp32": (torch.float32, False, []), "eager": (DTYPE, False, []), "compiled": (DTYPE, True, [])}
-CHECKPOINTED = {"compiled, checkpointed": (DTYPE, True, ["model.activation_checkpointing=true"])}
+EAGER = {"eager fp32": torch.float32, "eager": DTYPE}
 
 
 @pytest.fixture(scope="module")
@@ -22,32 +24,50 @@ def layout() -> Layout:
     return layout_of(config, encoder_of(config, DTYPE, False))
 
 
-def inputs(name: str, layout: Layout, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    context, target = latents_of(layout, dtype)
-    return (context, target, torch.rand(BATCH, device=DEVICE)) if name == "dit" else (context,)
+class Pass:
+    """A head on random latents; calling it runs the head forward, and backward as well where gradients are wanted."""
+
+    def __init__(self, name: str, layout: Layout, dtype: torch.dtype, compile: bool, *overrides: str):
+        self.head = head_of(configuration(name, "vjepa2", *overrides), layout, dtype, compile)
+        context, target = latents_of(layout, dtype)
+        self.inputs = (context, target, torch.rand(BATCH, device=DEVICE)) if name == "dit" else (context,)
+
+    @torch.no_grad()
+    def forward(self) -> None:
+        self.head(*self.inputs)
+
+    def forward_backward(self) -> None:
+        self.head.zero_grad(set_to_none=True)
+        self.head(*self.inputs).float().square().mean().backward()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", HEADS)
-def test_forward(benchmark, record, layout, name, variant):
-    dtype, compile, overrides = VARIANTS[variant]
-    benchmark.group = f"forward, {name}"
-    head = head_of(configuration(name, "vjepa2", *overrides), layout, dtype, compile)
-    given = inputs(name, layout, dtype)
-    with torch.no_grad():
-        record(lambda: head(*given), "clips", BATCH, flops=BATCH * head_flops(head, layout, name == "dit"), dtype=dtype)
+@pytest.mark.parametrize("what", ["forward", "forward and backward"])
+def test_head(benchmark, record, layout, name, what):
+    benchmark.group = f"{what}, {name}"
+
+    def of(pass_: Pass) -> Callable[[], None]:
+        return pass_.forward if what == "forward" else pass_.forward_backward
+
+    ours = Pass(name, layout, DTYPE, True)
+    beside = {way: of(Pass(name, layout, dtype, False)) for way, dtype in EAGER.items()}
+    flops = BATCH * head_flops(ours.head, layout, name == "dit") * (1 if what == "forward" else 3)
+    record(of(ours), "clips", BATCH, flops=flops, dtype=DTYPE, beside=beside)
 
 
-@pytest.mark.parametrize("variant", VARIANTS | CHECKPOINTED)
-@pytest.mark.parametrize("name", HEADS)
-def test_forward_backward(benchmark, record, layout, name, variant):
-    dtype, compile, overrides = (VARIANTS | CHECKPOINTED)[variant]
-    benchmark.group = f"forward and backward, {name}"
-    head = head_of(configuration(name, "vjepa2", *overrides), layout, dtype, compile)
-    given = inputs(name, layout, dtype)
+def against_itself(record, layout: Layout, without: str, override: str) -> None:
+    ours, other = Pass("dit", layout, DTYPE, True, override), Pass("dit", layout, DTYPE, True)
+    flops = 3 * BATCH * head_flops(other.head, layout, True)
+    record(ours.forward_backward, "clips", BATCH, flops=flops, dtype=DTYPE, beside={without: other.forward_backward})
 
-    def step() -> None:
-        head.zero_grad(set_to_none=True)
-        head(*given).float().square().mean().backward()
 
-    record(step, "clips", BATCH, flops=3 * BATCH * head_flops(head, layout, name == "dit"), dtype=dtype)
+@pytest.mark.benchmark(group="DiT with activation checkpointing")
+def test_checkpointed(record, layout):
+    """Keeps only the blocks' inputs and computes the rest again, which doesn't count as FLOPs."""
+    against_itself(record, layout, "all activations kept", "model.activation_checkpointing=true")
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the fused adaLN is a Triton kernel; on a CPU its PyTorch reference runs")
+@pytest.mark.benchmark(group="DiT with fused adaLN")
+def test_fused_adaln(record, layout):
+    against_itself(record, layout, "adaLN left to Inductor", "model.fused_adaln=true")

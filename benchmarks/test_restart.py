@@ -7,10 +7,9 @@ clips and does one step of flow matching, which compiles, or finds its graphs.
 """
 
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
+from shutil import rmtree
 
 import pytest
 
@@ -21,29 +20,22 @@ from flperf.config import dump_config
 CLIPS = ["dataset.shapes.train_clips=64", "dataset.shapes.validation_clips=0", "latents.statistics_clips=8"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("restart")
-
-
 @pytest.mark.benchmark(group="from launch to the first step")
-@pytest.mark.parametrize("cache", ["cold", "warm"])
-def test_first_step(benchmark, folder, cache):
-    experiment, path, said = folder / "experiment", folder / "config.yaml", []
+def test_first_step(record, tmp_path):
+    """A cold start, which takes a minute or two, leaves the cache for the warm one that follows."""
+    experiment, path = tmp_path / "experiment", tmp_path / "config.yaml"
     path.write_text(dump_config(configuration("dit", "vjepa2", *CLIPS, "tracking.wandb=none", f"experiment={experiment}")))
     command = [sys.executable, "-u", "flperf/train.py", "--config", str(path), "--overwrite"]
     environment = {name: value for name, value in os.environ.items() if name not in CACHE_VARIABLES}  # a benchmark before has set them
 
-    def before() -> None:
-        if cache == "cold":
-            shutil.rmtree(experiment, ignore_errors=True)
-
-    def start() -> None:
+    def start(cache: str) -> None:
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-            said.append(next(line for line in process.stdout if line.startswith("first step after")))
+            said = next(line for line in process.stdout if line.startswith("first step after"))
             process.kill()
+        assert f"(compile cache: {cache})" in said, said
 
-    # A cold start takes a minute or two; the round before the first warm one leaves the cache.
-    rounds = {"cold": 2, "warm": 3}[cache]
-    benchmark.pedantic(start, setup=before, rounds=rounds, warmup_rounds=int(cache == "warm"))
-    assert all(f"(compile cache: {cache})" in line for line in said[-rounds:]), said
+    def cold() -> None:
+        rmtree(experiment, ignore_errors=True)
+        start("cold")
+
+    record(lambda: start("warm"), "starts", 1, rounds=1, warm=False, beside={"a cold start": cold})

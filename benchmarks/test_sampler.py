@@ -1,4 +1,4 @@
-"""Forecasts of the DiT: all samples from one projection of the context, against a projection at every evaluation of the velocity.
+"""Forecasts of the DiT, compiled, all samples from one projection of the context; against eager, and a projection at every evaluation.
 
 python -m pytest benchmarks/test_sampler.py
 """
@@ -8,23 +8,37 @@ import torch
 
 from benchmarks.sizes import BATCH, DEVICE, DTYPE, ON_GPU, configuration, encoder_of, head_of, latents_of, layout_of
 from flperf.objective import build_objective, forecast
+from flperf.throughput import count_flops, head_flops
 
 SAMPLES, STEPS = (4, 20) if ON_GPU else (2, 5)
-VARIANTS = {"eager, context projected at every step": (False, True), "eager": (False, False), "compiled": (True, False)}
+
+
+class Remember(torch.nn.Module):
+    """The part of a head that a forecast computes once."""
+
+    def __init__(self, head: torch.nn.Module):
+        super().__init__()
+        self.head = head
+
+    def forward(self, context: torch.Tensor):
+        return self.head.remember(context)
 
 
 @pytest.mark.benchmark(group=f"{SAMPLES} samples of {STEPS} Euler steps")
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_sample(record, variant, monkeypatch):
-    compile, again = VARIANTS[variant]
+def test_sample(record):
     sampling = [f"evaluation.sampling.samples={SAMPLES}", f"evaluation.sampling.steps={STEPS}"]
     config = configuration("dit", "vjepa2", *sampling)
     layout = layout_of(config, encoder_of(config, DTYPE, False))
-    head, objective = head_of(config, layout, DTYPE, compile).requires_grad_(False), build_objective(config, layout)
-    context, _ = latents_of(layout, DTYPE)
-    if again:
-        velocity = head.velocity
-        monkeypatch.setattr(head, "velocity", lambda x, tau, memory: velocity(x, tau, head.remember(context)))
+    objective, (context, _) = build_objective(config, layout), latents_of(layout, DTYPE)
+    compiled, eager, again = (head_of(config, layout, DTYPE, compile).requires_grad_(False) for compile in (True, False, False))
+    velocity = again.velocity
+    again.velocity = lambda x, tau, memory: velocity(x, tau, again.remember(context))
     sample = torch.arange(BATCH, device=DEVICE)
-    with torch.no_grad():
-        record(lambda: forecast(objective, head, context, sample), "forecasts", BATCH * SAMPLES, rounds=3)
+    once = count_flops(Remember(eager), (1, *context.shape[1:]))
+    flops = BATCH * (once + SAMPLES * STEPS * (head_flops(eager, layout, True) - once))
+
+    def forecasts(head: torch.nn.Module):
+        return torch.no_grad()(lambda: forecast(objective, head, context, sample))
+
+    beside = {"eager": forecasts(eager), "eager, context projected at every step": forecasts(again)}
+    record(forecasts(compiled), "forecasts", BATCH * SAMPLES, flops=flops, dtype=DTYPE, beside=beside)

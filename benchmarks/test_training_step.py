@@ -2,36 +2,83 @@
 
     python -m pytest benchmarks/test_training_step.py
 
-On a CPU: V-JEPA 2 of 384 x 12, 16 frames of 128 x 128, heads of 384 x 6, batch 4. `joint` does the arithmetic of the usual way; `split`
-encodes context and target apart, which is what training does by default and also less work. Steps are timed in turns, the two usual ones
-before each of ours, and ratios are medians over these turns. Where the device doesn't multiply bf16 itself, ours is in fp32.
+On a CPU: V-JEPA 2 of 384 x 12, 16 frames of 128 x 128, heads of 384 x 6, batch 4, and batch 8 for the predictor. `split`, which is timed,
+encodes context and target apart, as training does by default; `joint` does the arithmetic of the usual way. All are timed in turns in one
+run, and ratios are medians over these turns. Where the device doesn't multiply bf16 itself, ours is in fp32.
 """
 
+import statistics
 import subprocess
 import sys
 
 import pytest
 
 from benchmarks import sizes
-from benchmarks.training_step import OURS, USUAL, ours, usual, write_cache
+from benchmarks.recording import LEAST
+from benchmarks.training_step import OURS, USUAL, OurStep, ours, usual, write_cache
+from flperf import loop
+from flperf.data.demo import write_demo
 from flperf.run import flops_per_clip
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("latents")
+    folder = tmp_path_factory.mktemp("training_step")
     write_cache(folder)
+    write_demo(folder / "demo", {"train": 2 * sizes.BATCH, "validation": 0})
     return folder
 
 
-@pytest.mark.parametrize("source, mode", [*(("drawn", mode) for mode in OURS), ("cache", "joint")])
-@pytest.mark.parametrize("regime", sizes.HEADS)
-def test_step(benchmark, record, folder, regime, source, mode):
+def fractions_of_peak(step: OurStep, rounds: int, peak: float) -> dict[str, float]:
+    """Of the last rounds: the milliseconds of each stage, and what part of the peak encoder and head reach while they run."""
+    timer, flops, clips = step.window.timer, flops_per_clip(step.run), step.run.place.batch_size
+    for name, spans in timer.spans.items():
+        timer.spans[name] = spans[-rounds:]
+    stages = timer.read(rounds)
+    milliseconds = {"encoder": stages["encode_ms"], "head": stages["forward_ms"] + stages["backward_ms"]}
+    shares = {f"{part}_fraction_of_peak": clips * flops[part] / (milliseconds[part] / 1e3) / peak for part in flops if flops[part]}
+    return {"stages_ms": stages, **shares}
+
+
+def flops_of(step: OurStep) -> int:
+    return step.run.place.batch_size * sum(flops_per_clip(step.run).values())
+
+
+@pytest.mark.parametrize("regime, source, batch", [
+    *((regime, source, sizes.BATCH) for regime in sizes.HEADS for source in ("drawn", "cache")),
+    ("predictor", "drawn", 2 * sizes.BATCH),
+])  # fmt: skip
+def test_step(benchmark, record, folder, regime, source, batch):
     benchmark.group = f"training step, {regime}, {source}"
-    step = ours(regime, source, mode, folder)
+    size = f"trainer.batch_size={batch}"
+    step = ours(regime, source, "split", folder, size)
+    also = {"ours, joint": ours(regime, "drawn", "joint", folder, size)} if source == "drawn" else {}
+    if (regime, source, batch) == ("predictor", "drawn", sizes.BATCH):
+        also["ours, eager"] = ours(regime, "drawn", "split", folder, size, "engine.compile=false")
     beside = {name: usual(step.run, source, folder, autocast) for name, autocast in USUAL.items()}
-    flops = sizes.BATCH * sum(flops_per_clip(step.run).values())
-    record(step, "clips", sizes.BATCH, flops=flops, dtype=step.run.dtype, beside=beside)
+    seconds = record(step, "clips", batch, flops=flops_of(step), dtype=step.run.dtype, beside=beside | also)
+    peak = record.peak(step.run.dtype)
+    benchmark.extra_info |= fractions_of_peak(step, len(seconds[""]), peak)
+    if joint := also.get("ours, joint"):
+        fraction = flops_of(joint) / statistics.median(seconds["ours, joint"]) / peak
+        ratios = record.ratios({name: seconds[name] for name in ("ours, joint", *USUAL)}, "ours, joint")
+        benchmark.extra_info["joint"] = ratios | {"fraction_of_peak": fraction} | fractions_of_peak(joint, len(seconds[""]), peak)
+    for each in (step, *also.values()):
+        each.batches.close()
+
+
+@pytest.mark.parametrize("regime", sizes.HEADS)
+def test_step_from_video(benchmark, record, folder, regime):
+    """Against the same step on clips that were decoded before."""
+    benchmark.group = f"training step, {regime}, video"
+    step = ours(regime, "video", "split", folder)
+    batch = next(step.batches)
+
+    def decoded_before() -> None:
+        loop.train_step(step.run, iter([batch]), step.window)
+
+    beside = {"clips decoded before": decoded_before}
+    record(step, "clips", sizes.BATCH, flops=flops_of(step), dtype=step.run.dtype, rounds=LEAST, beside=beside)
     step.batches.close()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks import sizes
 from benchmarks.memory import peak_memory_bytes
-from benchmarks.seed_way import SeedStep, latent_batches
+from benchmarks.usual_way import UsualStep, latent_batches
 from flperf import loop
 from flperf.baselines import LatentSample
 from flperf.config import Config
@@ -25,14 +25,20 @@ CLIPS = 32  # of the cache
 
 
 def configuration(regime: str, source: str, mode: str, folder: Path, *overrides: str) -> Config:
-    """`source`: "drawn" (clips of moving shapes, encoded in the step) or "cache" (latents that `write_cache` wrote to the folder).
+    """`source`: "drawn" (clips of moving shapes, encoded in the step), "video" (the demo's files, written on first use) or "cache"
+    (latents that `write_cache` wrote to the folder).
 
     No moving average, which the usual way doesn't keep either.
     """
     clips = [f"dataset.shapes.train_clips={CLIPS}", "dataset.shapes.validation_clips=0", f"latents.statistics_clips={sizes.BATCH}"]
-    cache = ["dataset.kind=kinetics_400_cached", f"dataset.train={folder}/{mode}/train/manifest.csv", "dataset.validation=null"]
+    files = {
+        "drawn": [],
+        "video": ["dataset.kind=demo", f"dataset.train={folder}/demo/train.csv", "dataset.validation=null"],
+        "cache": ["dataset.kind=kinetics_400_cached", f"dataset.train={folder}/{mode}/train/manifest.csv", "dataset.validation=null"],
+    }
+    clips += ["engine.compile=false"] if sizes.QUICK else []
     keys = [*clips, f"backbone.encode={mode}", "trainer.ema_decay=null", f"experiment={folder}", "dataset.labels=null"]
-    return sizes.configuration(regime, "vjepa2", *keys, *(cache if source == "cache" else []), *overrides, size=sizes.STEP_SIZE)
+    return sizes.configuration(regime, "vjepa2", *keys, *files[source], *overrides, size=sizes.STEP_SIZE)
 
 
 def write_cache(folder: Path) -> None:
@@ -65,14 +71,14 @@ def ours(regime: str, source: str, mode: str, folder: Path, *overrides: str) -> 
     return OurStep(configuration(regime, source, mode, folder, *overrides))
 
 
-def usual(run: Run, source: str, folder: Path, autocast: bool) -> SeedStep:
+def usual(run: Run, source: str, folder: Path, autocast: bool) -> UsualStep:
     """The usual way on the clips of a run and from the same source."""
     device = run.process.device
     if source == "cache":
-        batches = latent_batches(folder / "files/train/manifest.csv", sizes.BATCH, len(os.sched_getaffinity(0)))
+        batches = latent_batches(folder / "files/train/manifest.csv", run.place.batch_size, len(os.sched_getaffinity(0)))
     else:
         batches = (batch.video for batch in run.dataset.train_batches(0, run.place, device))
-    return SeedStep(run.config, run.layout, batches, device, autocast)
+    return UsualStep(run.config, run.layout, batches, device, autocast)
 
 
 def build(regime: str, source: str, variant: str, folder: Path) -> Step:

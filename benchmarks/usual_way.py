@@ -13,25 +13,39 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import VJEPA2Config, VJEPA2Model
 
 from flperf.backbones.pretrained import load_transformer
-from flperf.config import Config
+from flperf.config import Backbone, Config
 from flperf.data.preprocessing import Preprocessing
 from flperf.heads import build_head
 from flperf.latents import Layout
 
 
-class SeedStep:
+class TransformersVJEPA2(nn.Module):
+    """transformers' own layers, behind the interface of `flperf.backbones.vjepa2.VJEPA2`."""
+
+    def __init__(self, backbone: Backbone, crop: tuple[int, int]):
+        super().__init__()
+        model = load_transformer(VJEPA2Model, VJEPA2Config, backbone, crop_size=crop[0])
+        self.encoder, self.blocks = model.encoder, model.encoder.layer
+        self.frames_per_latent = self.frames_covered = model.config.tubelet_size
+        self.patch_size, self.dim = model.config.patch_size, model.config.hidden_size
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels: normalised, b f c h w -> b t h w d."""
+        height, width = (size // self.patch_size for size in pixels.shape[-2:])
+        return rearrange(self.encoder(pixels).last_hidden_state, "b (t h w) d -> b t h w d", h=height, w=width)
+
+
+class UsualStep:
     """Calling it takes one step on the next of `batches`: uint8 video `b f h w c`, or latents `b d t h w`."""
 
     def __init__(self, config: Config, layout: Layout, batches: Iterator[Tensor], device: torch.device, autocast: bool):
         self.config, self.layout, self.batches, self.device, self.autocast = config, layout, batches, device, autocast
         self.preprocessing = Preprocessing.of(config.backbone)
-        crop, _ = self.preprocessing.size
-        model = load_transformer(VJEPA2Model, VJEPA2Config, config.backbone, crop_size=crop)
-        self.encoder = model.encoder.to(device).requires_grad_(False).eval()
+        self.encoder = TransformersVJEPA2(config.backbone, self.preprocessing.size).to(device).requires_grad_(False).eval()
         self.head = build_head(config.model, layout, seed=config.seed, compile=False).to(device)
         self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=config.trainer.learning_rate)
 
@@ -51,8 +65,7 @@ class SeedStep:
     def encode(self, video: Tensor) -> Tensor:
         mean, std = (torch.tensor(x, device=self.device)[:, None, None] for x in (self.preprocessing.mean, self.preprocessing.std))
         pixels = rearrange(video, "b f h w c -> b f c h w").float() * self.preprocessing.rescale
-        tokens = self.encoder((pixels - mean) / std).last_hidden_state
-        return rearrange(tokens, "b (t h w) d -> b t h w d", h=self.layout.height, w=self.layout.width)
+        return self.encoder((pixels - mean) / std)
 
     def loss(self, context: Tensor, target: Tensor) -> Tensor:
         if self.config.objective.kind == "regression":

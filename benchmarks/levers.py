@@ -1,0 +1,119 @@
+"""What each lever gives the training step: ours against ours without it, in turns in one process.
+
+    python -m benchmarks.levers                 # all, about ten minutes on two cores
+    python -m benchmarks.levers fp32 threads    # those whose names hold one of these words
+
+The step is that of the predictor at the middle size (sizes.MIDDLE), batch 4, clips drawn, encoded `joint`. Each row is a median of
+rounds, its ratio the median of the rounds' ratios; above 1, ours is the faster one. Milliseconds are those of 4 clips.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+from benchmarks import sizes
+from benchmarks.recording import seconds_of
+from benchmarks.training_step import OurStep, configuration
+from benchmarks.usual_way import TransformersVJEPA2
+from flperf import backbones
+
+ROUNDS, BATCH = 7, 4
+Build = Callable[..., OurStep]  # of overrides
+
+
+def inductor(**options: object) -> Callable:
+    """Compile with options of Inductor: as arguments, since only those keep the graphs of two ways apart in one process."""
+    return patch.object(torch, "compile", partial(torch.compile, options={key.replace("__", "."): value for key, value in options.items()}))
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
+def transformers_layers(build: Build) -> OurStep:
+    with patch.dict(backbones.BACKBONES, vjepa2=TransformersVJEPA2):
+        return build()
+
+
+def unfused_adamw(build: Build) -> OurStep:
+    step = build()
+    for group in step.run.engine.basic_optimizer.param_groups:
+        group |= {"fused": False, "foreach": True}
+    return step
+
+
+def compiled_with(build: Build, **options: object) -> OurStep:
+    with inductor(**options):
+        step = build()
+        step()  # compiles
+    return step
+
+
+# What ours does without the lever, or what could be added to it.
+VARIANTS: dict[str, Callable[[Build], OurStep]] = {
+    "nothing (the noise)": lambda build: build(),
+    "not compiled": lambda build: build("engine.compile=false"),
+    "transformers' layers in the encoder": transformers_layers,
+    "fp32": lambda build: build("engine.precision=fp32"),
+    "AdamW unfused (foreach)": unfused_adamw,
+    "ZeRO 0": lambda build: build("engine.zero_stage=0"),
+    "frozen encoder weights (inductor's freezing)": lambda build: compiled_with(build, freezing=True),
+    "max_autotune": lambda build: compiled_with(build, max_autotune=True),
+    "one thread": lambda build: compiled_with(build, cpp__threads=1),
+    "batch 8": lambda build: build(f"trainer.batch_size={2 * BATCH}"),
+}
+
+
+def row(name: str, ours: OurStep, build: Build) -> str:
+    """Time a variant in turns with ours."""
+    surroundings = partial(threads, 1) if name == "one thread" else nullcontext
+    with surroundings():
+        other = VARIANTS[name](build)
+        other()
+    share = BATCH / other.run.place.batch_size
+    pairs = []
+    for _ in range(ROUNDS + 1):
+        own = seconds_of(ours)
+        with surroundings():
+            pairs.append((own, share * seconds_of(other)))
+    other.batches.close()
+    own, without = (1e3 * statistics.median(times) for times in zip(*pairs[1:], strict=True))  # the first turn warms up
+    ratio = statistics.median(b / a for a, b in pairs[1:])
+    return f"| {name} | {own:.0f} | {without:.0f} | {ratio:.2f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="of the names of variants: " + "; ".join(VARIANTS))
+    words = parser.parse_args().words
+    torch._dynamo.config.recompile_limit = 64  # frozen weights make every block a graph of its own
+    sizes.STEP_SIZE = sizes.MIDDLE
+    with tempfile.TemporaryDirectory() as folder:
+
+        def build(*overrides: str) -> OurStep:
+            return OurStep(configuration("predictor", "drawn", "joint", Path(folder), f"trainer.batch_size={BATCH}", *overrides))
+
+        ours = build()
+        ours()
+        print(f"threads: {torch.get_num_threads()} of {os.cpu_count()}, {sizes.DTYPE}\n")
+        print("| ours with | ms, ours | ms, with this | ratio |\n| --- | --- | --- | --- |", flush=True)
+        for name in VARIANTS:
+            if not words or any(word in name for word in words):
+                print(row(name, ours, build), flush=True)
+        ours.batches.close()
+
+
+if __name__ == "__main__":
+    main()
