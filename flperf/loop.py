@@ -18,7 +18,8 @@ from tqdm import tqdm
 from flperf.baselines import LatentSample, load_statistics, save_statistics
 from flperf.checkpoint import Checkpoints
 from flperf.compile_cache import compile_cache_state
-from flperf.config import Config, UserError, parse_interval
+from flperf.config import Config, UserError
+from flperf.config_values import parse_interval
 from flperf.data.clips import ClipBatch
 from flperf.devices import peak_flops
 from flperf.engine import head_weights, load_weights, set_schedule
