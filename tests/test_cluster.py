@@ -229,4 +229,6 @@ def test_the_batch_file_asks_for_what_a_run_needs():
     assert subprocess.run(["bash", "-n", str(SBATCH)], check=False).returncode == 0
     flags = set(re.findall(r"^#SBATCH (\S+)$", text, flags=re.MULTILINE))
     assert {"--ntasks-per-node=1", "--gpus-per-node=8", "--requeue", "--open-mode=append"} <= flags
-    assert any(flag.startswith("--signal=USR1@") for flag in flags)
+    (lead,) = (int(flag.removeprefix("--signal=USR1@")) for flag in flags if flag.startswith("--signal="))
+    assert lead >= 600  # a validation that has begun is ended before the signal is heard
+    assert text.index("export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}") < text.index("\nsrun ")  # else a task has one core

@@ -3,14 +3,22 @@
 import gzip
 import itertools
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from runs import BACKBONES, REGIMES, ROOT, curves, launch
+
+from flperf import interruption, loop
+from flperf.checkpoint_files import latest_checkpoint
+from flperf.compile_cache import CACHE_VARIABLES
+from flperf.config import UserError
+from flperf.train import train as train_here
 
 STAGES = (0, 1, 2, 3)
 
@@ -167,6 +175,61 @@ def test_a_killed_run_comes_back(tiny):
     steps = [json.loads(line)["step"] for line in folder.joinpath("metrics.jsonl").read_text().splitlines()]
     assert int(folder.joinpath("checkpoints/latest").read_text().removeprefix("step_")) == steps[-1]
     assert len([path for path in folder.joinpath("checkpoints").glob("step_*") if path.is_dir()]) <= 4
+
+
+@pytest.fixture
+def here(tiny, tmp_path, monkeypatch):
+    """The real entry point inside this process, which it leaves as it was. Returns the run's folder and what ended the run."""
+    handlers = {number: signal.getsignal(number) for number in interruption.STOP_SIGNALS}
+    monkeypatch.setattr(interruption, "_received", [])
+    for variable in CACHE_VARIABLES:
+        monkeypatch.setenv(variable, str(tmp_path))
+
+    def start(name: str, *arguments: str) -> tuple[Path, BaseException | None]:
+        folder, end = tiny.parent / "experiment" / name, None
+        try:
+            train_here(["--config", str(tiny), f"name={name}", *arguments])
+        except (UserError, SystemExit) as error:
+            end = error
+        return folder, end
+
+    yield start
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_a_signal_is_obeyed_before_the_next_validation(here, monkeypatch):
+    """The vote on it takes one step; the validation that is then due would take the time that is left."""
+    steps, validated = loop.train_step, []
+
+    def step(*arguments):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return steps(*arguments)
+
+    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(loop, "validate", lambda run, tracker, step, epoch: validated.append(step))
+    folder, end = here("obedient", "evaluation.eval_every=1")
+    assert isinstance(end, interruption.Interrupted) and validated == [1]
+    assert latest_checkpoint(folder / "checkpoints").name == "step_00000002"
+
+
+def test_a_validation_that_fails_takes_no_step_along(here, monkeypatch):
+    def fail(*_):
+        raise UserError("no clip can be read")
+
+    monkeypatch.setattr(loop, "validate", fail)
+    folder, end = here("unlucky", "evaluation.eval_every=2", "checkpoint.save_every=2")
+    assert "no clip can be read" in str(end) and latest_checkpoint(folder / "checkpoints").name == "step_00000002"
+
+
+def test_a_dry_run_does_not_mind_an_earlier_run(here, capsys):
+    folder, end = here("earlier", "--dry-run")
+    assert end is None and not folder.exists()
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("seed: 7\n")
+    assert here("earlier", "--dry-run") == (folder, None)
+    _, end = here("earlier")
+    assert "seed: 7 -> 0" in str(end) and [path.name for path in folder.iterdir()] == ["config.yaml"]
 
 
 def test_a_run_explains_itself_and_is_not_overwritten(tiny):
