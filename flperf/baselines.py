@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from flperf.config import UserError
+from flperf.durable_files import write_durably
+from flperf.errors import UserError
 from flperf.latents import EPSILON, Layout, Normaliser, Statistics
 
 BASELINES = ("copy_last", "mean", "median", "ridge")
@@ -145,14 +147,16 @@ def ridge_solution(gram: Tensor, cross: Tensor, penalty: float) -> Tensor:
 
 def save_statistics(path: Path, statistics: Statistics, baselines: Baselines) -> None:
     """The file appears complete or not at all: a run that is killed here measures anew."""
-    unfinished = path.with_suffix(".unfinished")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in {**vars(statistics), **vars(baselines)}.items()}, unfinished)
-    unfinished.replace(path)
+    write_durably(path, save({name: tensor.cpu().contiguous() for name, tensor in {**vars(statistics), **vars(baselines)}.items()}))
 
 
 def load_statistics(path: Path, device: torch.device) -> tuple[Statistics, Baselines]:
-    """What `save_statistics` wrote, on `device`."""
-    return split_statistics(load_file(path, device=str(device)))
+    """What `save_statistics` wrote, on `device`. Raises `UserError` if the file is damaged."""
+    try:
+        tensors = load_file(path, device=str(device))
+    except SafetensorError as error:
+        raise UserError(f"{path}: is damaged ({error}); remove it, and the next start of the run measures it anew") from None
+    return split_statistics(tensors)
 
 
 def split_statistics(tensors: dict[str, Tensor]) -> tuple[Statistics, Baselines]:

@@ -122,26 +122,17 @@ class Checkpoints:
         unfinished = files.unfinished_folder(self.folder, index.step)
         shard = unfinished / f"rank_{self.rank:05d}.safetensors"
         try:
-            self._on_main(unfinished, lambda: files.begin(unfinished))
-            entries = self._together(lambda: (shard.name, self._named(shard, lambda: files.write_shard(shard, header, self.host))))
-            self._on_main(unfinished / files.INDEX, lambda: files.commit(unfinished, replace(index, files=dict(entries)), self.keep))
+            self._on_main(lambda: files.begin(unfinished))
+            entries = self._together(lambda: (shard.name, files.write_shard(shard, header, self.host)))
+            self._on_main(lambda: files.commit(unfinished, replace(index, files=dict(entries)), self.keep))
             self.newest = index.step
         except Exception:
             if self.rank == 0:
                 rmtree(unfinished, ignore_errors=True)  # a full disk is full for the logs too
             raise
 
-    def _named(self, path: Path, work: Callable[[], T]) -> T:
-        try:
-            return work()
-        except OSError as error:
-            raise UserError(
-                f"{error.filename or path}: the checkpoint cannot be written: {error.strerror}; "
-                "mend that and start again: the run goes on from the checkpoint before"
-            ) from error
-
-    def _on_main(self, path: Path, work: Callable[[], None]) -> None:
-        self._together(lambda: self._named(path, work) if self.rank == 0 else None)
+    def _on_main(self, work: Callable[[], None]) -> None:
+        self._together(lambda: work() if self.rank == 0 else None)
 
     def _together(self, work: Callable[[], T]) -> list[T]:
         """Do `work` on every process; returns the results of all, or raises on all if it raised on one."""

@@ -26,7 +26,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from flperf.config import UserError
+from flperf.durable_files import write_durably, writing
+from flperf.errors import UserError
 
 INDEX = "checkpoint.json"
 LATEST = "latest"
@@ -69,9 +70,10 @@ def shard_header(starts: dict[str, int], lengths: dict[str, int]) -> bytes:
 
 
 def write_shard(path: Path, header: bytes, data: Tensor) -> dict[str, int]:
-    """Write `data` (fp32 [n] on the host) behind its header, down to the disk; returns size and checksum."""
+    """Write `data` (fp32 [n] on the host) behind its header, down to the disk; returns size and checksum. Like all that writes here, it
+    raises `UserError` that names the file."""
     content, total = data.numpy().view(np.uint8), 0
-    with open(path, "wb") as file:
+    with writing(path), open(path, "wb") as file:
         blocks = (content[start : start + BLOCK] for start in range(0, len(content), BLOCK))
         for block in (np.frombuffer(header, np.uint8), *blocks):
             total += word_sum(block)
@@ -134,24 +136,23 @@ def _check_file(path: Path, bytes: int, checksum: int) -> None:
 
 def begin(unfinished: Path) -> None:
     """Make the folder to write into, in place of what interrupted writes left."""
-    for left in unfinished.parent.glob("step_*.*"):
-        shutil.rmtree(left)
-    unfinished.mkdir(parents=True)
+    with writing(unfinished):
+        for left in unfinished.parent.glob("step_*.*"):
+            shutil.rmtree(left)
+        unfinished.mkdir(parents=True)
 
 
 def commit(unfinished: Path, index: Index, keep: int) -> None:
     """Make a folder whose shards are on disk the newest checkpoint, and drop all but the `keep` newest."""
     folder, final = unfinished.parent, unfinished.with_suffix("")
-    _write_durably(unfinished / INDEX, index_text(index))
-    _sync(unfinished)
-    if final.exists():  # damaged, so that the run went back, or killed before `latest` named it
-        _remove(final)
-    os.rename(unfinished, final)
-    _write_durably(folder / f"{LATEST}.unfinished", final.name)
-    os.replace(folder / f"{LATEST}.unfinished", folder / LATEST)
-    _sync(folder)
-    for old in candidates(folder)[keep:]:
-        _remove(old)
+    write_durably(unfinished / INDEX, index_text(index))
+    with writing(unfinished):
+        if final.exists():  # damaged, so that the run went back, or killed before `latest` named it
+            _remove(final)
+        os.rename(unfinished, final)
+        write_durably(folder / LATEST, final.name)
+        for old in candidates(folder)[keep:]:
+            _remove(old)
 
 
 def _remove(checkpoint: Path) -> None:
@@ -162,12 +163,14 @@ def _remove(checkpoint: Path) -> None:
 
 
 def candidates(folder: Path) -> list[Path]:
-    """The checkpoint that `latest` names and those before it, newest first; all of them if `latest` is lost."""
+    """The checkpoint that `latest` names and those before it, newest first; all of them if `latest` is lost or what it names is."""
     steps = [path.name for path in folder.glob("step_*") if _is_tag(path.name)]
     latest = folder / LATEST
     named = latest.read_text(errors="replace").strip() if latest.exists() else ""
-    if _is_tag(named):
-        steps = [step for step in {*steps, named} if step <= named]
+    if named in steps:
+        steps = [step for step in steps if step <= named]
+    elif _is_tag(named):
+        steps.append(named)  # whoever reads it learns that it is missing
     return [folder / step for step in sorted(steps, reverse=True)]
 
 
@@ -208,19 +211,3 @@ def read_weights(checkpoint: Path, average: bool) -> dict[str, Tensor]:
 
 def _is_tag(name: str) -> bool:
     return re.fullmatch(r"step_\d{8,}", name) is not None
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Put a folder's names on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,8 +5,7 @@ replace). Every layer is merged into the typed tree by itself, so that a bad key
 """
 
 import difflib
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional, cast
@@ -15,9 +14,10 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-
-class UserError(Exception):
-    """Something the user can mend: printed as one line, without a traceback."""
+from flperf.config_files import layers, lower_references, parse_yaml
+from flperf.config_values import check_values
+from flperf.errors import UserError
+from flperf.former_keys import former_key
 
 
 @dataclass
@@ -210,7 +210,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
     """A configuration that `dump_config` wrote, with overrides; `source` names it in errors."""
-    return _resolve([(source, yaml.safe_load(text))], overrides, source, "")
+    return _resolve([(source, parse_yaml(text, source))], overrides, source, "")
 
 
 def _resolve(layers: Iterable[tuple[Path | str, dict]], overrides: Sequence[str], source: str, name: str) -> Config:
@@ -218,9 +218,6 @@ def _resolve(layers: Iterable[tuple[Path | str, dict]], overrides: Sequence[str]
     for file, layer in layers:
         tree = _merge(tree, layer, str(file))
     for override in overrides:
-        key, separator, _ = override.partition("=")
-        if not separator or not key:
-            raise UserError(f"command line: {override!r} is not of the form section.key=value")
         tree = _merge(tree, _parse_override(override), "command line")
     if OmegaConf.is_missing(tree, "name"):
         tree.name = name
@@ -228,16 +225,8 @@ def _resolve(layers: Iterable[tuple[Path | str, dict]], overrides: Sequence[str]
         config = cast(Config, OmegaConf.to_object(tree))
     except OmegaConfBaseException as error:
         raise UserError(f"{source}: {error.full_key}: {_first_line(error)}") from error
-    _check_values(config, source)
+    check_values(config, source)
     return config
-
-
-def parse_interval(text: str, key: str) -> tuple[float, Literal["step", "epoch"]]:
-    """`"500"` or `"500 steps"` is (500, "step"); `"2 epochs"` is (2, "epoch")."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?)?\s*", str(text))
-    if not match or float(match[1]) <= 0:
-        raise UserError(f"{key}: {text!r} is neither a number of steps nor of epochs (write 500 or '1 epoch')")
-    return float(match[1]), "epoch" if (match[2] or "step").startswith("epoch") else "step"
 
 
 def dump_config(config: Config) -> str:
@@ -257,41 +246,12 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     return lines
 
 
-def layers(path: Path, open_files: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict]]:
-    """Yield (file, mapping) from the most distant ancestor to the file itself."""
-    resolved = path.resolve()
-    if resolved in open_files:
-        chain = " -> ".join(file.name for file in (*open_files, resolved))
-        raise UserError(f"{open_files[-1]}: inherits: circular: {chain}")
-    mapping = _read_yaml(path, open_files)
-    parents = mapping.pop("inherits", [])
-    if isinstance(parents, str) or not all(isinstance(parent, str) for parent in parents or []):
-        raise UserError(f"{path}: inherits: must be a list of paths")
-    for parent in parents or []:
-        yield from layers(path.parent / parent, (*open_files, resolved))
-    yield path, mapping
-
-
-def _read_yaml(path: Path, open_files: tuple[Path, ...]) -> dict:
-    try:
-        mapping = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        where = f"{open_files[-1]}: inherits" if open_files else "--config"
-        raise UserError(f"{where}: there is no file {path}") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder, not a configuration file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if mapping is None:
-        return {}
-    if not isinstance(mapping, dict):
-        raise UserError(f"{path}: a configuration file must be a mapping of keys to values")
-    return mapping
-
-
 def _parse_override(override: str) -> DictConfig:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"command line: {override!r} is not of the form section.key=value")
     try:
-        return OmegaConf.from_dotlist([override])
+        return OmegaConf.from_dotlist([f"{key.lower()}={lower_references(value)}"])
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"command line: {override!r}: {_first_line(error)}") from None
 
@@ -310,9 +270,7 @@ def _check_keys(tree: DictConfig, layer: dict | DictConfig, source: str, prefix:
     for key in map(str, layer):
         full_key = f"{prefix}{key}"
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {prefix}{nearest[0]}?" if nearest else f"known here: {', '.join(known)}"
-            raise UserError(f"{source}: unknown key {full_key}: {hint}")
+            raise UserError(f"{source}: unknown key {full_key}: {_hint(full_key, prefix, known)}")
         node = OmegaConf.select(tree, key, throw_on_missing=False)
         value = layer[key] if isinstance(layer, dict) else layer._get_node(key)
         typed = isinstance(node, DictConfig) and OmegaConf.get_type(node) is not dict
@@ -322,52 +280,17 @@ def _check_keys(tree: DictConfig, layer: dict | DictConfig, source: str, prefix:
             raise UserError(f"{source}: {full_key}: is a section with keys of its own ({', '.join(node.keys())}), not a value")
         elif isinstance(node, ListConfig) and isinstance(value, (dict, DictConfig)):
             raise UserError(f"{source}: {full_key}: must be a list")
+        elif isinstance(node, DictConfig) and isinstance(value, (list, ListConfig)):
+            raise UserError(f"{source}: {full_key}: must be a mapping of keys to values")
 
 
-def _check_values(config: Config, source: str) -> None:
-    """What a type alone can't say; anything that needs the data or the weights is checked where those are opened."""
-    positive = {
-        "dataset.n_frames": config.dataset.n_frames,
-        "dataset.stride": config.dataset.stride,
-        "dataset.prefetch": config.dataset.prefetch,
-        "backbone.frame_stride": config.backbone.frame_stride,
-        "model.num_context_latents": config.model.num_context_latents,
-        "model.depth": config.model.depth,
-        "trainer.batch_size": config.trainer.batch_size,
-        "trainer.micro_batch_size": 1 if config.trainer.micro_batch_size is None else config.trainer.micro_batch_size,
-        "checkpoint.keep": config.checkpoint.keep,
-        "tracking.log_every": config.tracking.log_every,
-        "engine.timeout": config.engine.timeout,
-        "latents.statistics_clips": config.latents.statistics_clips,
-        "evaluation.sampling.steps": config.evaluation.sampling.steps,
-        "evaluation.sampling.samples": config.evaluation.sampling.samples,
-    }
-    for key, value in positive.items():
-        if value < 1:
-            raise UserError(f"{source}: {key}: must be at least 1, is {value}")
-    if config.engine.zero_stage not in (0, 1, 2, 3):
-        raise UserError(f"{source}: engine.zero_stage: must be 0, 1, 2 or 3, is {config.engine.zero_stage}")
-    if (config.trainer.max_steps is None) == (config.trainer.max_epochs is None):
-        raise UserError(f"{source}: set exactly one of trainer.max_steps and trainer.max_epochs")
-    if config.model.hidden_dim % config.model.num_heads:
-        raise UserError(
-            f"{source}: model.hidden_dim: {config.model.hidden_dim} is not a multiple of model.num_heads {config.model.num_heads}"
-        )
-    sampling = config.evaluation.sampling
-    if sampling.shift <= 0 or sampling.tolerance <= 0:
-        raise UserError(f"{source}: evaluation.sampling: shift and tolerance must be above 0")
-    if len(sampling.guidance_interval) != 2 or not 0 <= sampling.guidance_interval[0] <= sampling.guidance_interval[1] <= 1:
-        raise UserError(f"{source}: evaluation.sampling.guidance_interval: must be two ascending numbers in [0, 1]")
-    if not 0 <= config.objective.context_dropout < 1:
-        raise UserError(f"{source}: objective.context_dropout: must be in [0, 1), is {config.objective.context_dropout}")
-    if sampling.guidance != 1 and config.objective.context_dropout == 0:
-        raise UserError(
-            f"{source}: evaluation.sampling.guidance: needs a head trained with objective.context_dropout above 0 (such as 0.1)"
-        )
-    if config.objective.kind == "flow_matching" and config.objective.loss == "cosine":
-        raise UserError(f"{source}: objective.loss: cosine has no meaning for a velocity; use mse, l1 or smooth_l1")
-    parse_interval(config.evaluation.eval_every, f"{source}: evaluation.eval_every")
-    parse_interval(config.checkpoint.save_every, f"{source}: checkpoint.save_every")
+def _hint(full_key: str, prefix: str, known: Sequence[str]) -> str:
+    """What to write in place of an unknown key."""
+    former = former_key(full_key)
+    if former:
+        return former
+    nearest = difflib.get_close_matches(full_key.removeprefix(prefix), known, n=1)
+    return f"did you mean {prefix}{nearest[0]}?" if nearest else f"known here: {', '.join(known)}"
 
 
 def _first_line(error: Exception) -> str:

@@ -22,6 +22,8 @@ from flperf.config import Config, Engine, Trainer, UserError
 from flperf.data.clips import Place
 from flperf.devices import peak_flops
 from flperf.heads import REPEATED
+from flperf.throughput import count_parameters
+from flperf.zero import REDUCE_BUCKET
 
 
 @dataclass(frozen=True)
@@ -155,9 +157,9 @@ def set_schedule(engine: deepspeed.DeepSpeedEngine, step: int, trainer: Trainer,
     return rate
 
 
-def deepspeed_options(engine: Engine, trainer: Trainer, place: Place, dtype: torch.dtype, device: torch.device) -> dict:
-    """DeepSpeed's configuration. Gradients accumulate in fp32 as soon as there is more than one micro-batch to add, but for ZeRO 0 in
-    bf16, where DeepSpeed has no such optimizer."""
+def deepspeed_options(engine: Engine, trainer: Trainer, place: Place, parameters: int, dtype: torch.dtype, device: torch.device) -> dict:
+    """DeepSpeed's configuration for a head of so many parameters. Gradients accumulate in fp32 as soon as there is more than one
+    micro-batch to add, but for ZeRO 0 in bf16, where DeepSpeed has no such optimizer."""
     bare = is_bare(engine, dtype)
     options = {
         "train_batch_size": place.batch_size,
@@ -165,7 +167,11 @@ def deepspeed_options(engine: Engine, trainer: Trainer, place: Place, dtype: tor
         "gradient_accumulation_steps": place.accumulation_steps,
         "gradient_clipping": 0.0 if bare else trainer.max_grad_norm,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": engine.zero_stage, "overlap_comm": device.type == "cuda"},
+        "zero_optimization": {
+            "stage": engine.zero_stage,
+            "overlap_comm": device.type == "cuda",
+            "reduce_bucket_size": min(parameters, REDUCE_BUCKET),  # allocated in full, so a small head gets a small one
+        },
         "bf16": {"enabled": dtype == torch.bfloat16},
         "steps_per_print": 10**9,
     }
@@ -192,7 +198,7 @@ def build_engine(head: nn.Module, config: Config, place: Place, dtype: torch.dty
         {"params": plain, "weight_decay": 0.0, "ema_decay": None},
     ]
     optimizer = AdamWWithEMA(groups, config.trainer, clip=is_bare(config.engine, dtype))
-    options = deepspeed_options(config.engine, config.trainer, place, dtype, device)
+    options = deepspeed_options(config.engine, config.trainer, place, count_parameters(head), dtype, device)
     engine, *_ = deepspeed.initialize(model=head, optimizer=optimizer, config=options, dist_init_required=False)
     for state in optimizer.state.values():
         state["step"].zero_()  # DeepSpeed's ZeRO 0 allocates the moments by a step with zero gradients, which must not count

@@ -5,7 +5,7 @@ but a key's own name always meant the same. So sections are looked through, keys
 or reported: none is dropped silently.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from flperf.command import command_parser
 from flperf.config import UserError, layers, parse_config
+from flperf.former_keys import DROPPED, TRANSLATED
 
 HEADS = {
     "deterministic": ("predictor", "regression"),
@@ -30,65 +31,7 @@ DATASETS = {
     "syntheticbouncingshapes": "bouncing_shapes",
     "bouncing_shapes": "bouncing_shapes",
 }
-PRECISIONS = {"no": "fp32", "fp16": "bf16", "bf16": "bf16"}
 Changes = dict[str, Any]
-
-
-def epochs(value: Any) -> str:
-    return f"{value} epochs"
-
-
-# Old key to ours, and how its value is turned into ours.
-SAME = lambda value: value  # noqa: E731
-TRANSLATED: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "backbone_type": ("backbone.kind", SAME),
-    "hf_repo": ("backbone.weights", SAME),
-    "frame_stride": ("backbone.frame_stride", SAME),
-    "n_frame": ("dataset.n_frames", SAME),
-    "n_frames": ("dataset.n_frames", SAME),
-    "stride": ("dataset.stride", SAME),
-    "labels_txt": ("dataset.labels", SAME),
-    "path_col": ("dataset.out_path_column", SAME),
-    "square_size": ("dataset.shapes.square_size", SAME),
-    "square_init": ("dataset.shapes.square_init", SAME),
-    "square_vel": ("dataset.shapes.square_vel", SAME),
-    "disk_radius": ("dataset.shapes.disk_radius", SAME),
-    "size": ("dataset.shapes.image_size", SAME),
-    "num_workers": ("dataset.threads", SAME),
-    "embedding_norm": ("latents.embedding_norm", lambda value: value or "none"),
-    "normalize_embeddings": ("latents.embedding_norm", lambda value: "l2" if value else "none"),
-    "num_context_latents": ("model.num_context_latents", SAME),
-    "num_target_latents": ("model.num_target_latents", SAME),
-    "hidden_dim": ("model.hidden_dim", SAME),
-    "depth": ("model.depth", SAME),
-    "num_heads": ("model.num_heads", SAME),
-    "mlp_ratio": ("model.mlp_ratio", SAME),
-    "gradient_checkpointing": ("model.activation_checkpointing", SAME),
-    "loss": ("objective.loss", SAME),
-    "learning_rate": ("trainer.learning_rate", float),
-    "weight_decay": ("trainer.weight_decay", float),
-    "max_grad_norm": ("trainer.max_grad_norm", SAME),
-    "epochs": ("trainer.max_epochs", SAME),
-    "mixed_precision": ("engine.precision", lambda value: PRECISIONS[str(value).lower()]),
-    "eval_every": ("evaluation.eval_every", epochs),
-    "eval_first": ("evaluation.eval_first", SAME),
-    "save_every": ("checkpoint.save_every", epochs),
-    "wandb": ("tracking.wandb", lambda value: "auto" if value else "none"),
-    "seed": ("seed", SAME),
-}
-# Old keys that have no counterpart, and why none is needed.
-DROPPED = {
-    "name": "which dataset it is stands in dataset.kind",
-    "model_name": "backbone.weights names the model",
-    "patch_size": "read from the backbone's weights",
-    "input_dim": "the latents' width comes from the backbone",
-    "num_train_timesteps": "tau is continuous",
-    "find_unused_parameters": "every parameter of a head is used",
-    "overfit_single_video": "point dataset.train to a CSV of one row",
-    "overfit_video_path": "point dataset.train to a CSV of one row",
-    "checkpoint_dir": "checkpoints lie in the run's folder",
-    "device": "the launcher chooses it",
-}
 NOTES = (
     "the context is encoded by itself; FutureLatents encodes the whole clip at once, which leaks: backbone.encode=joint does the same",
     "output layers start at zero; learning rate, betas and warm-up are the file's, constant as there: see trainer.* for better ones",

@@ -1,4 +1,4 @@
-"""The training loop, in the order in which data flows: wait for clips, encode, head and loss, backward, update; then log, evaluate, save.
+"""The training loop, in the order in which data flows: wait for clips, encode, head and loss, backward, update; then log, save, evaluate.
 
 Nothing in a step waits for the device on our account; numbers are read when they are logged.
 """
@@ -18,7 +18,8 @@ from tqdm import tqdm
 from flperf.baselines import LatentSample, load_statistics, save_statistics
 from flperf.checkpoint import Checkpoints
 from flperf.compile_cache import compile_cache_state
-from flperf.config import Config, UserError, parse_interval
+from flperf.config import Config, UserError
+from flperf.config_values import parse_interval
 from flperf.data.clips import ClipBatch
 from flperf.data.transfer import copied_ahead
 from flperf.devices import peak_flops
@@ -94,7 +95,7 @@ class Window:
             "head_ms": stages["forward_ms"] + stages["backward_ms"],
             "mfu": self.flops_per_step / seconds / self.peak,
             "memory_gb": memory_gb(self.run.process.device),
-            "skipped_clips": int(skipped),
+            "skipped_clips": int(skipped),  # since this start
             "skipped_updates": engine.skipped_steps,
         }
         self.restart()
@@ -161,8 +162,6 @@ def train_steps(
         if done == schedule.steps.start + 1:
             say_first_step(tracker)
         paused = time.perf_counter()
-        if run.dataset.validation_size and schedule.due(config.evaluation.eval_every, done):
-            validate(run, tracker, done, schedule.epoch(done))
         if schedule.due(config.checkpoint.save_every, done) or interrupted:
             checkpoints.save(done)
         checkpoints.check()
@@ -170,6 +169,9 @@ def train_steps(
             checkpoints.wait()
             tracker.say(f"stopped by a signal and saved at step {done}; the same command goes on from there")
             raise Interrupted
+        if run.dataset.validation_size and schedule.due(config.evaluation.eval_every, done):
+            checkpoints.wait()  # a validation that fails, or is killed, takes no step along
+            validate(run, tracker, done, schedule.epoch(done))
         window.started += time.perf_counter() - paused  # throughput is that of training alone
 
 

@@ -4,7 +4,10 @@ A folder is never silently reused: a run resumes the earlier one of the same nam
 shapes the result, and stops with the differences otherwise.
 """
 
+import hashlib
 import json
+import math
+import os
 import platform
 import shutil
 import subprocess
@@ -14,6 +17,7 @@ import uuid
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +26,8 @@ from tqdm import tqdm
 
 from flperf.config import Config, UserError, differences, dump_config
 from flperf.dashboards import Dashboard, Rows, open_dashboards
+from flperf.data import Dataset
+from flperf.durable_files import write_durably, writing
 from flperf.engine import Process
 
 PACKAGES = ("torch", "deepspeed", "xformers", "transformers", "nvidia-dali-cuda130", "triton", "av", "numpy")
@@ -38,6 +44,8 @@ FREE_KEYS = {
     "model.activation_checkpointing",
     "model.fused_adaln",
 }
+START_ANEW = "set name=... for a new run, or --overwrite to put the old one aside and start anew"
+PROGRESS_SECONDS = 10  # at least, between two lines of progress where there is no terminal
 
 
 class RunFolder:
@@ -52,32 +60,48 @@ class RunFolder:
 
     def check(self, config: Config) -> None:
         """Raise `UserError` if an earlier run of this name had another configuration."""
-        if self.debug or not (self.path / "config.yaml").exists():
+        path = self.path / "config.yaml"
+        if self.debug or not path.exists():
             return
-        earlier = yaml.safe_load((self.path / "config.yaml").read_text())
+        try:
+            earlier = yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):
+            earlier = None
+        if not isinstance(earlier, dict):
+            raise UserError(f"{path}: is damaged; remove it to go on with the run as it is configured now, or start anew with --overwrite")
         changed = [line for line in differences(earlier, yaml.safe_load(dump_config(config))) if not _is_free(line.split(":")[0])]
         if changed:
-            raise UserError(
-                f"{self.path} holds a run with another configuration ({'; '.join(changed)}); "
-                "set name=... for a new run, or --overwrite to put the old one aside and start anew"
-            )
+            raise UserError(f"{path}: is that of a run with another configuration ({'; '.join(changed)}); {START_ANEW}")
 
-    def open(self, config: Config, process: Process, *, overwrite: bool) -> None:
-        """Make the folder and describe the run in it; with `overwrite`, put an earlier run aside under another name."""
+    def open(self, config: Config, process: Process, dataset: Dataset, *, overwrite: bool) -> None:
+        """Make the folder and describe the run in it; with `overwrite`, put an earlier run aside under another name. Raises `UserError` if
+        an earlier run of this name had other training clips."""
+        clips = training_clips(dataset)
+        if not (self.debug or overwrite):
+            self._check_clips(clips)
         if process.is_main:
-            if self.debug:
-                shutil.rmtree(self.path, ignore_errors=True)
-            elif overwrite and self.path.exists():
-                count = 1 + len(list(self.path.parent.glob(f"{self.path.name}.replaced-*")))
-                self.path.rename(self.path.with_name(f"{self.path.name}.replaced-{count}"))
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            (self.path / "config.yaml").write_text(dump_config(config))
-            self.describe(**describe_run(process))
+            with writing(self.path):
+                if self.debug:
+                    shutil.rmtree(self.path, ignore_errors=True)
+                elif overwrite and self.path.exists():
+                    count = 1 + len(list(self.path.parent.glob(f"{self.path.name}.replaced-*")))
+                    self.path.rename(self.path.with_name(f"{self.path.name}.replaced-{count}"))
+                self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_durably(self.path / "config.yaml", dump_config(config))
+            self.describe(**describe_run(process), training=clips)
         dist.barrier()
+
+    def _check_clips(self, clips: dict) -> None:
+        earlier = self._described().get("training", clips)
+        if earlier["order"] != clips["order"]:
+            raise UserError(
+                f"dataset.train: names other clips ({clips['clips']}), or in another order, than the run in {self.path} was trained on "
+                f"({earlier['clips']}); {START_ANEW}"
+            )
 
     def describe(self, **facts) -> None:
         """Write facts about this launch into `run.json`, beside or in place of those that stand there."""
-        (self.path / "run.json").write_text(json.dumps(self._described() | facts, indent=2) + "\n")
+        write_durably(self.path / "run.json", json.dumps(self._described() | facts, indent=2) + "\n")
 
     def run_id(self) -> str:
         """What dashboards know the run by: drawn at its first start and kept, so that every later start goes on with the same one."""
@@ -86,12 +110,20 @@ class RunFolder:
         return self._described()["run_id"]
 
     def _described(self) -> dict:
-        path = self.path / "run.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        try:
+            return json.loads((self.path / "run.json").read_text())
+        except (OSError, ValueError):  # not there yet, or damaged: the run goes on without what it said
+            return {}
 
 
 def _is_free(key: str) -> bool:
     return key in FREE_KEYS or key.split(".")[0] in FREE_SECTIONS
+
+
+def training_clips(dataset: Dataset) -> dict:
+    """How many training clips there are, and a digest of their order, on which every sample of a run depends."""
+    paths = dataset.splits["train"].paths
+    return {"clips": len(paths), "order": hashlib.sha256("\n".join(paths).encode()).hexdigest()}
 
 
 def describe_run(process: Process) -> dict:
@@ -119,8 +151,11 @@ class Tracker:
         if not is_main:
             return
         self.dashboards: list[Dashboard] = open_dashboards(config, folder.path, folder.run_id(), first_step)
-        self.file = folder.metrics.open("a")
+        with writing(folder.metrics):
+            cut_torn_line(folder.metrics)
+            self.file = folder.metrics.open("a")
         self.bar = tqdm(total=total_steps, initial=first_step, desc=config.name, unit="step", dynamic_ncols=True, disable=None)
+        self.said = -math.inf
 
     def step(self) -> None:
         if self.active:
@@ -129,12 +164,21 @@ class Tracker:
     def log(self, metrics: dict) -> None:
         if not self.active:
             return
-        self.file.write(json.dumps(metrics) + "\n")
-        self.file.flush()
+        with writing(self.folder.metrics):
+            self.file.write(json.dumps(without_nan(metrics), allow_nan=False) + "\n")
+            self.file.flush()
         for dashboard in self.dashboards:
             dashboard.numbers(scalars(metrics), metrics["step"])
         if "split" not in metrics:
-            self.bar.set_postfix_str(progress_text(metrics))
+            self._show(metrics)
+
+    def _show(self, metrics: dict) -> None:
+        """Progress beside the bar; where there is no terminal, hence no bar, in a line of its own now and then."""
+        self.bar.set_postfix_str(progress_text(metrics))
+        if self.bar.disable and time.monotonic() - self.said >= PROGRESS_SECONDS:
+            text = f"{progress_text(metrics)}, waited {metrics['data_ms']:.0f} of {metrics['step_ms']:.0f} ms for data"
+            print(f"step {metrics['step']} of {self.bar.total}: {text}", flush=True)
+            self.said = time.monotonic()
 
     def say(self, text: str) -> None:
         if self.active:
@@ -161,11 +205,27 @@ class Tracker:
         if not self.active:
             return
         self.bar.close()
-        self.file.close()
         for dashboard in self.dashboards:
             hint = dashboard.close()
             if hint:
                 print(f"to look at it: {hint}")
+        with writing(self.folder.metrics):
+            self.file.close()
+
+
+def cut_torn_line(path: Path) -> None:
+    """Drop the half line that a full disk or a kill has left at the end, lest the next one be written behind it."""
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+
+
+def without_nan(value: Any) -> Any:
+    """NaN and infinity as None: JSON has no such numbers."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def scalars(metrics: dict) -> dict[str, float]:

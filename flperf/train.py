@@ -56,14 +56,14 @@ def train(arguments: list[str]) -> None:
     process = start_process(config.engine.timeout)
     with Watch(process, config.engine.timeout):
         folder = RunFolder(config, options.debug)
-        if not options.overwrite:
+        if not (options.overwrite or options.dry_run):
             folder.check(config)
         run = build_run(config, process)
         if process.is_main:
             print((dump_config(config) if options.dry_run else "") + describe(run), flush=True)
         if options.dry_run:
             return
-        folder.open(config, process, overwrite=options.overwrite)
+        folder.open(config, process, run.dataset, overwrite=options.overwrite)
         loop.train(run, folder, profiled=options.profile)
     if process.is_main:
         print(f"  {time.perf_counter() - started:.0f} s in all")

@@ -9,7 +9,7 @@ for Psi parameters and many processes):
 
 from dataclasses import dataclass
 
-REDUCE_BUCKET = 500_000_000  # elements of the buffer in which DeepSpeed collects gradients, its default
+REDUCE_BUCKET = 500_000_000  # elements, at most, of the buffer in which DeepSpeed collects gradients
 LIVE_PARAMETERS = 1_000_000_000  # elements of gathered weights that stage 3 keeps, its default
 MASTER = 4  # bytes of an fp32 element: master weights, each moment, the moving average, gradients that accumulate
 
@@ -48,7 +48,7 @@ def model_states(
         weights=element_bytes * (shard if stage == 3 else parameters),
         gathered=element_bytes * min(parameters, LIVE_PARAMETERS) if stage == 3 else 0,
         gradients=_gradients(parameters, shard, stage, element_bytes, accumulates),
-        buckets=0 if stage == 0 or wrapped else element_bytes * REDUCE_BUCKET * (2 if overlaps and stage < 3 else 1),
+        buckets=0 if stage == 0 or wrapped else element_bytes * min(parameters, REDUCE_BUCKET) * (2 if overlaps and stage < 3 else 1),
         master=0 if bare else MASTER * shard,
         moments=2 * MASTER * shard,
         average=MASTER * shard if average else 0,

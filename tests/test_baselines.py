@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
 from flperf.baselines import LatentSample, load_statistics, ridge_solution, save_statistics
 from flperf.config import UserError
@@ -98,6 +97,12 @@ def test_statistics_are_stored_exactly(tmp_path):
     again = load_statistics(tmp_path / "s.safetensors", CPU)
     for part, stored in zip(measured, again, strict=True):
         assert all(torch.equal(getattr(part, name), getattr(stored, name)) for name in vars(part))
-    (tmp_path / "s.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(SafetensorError):
-        load_statistics(tmp_path / "s.safetensors", CPU)
+
+
+@pytest.mark.parametrize("share", [0, 0.5], ids=["empty", "halved"])
+def test_damaged_statistics_are_named(tmp_path, share):
+    path = tmp_path / "s.safetensors"
+    save_statistics(path, *fitted("standardize", random_latents(4)))
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(UserError, match=f"{path}: is damaged .* remove it"):
+        load_statistics(path, CPU)

@@ -14,7 +14,7 @@ import torch
 from runs import ROOT, TINY
 from safetensors.torch import load_file
 
-from flperf.checkpoint_files import Damaged, check, index_text, latest_checkpoint, read_index, read_weights
+from flperf.checkpoint_files import Damaged, candidates, check, index_text, latest_checkpoint, read_index, read_weights
 from flperf.config import Trainer, UserError
 from flperf.engine import Process, place_among
 
@@ -109,6 +109,21 @@ def test_if_all_are_damaged_the_error_names_them_all(report):
 def test_the_state_is_that_of_its_step_though_training_went_on(report, harm):
     """The writer of these overwrote its whole state right after each `save`."""
     assert report["damage"][harm] == [{"step": 2, "intact": True, "said": ""}] * 2
+
+
+@pytest.mark.parametrize(
+    ("latest", "steps", "expected"),
+    [
+        ("step_00000004", [2, 4, 6], [4, 2]),  # 6 was never completed
+        ("step_00000000", [2], [2, 0]),  # what it names is missed, and those after it count
+        ("step_0000", [2, 4], [4, 2]),
+    ],
+)
+def test_a_damaged_latest_hides_no_checkpoint(tmp_path, latest, steps, expected):
+    for step in steps:
+        (tmp_path / f"step_{step:08d}").mkdir()
+    (tmp_path / "latest").write_text(latest)
+    assert [int(path.name.removeprefix("step_")) for path in candidates(tmp_path)] == expected
 
 
 @pytest.mark.parametrize("limit", ["size", "tmpfs"])

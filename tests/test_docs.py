@@ -41,15 +41,16 @@ def test_the_plain_loop_is_short():
     assert len((DOCS / "plain_loop.py").read_text().splitlines()) <= 60
 
 
-def guide_commands() -> list[str]:
-    lines = "\n".join(blocks("guide.md", "bash")).splitlines()
-    return [line for line in lines if line.startswith(("flperf ", "deepspeed "))]
+def documented_commands() -> list[str]:
+    lines = "\n".join(blocks("guide.md", "bash") + blocks("cluster.md", "bash")).splitlines()
+    return [line for line in lines if line.startswith(("flperf ", "deepspeed ", "torchrun ", "sbatch "))]
 
 
-@pytest.mark.parametrize("line", guide_commands())
-def test_commands_of_the_guide_can_be_typed(line, capsys, monkeypatch):
+@pytest.mark.parametrize("line", documented_commands())
+def test_documented_commands_can_be_typed(line, capsys, monkeypatch):
     """What they name exists: command, options, configuration, keys. Their data does not, so they are not run here."""
     monkeypatch.chdir(ROOT)
+    line = line.replace("sbatch configs/cluster/train.sbatch", "flperf train")
     words = shlex.split(line.partition("flperf")[2].replace("/train.py", "train").replace("/encode.py", "encode"))
     monkeypatch.setattr("sys.argv", ["flperf", words[0], "--help"])
     with pytest.raises(SystemExit, match="0"):

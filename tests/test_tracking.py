@@ -2,9 +2,12 @@
 
 import importlib.util
 import json
+import math
+import os
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,10 @@ from runs import ROOT
 from wandb.proto import wandb_internal_pb2
 
 from flperf.config import Config, UserError
+from flperf.data import Dataset
+from flperf.data.clips import Annotations
+from flperf.durable_files import write_durably
+from flperf.engine import start_process
 from flperf.tracking import RunFolder, Tracker
 from flperf.train import train
 
@@ -80,6 +87,92 @@ def test_other_processes_leave_nothing(tmp_path):
     tracker.picture("forecast/clip", tmp_path / "none.png", 1)
     tracker.close()
     assert not list(folder.path.iterdir())
+
+
+def opened(experiment: Path, *clips: str, overwrite: bool = False) -> RunFolder:
+    """The folder of a run on these training clips."""
+    config = Config(name="run", experiment=str(experiment))
+    folder = RunFolder(config, debug=False)
+    folder.open(config, start_process(), Dataset({"train": Annotations(list(clips), [0] * len(clips))}, [], None, 0), overwrite=overwrite)
+    return folder
+
+
+def test_other_training_clips_are_another_run(tmp_path):
+    """Neither may be added nor change places: the order of samples is a function of both."""
+    opened(tmp_path, "a.mp4", "b.mp4")
+    opened(tmp_path, "a.mp4", "b.mp4")
+    for clips in (["b.mp4", "a.mp4"], ["a.mp4", "b.mp4", "c.mp4"]):
+        with pytest.raises(UserError, match=r"dataset\.train: names other clips .* --overwrite"):
+            opened(tmp_path, *clips)
+    opened(tmp_path, "b.mp4", "a.mp4", overwrite=True)
+    opened(tmp_path, "b.mp4", "a.mp4")
+
+
+@pytest.mark.parametrize("share", [0, 0.5], ids=["empty", "halved"])
+def test_a_torn_file_of_a_run_is_named_or_does_without(tmp_path, share):
+    folder = opened(tmp_path, "a.mp4")
+    for name in ("config.yaml", "run.json"):
+        path = folder.path / name
+        path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(UserError, match=f"{folder.path}/config.yaml: is damaged; remove it"):
+        folder.check(Config(name="run", experiment=str(tmp_path)))
+    assert opened(tmp_path, "a.mp4").run_id()
+    folder.check(Config(name="run", experiment=str(tmp_path)))
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_durably(path, "before")
+    monkeypatch.setattr(os, "fsync", lambda descriptor: os.write(os.open("/dev/full", os.O_WRONLY), b"!"))
+    with pytest.raises(UserError, match=f"{path}: cannot be written: No space left on device"):
+        write_durably(path, "after")
+    assert path.read_text() == "before"
+
+
+def test_an_experiment_that_cannot_be_a_folder_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"{tmp_path}/file/experiment.*: cannot be written: Not a directory"):
+        opened(tmp_path / "file/experiment", "a.mp4")
+
+
+LINE = {"step": 1, "loss": 2.0, "clips_per_s": 3.0, "step_ms": 4.0, "data_ms": 1.0, "encode_ms": 1.0, "head_ms": 2.0, "optim_ms": 0.0}
+
+
+@pytest.fixture
+def tracker(tmp_path) -> Tracker:
+    config = Config(name="run", experiment=str(tmp_path))
+    config.tracking.wandb = "none"
+    folder = RunFolder(config, debug=False)
+    folder.path.mkdir()
+    folder.metrics.write_text('{"step": 1}\n{"step": 2, "lo')  # as a full disk leaves it
+    return Tracker(config, folder, is_main=True, first_step=0, total_steps=3)
+
+
+def test_metrics_stay_json(tracker):
+    """After a torn line; and of a loss that is no number."""
+    tracker.log(LINE | {"loss": math.nan})
+    tracker.log({"step": 1, "split": "val", "horizon": {"l1": [1.0, math.inf]}})
+    tracker.close()
+    first, step, validation = map(json.loads, tracker.folder.metrics.read_text().splitlines())
+    assert first == {"step": 1} and step == LINE | {"loss": None} and validation["horizon"]["l1"] == [1.0, None]
+
+
+def test_a_full_disk_names_the_metrics(tracker):
+    with open("/dev/full", "a") as tracker.file:
+        for write in (lambda: tracker.log(LINE), tracker.close):
+            with pytest.raises(UserError, match=f"{tracker.folder.metrics}: cannot be written: No space left on device"):
+                write()
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(tracker, capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    for step, seconds in ((1, 0), (2, 3), (3, 8)):
+        now[0] += seconds
+        tracker.log(LINE | {"step": step})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["step 1 of 3", "step 3 of 3"]
+    assert "loss 2.0000, 3.0 clips/s" in lines[0] and "waited 1 of 4 ms for data" in lines[0]
 
 
 def test_tensorboard_that_is_not_installed_is_said_at_once(tiny, monkeypatch):

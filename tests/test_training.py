@@ -3,14 +3,25 @@
 import gzip
 import itertools
 import json
+import math
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from unittest import mock
 
 import pytest
 from runs import BACKBONES, REGIMES, ROOT, curves, launch
+
+from flperf import interruption, loop
+from flperf.checkpoint_files import latest_checkpoint, read_index, read_weights
+from flperf.compile_cache import CACHE_VARIABLES
+from flperf.config import UserError
+from flperf.objective import Regression
+from flperf.train import train as train_here
 
 STAGES = (0, 1, 2, 3)
 
@@ -116,6 +127,26 @@ def train(config, *arguments: str, processes: int = 1, **environment: str) -> su
     return launch(processes, str(ROOT / "flperf/train.py"), "--config", str(config), *arguments, **environment)
 
 
+@pytest.fixture
+def here(tiny, tmp_path, monkeypatch):
+    """The real entry point inside this process, which it leaves as it was. Returns the run's folder and what ended the run."""
+    handlers = {number: signal.getsignal(number) for number in interruption.STOP_SIGNALS}
+    monkeypatch.setattr(interruption, "_received", [])
+
+    def start(name: str, *arguments: str) -> tuple[Path, BaseException | None]:
+        folder, end = tiny.parent / "experiment" / name, None
+        try:
+            train_here(["--config", str(tiny), f"name={name}", *arguments])
+        except (UserError, SystemExit) as error:
+            end = error
+        return folder, end
+
+    with mock.patch.dict(os.environ, dict.fromkeys(CACHE_VARIABLES, str(tmp_path))):
+        yield start
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 def test_two_processes_with_compiled_blocks_at_zero_3(tiny):
     """Parameters that come and go under the compiled graphs: the losses must be those of eager ZeRO 1."""
     common = [*REGIMES["flow_matching"], "checkpoint.save_every=1000"]
@@ -148,8 +179,15 @@ def test_nothing_recompiles_after_the_second_step(tiny):
     assert "steps 4" in finished.stdout
 
 
-def test_a_killed_run_comes_back(tiny):
-    """SIGKILL at an arbitrary moment of a run that saves after every step; the next start resumes and ends where it should."""
+def losses_in(folder: Path) -> list[tuple[int, float]]:
+    """(step, loss) of every training step that was logged."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], line["loss"]) for line in lines if "split" not in line]
+
+
+def test_a_killed_run_comes_back(tiny, here):
+    """SIGKILL at an arbitrary moment of a run that saves after every step; the next start resumes and ends where it should, with the
+    losses of an undisturbed run, bit for bit."""
     arguments = ["--config", str(tiny), "name=killed", "trainer.max_steps=400", "checkpoint.save_every=1", "checkpoint.keep=3"]
     folder = tiny.parent / "experiment/killed"
     command = [sys.executable, str(ROOT / "flperf/train.py"), *arguments]
@@ -164,9 +202,46 @@ def test_a_killed_run_comes_back(tiny):
     finished = train(tiny, *arguments[2:], "trainer.stop_after=3")
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert "resumed at step" in finished.stdout
-    steps = [json.loads(line)["step"] for line in folder.joinpath("metrics.jsonl").read_text().splitlines()]
+    losses = losses_in(folder)
+    steps = [step for step, _ in losses]
+    undisturbed, _ = here("undisturbed", "trainer.max_steps=400", "evaluation.dump_examples=0", f"trainer.stop_after={steps[-1]}")
+    assert set(losses) == set(losses_in(undisturbed))
     assert int(folder.joinpath("checkpoints/latest").read_text().removeprefix("step_")) == steps[-1]
     assert len([path for path in folder.joinpath("checkpoints").glob("step_*") if path.is_dir()]) <= 4
+
+
+def test_a_signal_is_obeyed_before_the_next_validation(here, monkeypatch):
+    """The vote on it takes one step; the validation that is then due would take the time that is left."""
+    steps, validated = loop.train_step, []
+
+    def step(*arguments):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return steps(*arguments)
+
+    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(loop, "validate", lambda run, tracker, step, epoch: validated.append(step))
+    folder, end = here("obedient", "evaluation.eval_every=1")
+    assert isinstance(end, interruption.Interrupted) and validated == [1]
+    assert latest_checkpoint(folder / "checkpoints").name == "step_00000002"
+
+
+def test_a_validation_that_fails_takes_no_step_along(here, monkeypatch):
+    def fail(*_):
+        raise UserError("no clip can be read")
+
+    monkeypatch.setattr(loop, "validate", fail)
+    folder, end = here("unlucky", "evaluation.eval_every=2", "checkpoint.save_every=2")
+    assert "no clip can be read" in str(end) and latest_checkpoint(folder / "checkpoints").name == "step_00000002"
+
+
+def test_a_dry_run_does_not_mind_an_earlier_run(here, capsys):
+    folder, end = here("earlier", "--dry-run")
+    assert end is None and not folder.exists()
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("seed: 7\n")
+    assert here("earlier", "--dry-run") == (folder, None)
+    _, end = here("earlier")
+    assert "seed: 7 -> 0" in str(end) and [path.name for path in folder.iterdir()] == ["config.yaml"]
 
 
 def test_a_run_explains_itself_and_is_not_overwritten(tiny):
@@ -222,6 +297,25 @@ def test_a_diverging_run_ends_with_one_clear_line(tiny):
         assert finished.returncode != 0
         assert "3 updates in a row had a non-finite loss or gradient" in finished.stderr, finished.stderr[-2000:]
         assert "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 2])
+def test_one_loss_that_is_no_number_costs_one_update(here, monkeypatch, stage, precision):
+    """It is skipped and counted, by Adam's bias correction not; what follows is finite, and so are weights and moving average."""
+    loss, calls = Regression.loss, itertools.count(1)
+    monkeypatch.setattr(Regression, "loss", lambda *inputs, **more: loss(*inputs, **more) * (math.nan if next(calls) == 3 else 1))
+    options = [f"engine.zero_stage={stage}", f"engine.precision={precision}", "trainer.max_steps=6", "dataset.shapes.validation_clips=0"]
+    folder, end = here(f"once-{stage}-{precision}", *options)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert end is None and [line["skipped_updates"] for line in lines] == [0, 0, 1, 1, 1, 1]
+    assert [line["step"] for line in lines if line["loss"] is None] == [3]
+    assert all(line["grad_norm"] > 0 for line in lines[3:])
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    index = read_index(checkpoint)
+    assert (index.step, index.optimizer_step, index.skipped_updates) == (6, 5, 1)
+    for average in (False, True):
+        assert all(tensor.isfinite().all() for tensor in read_weights(checkpoint, average).values())
 
 
 @pytest.mark.parametrize(

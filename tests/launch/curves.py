@@ -29,7 +29,7 @@ def curve(config_path: str, name: str, overrides: list[str], process) -> dict:
 
     run.training_latents = spy
     folder = RunFolder(config, debug=False)
-    folder.open(config, process, overwrite=False)
+    folder.open(config, process, run.dataset, overwrite=False)
     loop.train(run, folder)
     everyone: list = [None] * process.world_size
     dist.all_gather_object(everyone, seen)

@@ -112,6 +112,7 @@ def measure(config_path: str, overrides: list[str], zero: dict, process) -> dict
             for _ in range(place.accumulation_steps):
                 engine.backward((engine(context).float() - 1).square().mean())
                 engine.step()
+    buckets = dtype.itemsize * getattr(engine.optimizer, "reduce_bucket_size", 0)  # one on a CPU; DeepSpeed allocates it in full
     sent = Counter()
     for kind, type_name, elements in collectives.messages:
         sent[f"{kind} {type_name}" if elements > 1 else "scalars"] += elements
@@ -120,7 +121,7 @@ def measure(config_path: str, overrides: list[str], zero: dict, process) -> dict
         "tensors": len(shapes),
         "small": sum(shape.numel() for shape in shapes if shape.numel() < PERSISTENT),
         "sent": sent,
-        "held": held_states(engine) | {"gradients": max(gradients)},
+        "held": held_states(engine) | {"gradients": max(gradients), "buckets": buckets},
     }
 
 

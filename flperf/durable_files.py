@@ -1,0 +1,42 @@
+"""Small files that are whole at any moment, whatever is killed and however full the disk: a start must be able to read what the one
+before it left."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flperf.errors import UserError
+
+
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Replace a file by `content`, on disk, or leave it as it was. Raises `UserError` that names the file."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with writing(path):
+        with open(unfinished, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put a folder's names on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an `OSError` inside into a `UserError` that names the file in question, by default `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or path}: cannot be written: {error.strerror}; "
+            "mend that and start again: a run goes on from its newest checkpoint"
+        ) from error
