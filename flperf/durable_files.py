@@ -1,4 +1,4 @@
-"""Small files that are whole at any moment, whatever is killed and however full the disk: a start must be able to read what the one
+"""Files that are whole at any moment, whatever is killed and however full the disk: a start must be able to read what the one
 before it left."""
 
 import os
@@ -9,16 +9,22 @@ from pathlib import Path
 from flperf.errors import UserError
 
 
-def write_durably(path: Path, content: str | bytes) -> None:
-    """Replace a file by `content`, on disk, or leave it as it was. Raises `UserError` that names the file."""
+@contextmanager
+def complete_file(path: Path) -> Iterator[Path]:
+    """Where to write what replaces `path` once it is on disk: complete or not at all. Raises `UserError` that names the file."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     with writing(path):
-        with open(unfinished, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
+        yield unfinished
+        with open(unfinished, "rb") as file:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
         sync_folder(path.parent)
+
+
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Replace a file by `content`, on disk, or leave it as it was. Raises `UserError` that names the file."""
+    with complete_file(path) as unfinished:
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def sync_folder(folder: Path) -> None:

@@ -17,6 +17,7 @@ from flperf.config import Config, UserError, differences
 from flperf.data import WITHOUT_VIDEO, Dataset, latent_shards, open_dataset, prepare_dataset
 from flperf.data.clips import Annotations
 from flperf.data.preprocessing import Preprocessing
+from flperf.durable_files import complete_file, write_durably
 from flperf.encoder import Encoder, build_encoder, encode_clip
 from flperf.engine import Process, compute_dtype
 from flperf.latents import Layout, latent_layout
@@ -93,7 +94,7 @@ class SplitEncoding:
         missing = [batch for batch in batches if not all(self._file(clip).exists() for clip in batch)]
         for clips, latents in self._encode(missing):
             for clip, clip_latents in zip(clips.tolist(), latents, strict=True):
-                with latent_shards.complete_file(self._file(clip)) as unfinished:
+                with complete_file(self._file(clip)) as unfinished:
                     torch.save(rearrange(clip_latents, "t h w d -> d t h w").contiguous(), unfinished)
         dist.barrier()
         if self.process.is_main:
@@ -115,8 +116,7 @@ class SplitEncoding:
             raise UserError(f"{self.folder}: holds files, but no {IDENTITY} to say of what; choose another --out or remove the folder")
         dist.barrier()  # all have looked
         if self.process.is_main:
-            with latent_shards.complete_file(file) as unfinished:
-                unfinished.write_text(json.dumps(about, indent=1))
+            write_durably(file, json.dumps(about, indent=1))
         dist.barrier()
 
     def _check(self, path: Path, found: dict, about: dict) -> None:

@@ -16,6 +16,7 @@ from flperf.baselines import Baselines, load_statistics, split_statistics
 from flperf.checkpoint_files import latest_checkpoint, read_weights
 from flperf.config import Config, UserError, parse_config
 from flperf.data.preprocessing import Preprocessing
+from flperf.durable_files import complete_file
 from flperf.encoder import build_encoder
 from flperf.engine import compute_dtype, load_weights
 from flperf.heads import build_head
@@ -77,10 +78,9 @@ def write_export(trained: Trained, path: str | Path) -> None:
     tensors = {f"head.{name}": tensor for name, tensor in trained.weights.items()}
     tensors |= {f"statistics.{name}": tensor for name, tensor in statistics.items()}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    unfinished = path.with_name(f".{path.name}.unfinished")
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, unfinished, metadata={"format": FORMAT, "config": trained.config, "step": str(trained.step)})
-    unfinished.replace(path)
+    with complete_file(path) as unfinished:
+        save_file(tensors, unfinished, metadata={"format": FORMAT, "config": trained.config, "step": str(trained.step)})
 
 
 def _read_export(path: Path) -> Trained:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from flperf.config import UserError
 from flperf.data.clips import CLIPS_FILE, Annotations, has_header, read_annotations, read_labels
 from flperf.data.pyav import DECODE_ERRORS, demux, describe, is_shown, open_video, video_stream
+from flperf.durable_files import complete_file
 
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 FIRST_PACKETS = 32  # of which one must become a frame
@@ -92,13 +93,11 @@ def write_index(source: str, labels: str | None, out: str, threads: int | None =
             writer.writerow(asdict(row))
             probed[row.path] = row
     rows = [probed[path] for path in wanted]
-    with open(partial, "w", newline="", encoding="utf-8") as lines:
+    with complete_file(Path(out)) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as lines:
         writer = csv.DictWriter(lines, HEADER)
         writer.writeheader()
         writer.writerows(map(asdict, rows))
-        lines.flush()
-        os.fsync(lines.fileno())
-    os.replace(partial, out)
+    partial.unlink()
     return rows
 
 

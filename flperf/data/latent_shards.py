@@ -17,7 +17,6 @@ import csv
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -30,6 +29,7 @@ from torch import Tensor
 from flperf.config import Config, UserError, differences
 from flperf.data.clips import Annotations, Batches, ClipBatch, Draw, has_header
 from flperf.data.prefetch import Buffers, filled_buffers
+from flperf.durable_files import complete_file
 
 MANIFEST = "manifest.csv"
 COLUMNS = ["path", "label", "shard", "row"]
@@ -90,16 +90,6 @@ def checksum(latents: Tensor) -> Tensor:
     """int64 [n] of contiguous latents [n, …]; a row shorter than a multiple of 8 bytes is summed by 2 bytes."""
     words = latents.reshape(len(latents), -1).view(torch.int16)
     return words.view(torch.int64).sum(1) if words.shape[1] % 4 == 0 else words.sum(1, dtype=torch.int64)
-
-
-@contextmanager
-def complete_file(path: Path) -> Iterator[Path]:
-    """Where to write what appears as `path` when it is on disk: complete or not at all."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    yield unfinished
-    with open(unfinished, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
 
 
 def write_csv(path: Path, rows: list) -> None:
