@@ -138,10 +138,16 @@ def space() -> Iterator[Finding]:
 
 
 def tracking() -> Iterator[Finding]:
-    from flperf.dashboards import has_wandb_key
+    from flperf.config import Tracking
+    from flperf.dashboards import wandb_mode_and_project
 
-    offline = "no key: logs offline (`wandb login`, or later the `wandb sync` that a run prints at its end)"
-    yield Finding("W&B", "logs online" if has_wandb_key() else offline)
+    mode, _ = wandb_mode_and_project(Tracking())
+    states = {
+        "online": "logs online",
+        "offline": "logs offline (`wandb login`, or later the `wandb sync` that a run prints at its end)",
+        "disabled": "disabled by WANDB_MODE or wandb's settings",
+    }
+    yield Finding("W&B", states.get(mode, mode))
 
 
 def hub() -> Iterator[Finding]:

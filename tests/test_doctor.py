@@ -3,11 +3,9 @@
 import subprocess
 import sys
 
-import pytest
 from runs import ROOT
 
 from flperf import doctor
-from flperf.dashboards import has_wandb_key
 
 
 def findings(check) -> str:
@@ -31,19 +29,6 @@ def test_a_missing_compiler_is_lost(monkeypatch):
 def test_a_full_disk_is_lost(monkeypatch):
     monkeypatch.setattr(doctor, "NEEDED_DISK_GB", 1e9)
     assert "LOST" in findings(doctor.space)
-
-
-@pytest.mark.parametrize(("variable", "value"), [("WANDB_API_KEY", "x" * 40), ("NETRC", None)])
-def test_a_key_of_wandb_is_found_where_it_is_kept(variable, value, monkeypatch, tmp_path):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert not has_wandb_key()
-    if value:
-        monkeypatch.setenv(variable, value)
-    else:
-        (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password " + "x" * 40)
-        (tmp_path / ".netrc").chmod(0o600)
-    assert has_wandb_key()
 
 
 def test_a_configuration_is_opened_as_a_run_would(tiny):
