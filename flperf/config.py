@@ -264,7 +264,7 @@ def layers(path: Path, open_files: tuple[Path, ...] = ()) -> Iterator[tuple[Path
         chain = " -> ".join(file.name for file in (*open_files, resolved))
         raise UserError(f"{open_files[-1]}: inherits: circular: {chain}")
     mapping = _read_yaml(path, open_files)
-    parents = mapping.pop("inherits", [])
+    parents = mapping.pop("inherits", mapping.pop("INHERITS", []))
     if isinstance(parents, str) or not all(isinstance(parent, str) for parent in parents or []):
         raise UserError(f"{path}: inherits: must be a list of paths")
     for parent in parents or []:
