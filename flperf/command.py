@@ -2,6 +2,7 @@
 shows where it happened."""
 
 import argparse
+import logging
 import sys
 import textwrap
 from collections.abc import Callable
@@ -24,6 +25,8 @@ def command_parser(name: str, description: str, *examples: str, debug: str = "sh
 def run_command(command: Callable[[list[str]], None], arguments: list[str] | None) -> None:
     """Run it on `arguments` (default: the command line's); a `UserError` becomes one line and exit status 1, a traceback with --debug."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    # DeepSpeed says so as it is imported, before anything of ours; what a run computes on is said by the run.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     try:
         command(arguments)
     except UserError as error:
