@@ -6,6 +6,7 @@ import logging
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 
 from flperf.config import UserError
 
@@ -20,6 +21,17 @@ def command_parser(name: str, description: str, *examples: str, debug: str = "sh
     )
     parser.add_argument("--debug", action="store_true", help=debug)
     return parser
+
+
+def make_folder_of(path: str | Path) -> None:
+    """For a file that is to be written. Raises `UserError` where it can't be."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: its folder can't be made: {error.strerror}") from None
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file in it")
 
 
 def run_command(command: Callable[[list[str]], None], arguments: list[str] | None) -> None:

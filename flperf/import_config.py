@@ -13,7 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flperf.command import command_parser
+from flperf.command import command_parser, make_folder_of
 from flperf.config import UserError, layers, parse_config
 
 HEADS = {
@@ -250,12 +250,12 @@ def import_config(arguments: list[str]) -> None:
     if not old.is_file():
         raise UserError(f"{old}: there is no such file")
     out = Path(options.out) if options.out else old.with_suffix(".flperf.yaml")
+    make_folder_of(out)
     ours, said = translate(read_old(old), options.processes)
     tree = OmegaConf.create({})
     for key, value in ours.items():
         OmegaConf.update(tree, key, value, force_add=True)
     text = yaml.safe_dump(OmegaConf.to_container(tree), sort_keys=False)
     parse_config(text, str(out), ["name=imported"])  # what is written must load
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(f"# From {old.name} of FutureLatents by `flperf import-config`.\n" + "".join(f"# {line}\n" for line in said) + text)
     print("\n".join([f"{out}: written", *(f"  {line}" for line in said)]))

@@ -41,6 +41,11 @@ def test_the_plain_loop_is_short():
     assert len((DOCS / "plain_loop.py").read_text().splitlines()) <= 60
 
 
+def test_the_plain_loop_says_how_it_is_called():
+    finished = subprocess.run([sys.executable, str(DOCS / "plain_loop.py")], capture_output=True, text=True, timeout=300, check=False)
+    assert finished.returncode == 1 and "usage: python" in finished.stderr and "Traceback" not in finished.stderr
+
+
 def guide_commands() -> list[str]:
     lines = "\n".join(blocks("guide.md", "bash")).splitlines()
     return [line for line in lines if line.startswith(("flperf ", "deepspeed "))]

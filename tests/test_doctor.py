@@ -137,17 +137,18 @@ def test_gated_weights_want_a_token(monkeypatch):
 
 def test_a_run_that_does_not_fit_is_lost_with_what_would(tiny):
     def planned(*overrides: str):
-        overrides = ("engine.zero_stage=0", "trainer.batch_size=8", "dataset.n_frames=32", "model.depth=8", *overrides)
+        overrides = ("engine.zero_stage=0", "trainer.batch_size=8", "model.depth=3", "model.hidden_dim=96", *overrides)
         return plan(load_config(tiny, list(overrides)), torch.float32, 1)
 
-    held = memory(planned(), DEVICES["h100"], 0, 1)
-    small = replace(DEVICES["h100"], memory=held.total(False) - held.activations[False] / 2)
-    lost = doctor_run.memory_finding(planned(), small, 1)
+    work = planned()
+    held = memory(work, DEVICES["h100"], 0, 1)
+    small = replace(DEVICES["h100"], memory=held.total(True) * 1.01)
+    lost = doctor_run.memory_finding(work, small, 1)
     assert lost.text.startswith("does not fit") and "model.activation_checkpointing=true" in lost.mend
     clips = int(re.search(r"trainer.micro_batch_size=(\d+)", lost.mend)[1])
     assert 1 <= clips < 8 and not doctor_run.memory_finding(planned(f"trainer.micro_batch_size={clips}"), small, 1).mend
-    assert "more devices" in doctor_run.memory_finding(planned(), replace(small, memory=1.0), 1).mend
-    assert not doctor_run.memory_finding(planned(), DEVICES["h100"], 1).mend
+    assert "more devices" in doctor_run.memory_finding(work, replace(small, memory=1.0), 1).mend
+    assert not doctor_run.memory_finding(work, DEVICES["h100"], 1).mend
 
 
 def test_zero_advice_is_the_lowest_stage_that_fits(tiny):
