@@ -84,7 +84,7 @@ class Moments:
 
 
 def frechet_distance(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two (mean, covariance) (Heusel et al., arXiv:1706.08500, equation 6)."""
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two (mean [d], covariance [d, d]) (Heusel et al., arXiv:1706.08500, equation 6)."""
     (mean1, covariance1), (mean2, covariance2) = first, second
     values, vectors = torch.linalg.eigh(covariance1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T

@@ -126,8 +126,8 @@ class Forecaster:
     def forecast(self, video: Tensor, frames: int | None = None, seed: int = 0) -> Tensor:
         """fp32 `k t h w d`: samples (one in regression) of the normalised latents that follow a video, uint8 `f h w c`.
 
-        frames: how many latent frames (default: those of training; more are rolled out). Raises `ValueError` for a video of another shape or
-        type, or too short.
+        frames: how many latent frames (default: those of training; more are rolled out). Raises `ValueError` for a video of another shape,
+        or too short.
         """
         sample = torch.tensor([seed], device=self.device)
         return forecast(self.objective, self.head, self.context(video), sample, frames)[0]

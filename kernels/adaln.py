@@ -26,7 +26,8 @@ def residual_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: 
 
 
 def reference(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As one would write it, for autograd to differentiate; in at least fp32."""
+    """As one would write it, for autograd to differentiate, in at least fp32: x and y `b n d`, gate, shift and scale [b, d], to two
+    `b n d`."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     gate, shift, scale = (modulation[:, None].to(dtype) for modulation in (gate, shift, scale))
     summed = (x.to(dtype) + gate * y.to(dtype)).to(x.dtype)

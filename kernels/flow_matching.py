@@ -77,13 +77,13 @@ def _noise_like(data: Tensor, sample: Tensor, seed: int) -> Tensor:
 
 
 def noise_reference(latents, tau, sample, seed, mean, std, norm, eps, out_dtype) -> Tensor:
-    """`flow_matching_noise` in plain PyTorch."""
+    """`flow_matching_noise` in plain PyTorch, of the same shapes."""
     data = flow_matching_data(latents, mean, std, norm, eps)
     return _noise_like(data, sample, seed).lerp_(data, tau.to(data.dtype)[:, None, None]).to(out_dtype)
 
 
 def loss_reference(prediction, latents, sample, seed, loss, mean, std, norm, eps, weight, reduction, scale) -> Tensor:
-    """The loss as one would write it, for autograd to differentiate."""
+    """The loss as one would write it, for autograd to differentiate: prediction and latents `b n d`, to fp32 [b] or a scalar."""
     velocity = flow_matching_velocity(latents, sample, seed=seed, mean=mean, std=std, norm=norm, eps=eps)
     pointwise = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}[loss]
     per_sample = pointwise(prediction.to(velocity.dtype), velocity, reduction="none").mean((1, 2)) * scale
@@ -92,7 +92,7 @@ def loss_reference(prediction, latents, sample, seed, loss, mean, std, norm, eps
 
 
 def loss_and_derivative(residual: Tensor, loss: str) -> tuple[Tensor, Tensor]:
-    """l and l' of each element."""
+    """l and l' of each element, both in the residual's shape."""
     if loss == "mse":
         return residual.square(), 2.0 * residual
     if loss == "l1":

@@ -30,7 +30,8 @@ TWO_LN2 = tl.constexpr(2.0 * math.log(2.0))
 
 
 def philox_words(group: Tensor, sample: Tensor, seed: Tensor | int, rounds: int = ROUNDS.value) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four 32-bit words (in int64, since PyTorch has no full uint32) of counter (group, sample), both int64, broadcast.
+    """Four 32-bit words (in int64, since PyTorch has no full uint32) of counter (group, sample), both int64, each word of the shape to
+    which the two broadcast.
 
     A product of two 32-bit numbers wraps to a negative int64, but its bits are right, and shift and mask read the halves off them.
     """
@@ -44,7 +45,7 @@ def philox_words(group: Tensor, sample: Tensor, seed: Tensor | int, rounds: int 
 
 
 def box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
-    """Two words to two independent fp32 normals."""
+    """Two words to two independent fp32 normals of their shape."""
     radius = (-2.0 * (radius_word.float() * UNIFORM_STEP.value + UNIFORM_STEP.value / 2).log()).sqrt()
     angle = angle_word.float() * ANGLE_STEP.value
     return radius * angle.cos(), radius * angle.sin()
