@@ -45,6 +45,8 @@ def train(config: Config, device: torch.device) -> list[float]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(f"usage: python {sys.argv[0]} CONFIG [section.key=value …]")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for step, loss in enumerate(train(load_config(sys.argv[1], sys.argv[2:]), device), start=1):
         print(f"step {step}: loss {loss:.4f}")

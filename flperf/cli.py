@@ -1,5 +1,6 @@
 """The `flperf` command; `deepspeed flperf/cli.py COMMAND …` runs one of them on many processes."""
 
+import difflib
 import sys
 
 from flperf import doctor, encode, estimate, forecasting, import_config, train
@@ -55,15 +56,21 @@ EXAMPLES = """for example:
   flperf export --checkpoint experiment/demo --out demo.safetensors"""
 
 
+def overview() -> str:
+    listing = "\n".join(f"  {name:14} {what}" for name, (_, what) in COMMANDS.items())
+    return f"usage: flperf COMMAND …\n\ncommands:\n{listing}\n\n{EXAMPLES}\n\n`flperf COMMAND --help` says more."
+
+
 def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]  # the launcher's; the environment has it
-    if not arguments or arguments[0] not in COMMANDS:
-        listing = "\n".join(f"  {name:14} {what}" for name, (_, what) in COMMANDS.items())
-        wanted_help = not arguments or arguments[0] in ("-h", "--help")
-        text = f"usage: flperf COMMAND …\n\ncommands:\n{listing}\n\n{EXAMPLES}\n\n`flperf COMMAND --help` says more."
-        print(text, file=sys.stdout if wanted_help else sys.stderr)
-        sys.exit(0 if wanted_help else 2)
-    run_command(COMMANDS[arguments[0]][0], arguments[1:])
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+    elif arguments[0] in COMMANDS:
+        run_command(COMMANDS[arguments[0]][0], arguments[1:])
+    else:
+        nearest = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(COMMANDS)}"
+        sys.exit(f"flperf: unknown command {arguments[0]!r}: {hint}")
 
 
 if __name__ == "__main__":

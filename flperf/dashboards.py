@@ -5,16 +5,13 @@ stopped; only the main process ever opens one.
 """
 
 import importlib.util
-import netrc
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
-from urllib.parse import urlsplit
+from typing import Literal, Protocol, cast
 
 import yaml
 
-from flperf.config import Config, UserError, dump_config
+from flperf.config import Config, Tracking, UserError, dump_config
 
 Rows = Sequence[Sequence[str | float]]
 
@@ -49,22 +46,32 @@ def open_dashboards(config: Config, folder: Path, run_id: str, first_step: int) 
 
 
 class WandB:
-    """Online where a key is set, else offline in `folder/wandb`. Each start of a run adds to one W&B run, whose id is `run_id`."""
+    """Each start of a run adds to one W&B run, whose id is `run_id`. Where the server can't be reached, it is written to `folder/wandb`."""
 
     def __init__(self, config: Config, folder: Path, run_id: str):
         import wandb
 
-        self.folder, self.online = folder, config.tracking.wandb == "auto" and has_wandb_key()
-        self.run = wandb.init(
-            project=config.tracking.project,
-            name=config.name,
-            id=run_id,
-            resume="allow",
-            dir=folder,
-            config=yaml.safe_load(dump_config(config)),
-            mode="online" if self.online else "offline",
-            settings=wandb.Settings(silent=True),
-        )
+        self.folder, self.mode, project = folder, *wandb_mode_and_project(config.tracking)
+
+        def start():
+            return wandb.init(
+                project=project,
+                name=config.name,
+                id=run_id,
+                resume="allow",
+                dir=folder,
+                config=yaml.safe_load(dump_config(config)),
+                mode=self.mode,
+                settings=wandb.Settings(silent=True),
+            )
+
+        try:
+            self.run = start()
+        except wandb.errors.CommError as error:
+            print(f"W&B can't be reached, so this start is logged offline: {' '.join(str(error).split())}", flush=True)
+            wandb.teardown()  # else the id counts as in use
+            self.mode = "offline"
+            self.run = start()
 
     def numbers(self, values: dict[str, float], step: int) -> None:
         self.run.log(values, step=step)
@@ -82,7 +89,7 @@ class WandB:
     def close(self) -> str | None:
         self.run.finish()
         # With --id all starts of an interrupted run are uploaded, in their order, into one.
-        return None if self.online else f"wandb sync --id {self.run.id} {self.folder}/wandb/offline-run-*"
+        return f"wandb sync --id {self.run.id} {self.folder}/wandb/offline-run-*" if self.mode == "offline" else None
 
 
 class TensorBoard:
@@ -118,12 +125,17 @@ def _cell(value: str | float) -> str:
     return value if isinstance(value, str) else f"{value:.4f}"
 
 
-def has_wandb_key() -> bool:
-    """Whether `wandb login` or the environment has left a key for the W&B server in use."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    try:
-        return netrc.netrc().authenticators(server or "") is not None
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False
+Mode = Literal["online", "offline", "disabled", "shared"]
+
+
+def wandb_mode_and_project(tracking: Tracking) -> tuple[Mode, str]:
+    """What wandb itself is told (WANDB_MODE, WANDB_PROJECT, its settings files) wins over `auto` and the default project; `auto` is
+    offline where no login has left a key for the server in use."""
+    import wandb
+
+    settings = wandb.setup(wandb.Settings(silent=True)).settings
+    project = settings.project if settings.project and tracking.project == Tracking.project else tracking.project
+    if tracking.wandb != "auto":
+        return "offline", project
+    logged_in = settings.mode != "online" or wandb.login(prompt=False, verify=False)
+    return cast(Mode, settings.mode if logged_in else "offline"), project

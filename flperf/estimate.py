@@ -15,7 +15,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the file")
-    parser.add_argument("--device", default="h100", help="a key of flperf.devices.DEVICES, or cpu: this machine, measured now")
+    parser.add_argument("--device", default="h100", help="a100, h100 (default), h200, b200; or cpu: this machine, measured now")
     parser.add_argument("--nodes", default="1", metavar="N[,N…]", help="trainer.batch_size is that of the first")
     parser.add_argument("--devices-per-node", metavar="N", help="default: 8, on a CPU 1")
     return parser.parse_intermixed_args(arguments)

@@ -99,7 +99,7 @@ class Moments:
 
 
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al., arXiv:1706.08500, equation 6)."""
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two Gaussians of means [d] (Heusel et al., arXiv:1706.08500, equation 6)."""
     overlap = torch.linalg.eigvalsh(first.root @ second.covariance @ first.root).clamp(min=0).sqrt().sum()
     return ((first.mean - second.mean).square().sum() + first.covariance.trace() + second.covariance.trace() - 2 * overlap).item()
 

@@ -116,7 +116,7 @@ class Forecaster:
         """Normalised latents `1 t h w d` of the last `context_frames` frames of a video, uint8 `f h w c`, at the stride of training."""
         stride = self.config.dataset.stride
         frames = video[-1 - (self.context_frames - 1) * stride :: stride]
-        if video.dtype != torch.uint8 or video.ndim != 4 or len(frames) < self.context_frames:
+        if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[-1] != 3 or len(frames) < self.context_frames:
             needed = (self.context_frames - 1) * stride + 1
             raise ValueError(f"video: needs uint8 f h w c of at least {needed} frames, got {video.dtype} {list(video.shape)}")
         pixels = self.preprocessing.apply(frames)[None].contiguous().to(self.device)
@@ -126,7 +126,8 @@ class Forecaster:
     def forecast(self, video: Tensor, frames: int | None = None, seed: int = 0) -> Tensor:
         """fp32 `k t h w d`: samples (one in regression) of the normalised latents that follow a video, uint8 `f h w c`.
 
-        frames: how many latent frames (default: those of training; more are rolled out). Raises `ValueError` for a video that is too short.
+        frames: how many latent frames (default: those of training; more are rolled out). Raises `ValueError` for a video of another shape,
+        or too short.
         """
         sample = torch.tensor([seed], device=self.device)
         return forecast(self.objective, self.head, self.context(video), sample, frames)[0]

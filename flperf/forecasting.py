@@ -8,8 +8,9 @@ import argparse
 import json
 from pathlib import Path
 
-from flperf.command import command_parser
-from flperf.config import Config, UserError, differences
+from flperf.command import command_parser, make_folder_of
+from flperf.compile_cache import use_compile_cache
+from flperf.config import Config, UserError, differences, dump_config, load_config
 
 DATA_SECTIONS = ("dataset", "evaluation", "engine", "trainer", "tracking", "checkpoint")  # another --config may differ in these
 DATA_KEYS = ("name", "experiment")
@@ -56,10 +57,12 @@ def evaluate(arguments: list[str]) -> None:
     parser.add_argument("--out", metavar="FILE", help="also append the result as a line of JSON (default: the run's metrics.jsonl)")
     parser.add_argument("--locator", metavar="FILE", help="of `flperf locator`: also say how far from the true ones shapes are forecast")
     options = parser.parse_intermixed_args(arguments)
+    if options.out:  # before all the work, as a file that can't be written should show at once
+        make_folder_of(options.out)
     trained, run = _trained_run(options)
     from flperf.evaluation import Pooled, evaluate_run, summary
     from flperf.locator import PixelErrors, load_locator, locator_summary
-    from flperf.probe import has_classes, probe_accuracies, training_features
+    from flperf.probe import has_classes, probe_accuracies, probe_summary, training_features
 
     probed = run.config.evaluation.probe_clips > 0 and has_classes(run.dataset.splits["train"].labels)
     pooled = [Pooled()] if probed else []
@@ -73,6 +76,8 @@ def evaluate(arguments: list[str]) -> None:
         result["locator"] = located[0].result()
     if run.process.is_main:
         print(f"{trained.source}, step {trained.step}, {result['clips']} clips; errors of normalised latents:\n{summary(result)}")
+        if probed:
+            print(probe_summary(result["probe"]))
         if located:
             print(locator_summary(result["locator"]))
         path = Path(options.out) if options.out else _metrics_of(trained.source)
@@ -119,12 +124,13 @@ def locator(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=600, help="updates of 32 clips (default: 600)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the configuration")
     options = parser.parse_intermixed_args(arguments)
+    make_folder_of(options.out)
+    config = load_config(options.config, options.overrides)
+    use_compile_cache(config.experiment)
     import torch
 
-    from flperf.config import load_config
     from flperf.locator import save_locator, train_locator
 
-    config = load_config(options.config, options.overrides)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained, error = train_locator(config, options.head, options.steps, device)
     save_locator(Path(options.out), trained, config)
@@ -133,6 +139,7 @@ def locator(arguments: list[str]) -> None:
 
 def _trained_run(options: argparse.Namespace):
     """The head of `options.checkpoint` and a run without an engine that holds its weights and statistics."""
+    _compile_beside(options.checkpoint)
     from flperf.engine import load_weights, start_process
     from flperf.forecaster import read_trained
     from flperf.run import build_run
@@ -150,11 +157,16 @@ def _trained_run(options: argparse.Namespace):
     return trained, run
 
 
+def _compile_beside(checkpoint: str) -> None:
+    """Use the compiled code that training left in its experiment's folder; for an exported file the default one."""
+    path = Path(checkpoint)
+    run = path.parent.parent if path.name.startswith("step_") else path
+    use_compile_cache(Config.experiment if path.is_file() else str(run.parent))
+
+
 def _other_data(trained: Config, options: argparse.Namespace) -> Config:
     """Another configuration, which must agree with the head's in all that made it what it is."""
     import yaml
-
-    from flperf.config import dump_config, load_config
 
     config = load_config(options.config, options.overrides)
     old, new = (yaml.safe_load(dump_config(tree)) for tree in (trained, config))

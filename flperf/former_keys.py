@@ -3,11 +3,20 @@
 from collections.abc import Callable
 from typing import Any
 
-PRECISIONS = {"no": "fp32", "fp16": "bf16", "bf16": "bf16"}
+from flperf.errors import UserError
+
+PRECISIONS = {"no": "fp32", "false": "fp32", "fp16": "bf16", "bf16": "bf16"}  # YAML reads a bare `no` as false
+UNCLIPPED = 1e9  # a gradient's norm that none has
 
 
 def epochs(value: Any) -> str:
     return f"{value} epochs"
+
+
+def known(table: dict, value: Any) -> Any:
+    if value not in table:
+        raise UserError(f"{value!r} is none of {', '.join(table)}")
+    return table[value]
 
 
 # Old key to ours, and how its value is turned into ours.
@@ -19,6 +28,8 @@ TRANSLATED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "n_frame": ("dataset.n_frames", SAME),
     "n_frames": ("dataset.n_frames", SAME),
     "stride": ("dataset.stride", SAME),
+    "train_csv": ("dataset.train", SAME),
+    "val_csv": ("dataset.validation", SAME),
     "labels_txt": ("dataset.labels", SAME),
     "path_col": ("dataset.out_path_column", SAME),
     "square_size": ("dataset.shapes.square_size", SAME),
@@ -39,15 +50,16 @@ TRANSLATED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "loss": ("objective.loss", SAME),
     "learning_rate": ("trainer.learning_rate", float),
     "weight_decay": ("trainer.weight_decay", float),
-    "max_grad_norm": ("trainer.max_grad_norm", SAME),
+    "max_grad_norm": ("trainer.max_grad_norm", lambda value: UNCLIPPED if value is None else value),
     "epochs": ("trainer.max_epochs", SAME),
-    "mixed_precision": ("engine.precision", lambda value: PRECISIONS[str(value).lower()]),
+    "mixed_precision": ("engine.precision", lambda value: known(PRECISIONS, str(value).lower())),
     "eval_every": ("evaluation.eval_every", epochs),
     "eval_first": ("evaluation.eval_first", SAME),
     "save_every": ("checkpoint.save_every", epochs),
     "wandb": ("tracking.wandb", lambda value: "auto" if value else "none"),
     "seed": ("seed", SAME),
 }
+MEANT_NULL = ("embedding_norm", "max_grad_norm")  # null is a choice there; elsewhere it chooses nothing
 # Old keys that have no counterpart, and why none is needed.
 DROPPED = {
     "name": "which dataset it is stands in dataset.kind",
@@ -68,7 +80,7 @@ JOINED = {
     "gradient_accumulation_steps": "follows from trainer.batch_size, trainer.micro_batch_size and the number of processes",
     "csv": "is dataset.train or dataset.validation here",
     "metadata": "is dataset.train or dataset.validation here",
-    "image_size": "is backbone.processor.size and crop_size here",
+    "image_size": "is backbone.processor here, and of drawn clips dataset.shapes.image_size",
     "max_grad_value": "gradients are clipped by their norm: trainer.max_grad_norm",
     "encoder_trainable": "the encoder is always frozen",
 }

@@ -5,7 +5,7 @@ but a key's own name always meant the same. So sections are looked through, keys
 or reported: none is dropped silently.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,9 +13,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flperf.command import command_parser
+from flperf.command import command_parser, make_folder_of
 from flperf.config import UserError, layers, parse_config
-from flperf.former_keys import DROPPED, TRANSLATED
+from flperf.former_keys import DROPPED, MEANT_NULL, SAME, TRANSLATED, known
 
 HEADS = {
     "deterministic": ("predictor", "regression"),
@@ -27,11 +27,21 @@ DATASETS = {
     "kinetics_400_cached": "kinetics_400_cached",
     "synthetic_bouncing_shapes": "bouncing_shapes",
     "synthetic_bouncing_shapes_video": "bouncing_shapes",
+    "synthetic_bouncing_shapes_image": "bouncing_shapes",
     "synthetic_bouncing_shapes_images": "bouncing_shapes",
     "syntheticbouncingshapes": "bouncing_shapes",
     "bouncing_shapes": "bouncing_shapes",
 }
+SPLITS = {"train": "train", "val": "validation", "validation": "validation", "visualisation": "visualisation"}
 Changes = dict[str, Any]
+# What FutureLatents does where nothing is said, and ours does otherwise.
+ITS_DEFAULTS: Changes = {
+    "trainer.warmup_steps": 0,
+    "trainer.schedule": "constant",
+    "trainer.ema_decay": None,
+    "trainer.betas": [0.9, 0.999],
+}
+ITS_SHAPES: Changes = {"dataset.stride": 1, "dataset.start": "first", "dataset.validation_start": "first"}
 NOTES = (
     "the context is encoded by itself; FutureLatents encodes the whole clip at once, which leaks: backbone.encode=joint does the same",
     "output layers start at zero; learning rate, betas and warm-up are the file's, constant as there: see trainer.* for better ones",
@@ -40,54 +50,93 @@ NOTES = (
 
 def translate(old: dict, processes: int) -> tuple[Changes, list[str]]:
     """Our keys (dotted) with values, and a line for everything that changed or went. Raises `UserError` for what can't be had."""
-    ours: Changes = {"trainer.warmup_steps": 0, "trainer.schedule": "constant", "trainer.ema_decay": None, "trainer.betas": [0.9, 0.999]}
-    said, per_device, accumulation = [], 1, 1
+    kind = dataset_kind(old.get("datasets") or {})
+    taken: Changes = {}
+    said: list[str] = []
     for path, value in leaves(old):
-        key, section = path[-1], path[:-1]
-        match key:
-            case "type" if section[-1:] == ("model",):
-                ours["model.head"], ours["objective.kind"] = known(HEADS, value, path)
-            case "batch_size_per_gpu" if "evaluation" in section:
-                ours["evaluation.batch_size"] = value
-            case "batch_size_per_gpu":
-                per_device = value
-            case "gradient_accumulation_steps":
-                accumulation = value
-            case "csv" | "metadata":
-                split = "validation" if {"val", "validation"} & set(section) else "train"
-                ours[f"dataset.{split}"] = value
-            case "image_size":
-                ours["backbone.processor"] = {"size": value, "crop_size": value}
-            case "max_grad_value" if value is not None:
-                raise UserError(f"{'.'.join(path)}: gradients are clipped by their norm; set max_grad_norm and remove this key")
-            case "encoder_trainable" if value:
-                raise UserError(f"{'.'.join(path)}: the encoder is always frozen")
-            case "max_grad_value" | "encoder_trainable":
-                pass
-            case _ if key in TRANSLATED:
-                target, turned = TRANSLATED[key]
-                if value is not None or key == "embedding_norm":
-                    ours[target] = turned(value)
-                    if target.split(".")[-1] != key:
-                        said.append(f"{'.'.join(path)}: is {target} here")
-            case _ if key in DROPPED:
-                said.append(f"{'.'.join(path)}: left out, {DROPPED[key]}")
-            case _:
-                raise UserError(
-                    f"{'.'.join(path)}: is not a key of FutureLatents that flperf knows; remove it, or say what it should become"
-                )
-        kinds = [DATASETS[part] for part in path if part in DATASETS]
-        if kinds:
-            ours["dataset.kind"] = kinds[0]
-    ours |= {"trainer.micro_batch_size": per_device, "trainer.batch_size": per_device * accumulation * processes}
+        name = ".".join(path)
+        try:
+            changes, line = translated(path, value)
+        except (UserError, ValueError, TypeError) as error:
+            raise UserError(f"{name}: {error}") from None
+        clash = next((key for key, new in changes.items() if taken.get(key, new) != new), None)
+        if clash:  # such as a validation split with another stride than training's
+            said.append(f"{name}: left out, {value!r} where {clash} is {taken[clash]!r} already")
+            continue
+        taken |= changes
+        said += [f"{name}: {line}"] if line else []
+    per_device, accumulation = taken.setdefault("trainer.micro_batch_size", 1), taken.pop("accumulation", 1)
     said.append(f"trainer.batch_size: {per_device} a device x {accumulation} accumulated x {processes} processes")
-    return ours, [*said, *NOTES]
+    ours = ITS_DEFAULTS | {"trainer.batch_size": per_device * accumulation * processes}
+    if kind == "bouncing_shapes":
+        ours |= ITS_SHAPES
+    else:
+        taken = {key: value for key, value in taken.items() if not key.startswith("dataset.shapes.")}  # only its visualisation had them
+    return ours | ({"dataset.kind": kind} if kind else {}) | taken, [*said, *NOTES]
 
 
-def known(table: dict, value: Any, path: tuple[str, ...]) -> Any:
-    if value not in table:
-        raise UserError(f"{'.'.join(path)}: {value!r} is none of {', '.join(table)}")
-    return table[value]
+def translated(path: tuple[str, ...], value: Any) -> tuple[Changes, str | None]:
+    """What one value becomes, and what to say of it."""
+    key, section = path[-1], path[:-1]
+    if "visualisation" in section and key != "length":
+        return {}, None  # its clips are like those of the other splits
+    match key:
+        case "type" if section[-1:] == ("model",):
+            head, objective = head_and_objective(value)
+            return {"model.head": head, "objective.kind": objective}, None
+        case "max_grad_value" if value is not None:
+            raise UserError("gradients are clipped by their norm; set max_grad_norm and remove this key")
+        case "encoder_trainable" if value:
+            raise UserError("the encoder is always frozen; remove this key, or set it to false")
+        case "max_grad_value" | "encoder_trainable":
+            return {}, None
+        case "gradient_accumulation_steps":
+            return {"accumulation": value}, None
+        case _ if key in DROPPED:
+            return {}, f"left out, {DROPPED[key]}"
+    target, turned = by_section(key, section) or TRANSLATED.get(key, (None, SAME))
+    if value is None and key not in MEANT_NULL:
+        return {}, None
+    if target is None:
+        raise UserError("is not a key of FutureLatents that flperf knows; remove it, or say what it should become")
+    new = turned(value)
+    becomes = "" if new == value or turned is float else f", {value!r} becomes {new!r}"
+    return {target: new}, f"is {target} here{becomes}" if becomes or target.split(".")[-1] != key else None
+
+
+def by_section(key: str, section: tuple[str, ...]) -> tuple[str, Callable[[Any], Any]] | None:
+    """Ours for the keys that mean another thing in another section."""
+    split = next((SPLITS[part] for part in section if part in SPLITS), "train")
+    match key:
+        case "csv" | "metadata":
+            return f"dataset.{split}", SAME
+        case "length":
+            return f"dataset.shapes.{split}_clips", SAME
+        case "batch_size_per_gpu":
+            return "evaluation.batch_size" if "evaluation" in section else "trainer.micro_batch_size", SAME
+        case "image_size" if "datasets" in section:
+            return "dataset.shapes.image_size", SAME
+        case "image_size":
+            return "backbone.processor", lambda value: {"size": value, "crop_size": value}
+    return None
+
+
+def head_and_objective(model: str) -> tuple[str, str]:
+    if model == "locator":
+        raise UserError("a locator is trained by a command of its own, without such a file: see `flperf locator --help`")
+    return known(HEADS, model)
+
+
+def dataset_kind(datasets: dict) -> str | None:
+    """Ours, of the training split, or of all splits where the file does not tell them apart."""
+    train = datasets.get("train") or {key: value for key, value in datasets.items() if key not in SPLITS}
+    names = [train["name"]] if "name" in train else [key for key in train if key in DATASETS]
+    if len(names) > 1:
+        raise UserError(f"datasets: holds {' and '.join(names)}; leave the one to train on")
+    try:
+        return known(DATASETS, names[0]) if names else None
+    except UserError as error:
+        raise UserError(f"datasets.train.name: {error}") from None
 
 
 def leaves(tree: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -108,7 +157,8 @@ def read_old(path: Path) -> dict:
     try:
         return cast(dict, OmegaConf.to_container(merged, resolve=True))
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+        what = f"{path}: {error.full_key}: {str(error).splitlines()[0]}"
+        raise UserError(f"{what}; write that key into the file (an image_size is in pixels, mostly 256), or a value in its place") from None
 
 
 def lowered(value: Any) -> Any:
@@ -130,7 +180,10 @@ def import_config(arguments: list[str]) -> None:
     parser.add_argument("--processes", type=int, default=1, help="how many devices the old file was run on (default: 1)")
     options = parser.parse_args(arguments)
     old = Path(options.old)
+    if not old.is_file():
+        raise UserError(f"{old}: there is no such file")
     out = Path(options.out) if options.out else old.with_suffix(".flperf.yaml")
+    make_folder_of(out)
     ours, said = translate(read_old(old), options.processes)
     tree = OmegaConf.create({})
     for key, value in ours.items():

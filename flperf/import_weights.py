@@ -13,14 +13,13 @@ Its MLPs approximate GELU by tanh, which differs from ours by some 5e-4 at most.
 
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flperf.command import command_parser
+from flperf.command import command_parser, make_folder_of
 from flperf.config import Config, Model, UserError, load_config
 from flperf.data import WITHOUT_VIDEO, Preprocessing, open_dataset
 from flperf.encoder import build_encoder
@@ -113,8 +112,9 @@ def read_old(path: Path) -> dict[str, Tensor]:
     """The model's state in a checkpoint, which may hold the optimizer's, too, and be wrapped for several processes."""
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read as a checkpoint of tensors alone ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # a damaged or foreign file fails anywhere in the unpickler: KeyError, IndexError, AttributeError …
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: cannot be read as a checkpoint of tensors alone ({reason})") from None
     state = stored.get("model", stored) if isinstance(stored, dict) else None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise UserError(f"{path}: holds no model's state (a dictionary of tensors, or one under 'model')")
@@ -146,6 +146,7 @@ def import_weights(arguments: list[str]) -> None:
     parser.add_argument("--out", required=True, metavar="FILE", help="safetensors, for model.initial_weights")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the configuration")
     options = parser.parse_intermixed_args(arguments)
+    make_folder_of(options.out)
     config = load_config(options.config, options.overrides)
     old, head = read_old(Path(options.old)), head_of(config)
     try:

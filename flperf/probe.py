@@ -34,5 +34,10 @@ def probe_accuracies(training: tuple[Tensor, Tensor], validation: tuple[Tensor, 
     return accuracies | {"chance": (true_labels == labels.mode().values).double().mean().item()}
 
 
+def probe_summary(accuracies: dict[str, float]) -> str:
+    """One line of top-1 accuracies."""
+    return "linear probe, top-1: " + ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in accuracies.items())
+
+
 def has_classes(labels: list[int]) -> bool:
     return len(set(labels)) > 1

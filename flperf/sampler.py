@@ -19,13 +19,14 @@ SOLVERS = {"euler": ("euler", 1), "midpoint": ("midpoint", 2), "heun": ("heun2",
 
 
 def time_grid(steps: int, shift: float) -> Tensor:
-    """steps + 1 times from 0 to 1, fp64: u / (u + shift (1 - u)) of equally spaced u."""
+    """Times from 0 to 1, fp64 [steps + 1]: u / (u + shift (1 - u)) of equally spaced u."""
     u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     return u / (u + shift * (1 - u))
 
 
 def integrate(velocity: Velocity, noise: Tensor, sampling: Sampling) -> Tensor:
-    """Integrate dx/dtau = velocity(x, tau) from noise at tau = 0 to tau = 1; x keeps the shape and dtype (fp32, fp64) of the noise."""
+    """Integrate dx/dtau = velocity(x, tau) from noise at tau = 0 to tau = 1; x has the shape and dtype (fp32,
+    fp64) of the noise."""
     method, evaluations = SOLVERS[sampling.solver]
     if evaluations is None:
         options, tolerances = {}, {"rtol": sampling.tolerance, "atol": sampling.tolerance}
@@ -38,7 +39,8 @@ def integrate(velocity: Velocity, noise: Tensor, sampling: Sampling) -> Tensor:
 
 def guided(conditional: Velocity, unconditional: Velocity, sampling: Sampling) -> Velocity:
     """Classifier-free guidance (Ho and Salimans, arXiv:2207.12598): unconditional + guidance (conditional - unconditional), inside the
-    interval of tau (Kynkaanniemi et al., arXiv:2404.07724) only; outside it, the conditional velocity alone."""
+    interval of tau (Kynkaanniemi et al., arXiv:2404.07724) only; outside it, the conditional velocity alone. Velocities have the shape of
+    x; tau is a scalar."""
     first, last = sampling.guidance_interval
 
     def velocity(x: Tensor, tau: Tensor) -> Tensor:

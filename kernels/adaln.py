@@ -139,9 +139,9 @@ def _(x, y, gate, shift, scale, eps):
 def _(x, y, gate, shift, scale, eps):
     _check(x, y, gate, shift, scale)
     out, h = x.new_empty(x.shape), x.new_empty(x.shape)
-    inputs = [tensor.contiguous() for tensor in (x, y, gate, shift, scale)]
     if x.numel():
-        launch(*forward_launch(*inputs, eps, out, h))
+        x, y, gate, shift, scale = (tensor.contiguous() for tensor in (x, y, gate, shift, scale))
+        launch(*forward_launch(x, y, gate, shift, scale, eps, out, h))
     return out, h
 
 
@@ -168,10 +168,10 @@ def _(grad_out, grad_h, out, y, gate, scale, eps):
 @_backward.register_kernel("cuda")
 def _(grad_out, grad_h, out, y, gate, scale, eps):
     grad_x, grad_y = out.new_empty(out.shape), out.new_empty(out.shape)
-    inputs = [tensor.contiguous() for tensor in (grad_out, grad_h, out, y, gate, scale)]
+    grad_out, grad_h, out, y, gate, scale = (tensor.contiguous() for tensor in (grad_out, grad_h, out, y, gate, scale))
     if not out.numel():
         return [grad_x, grad_y, *(torch.zeros_like(gate) for _ in range(3))]
-    kernel = backward_launch(*inputs, eps, grad_x, grad_y)
+    kernel = backward_launch(grad_out, grad_h, out, y, gate, scale, eps, grad_x, grad_y)
     launch(*kernel)
     sums = kernel[2]["partial"].sum(1).to(gate.dtype)  # second stage, in a fixed order
     return [grad_x, grad_y, *(total.clone() for total in sums.unbind(1))]  # an op's results must not share memory

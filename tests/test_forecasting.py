@@ -1,6 +1,8 @@
 """evaluate, sample and export of a trained head, and its use from Python."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 
@@ -60,7 +62,9 @@ def test_a_trained_head_is_judged_as_it_was_in_training(folder, checkpoint, caps
     for key in ("loss", "forecast_l1", "best_mse", "forecast_frechet", "median_l1", "skill_mse"):
         assert result[key] == pytest.approx(before[key], rel=1e-6)
     assert result["horizon"]["ridge_l1"] == pytest.approx(before["horizon"]["ridge_l1"], rel=1e-6)
-    assert result["clips"] == 16 and "median latent" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert result["clips"] == 16 and "median latent" in said
+    assert re.search(r"linear probe, top-1: target [\d.]+%, forecast [\d.]+%, sample [\d.]+%, copy last [\d.]+%, chance [\d.]+%\n", said)
     assert result["probe"].keys() == {"target", "forecast", "sample", "copy_last", "chance"}
     assert all(0 <= accuracy <= 1 for accuracy in result["probe"].values())
 
@@ -128,6 +132,25 @@ def test_forecasting_from_python(folder):
     assert forecaster.forecast(frames, frames=5).shape[1] == 5
     with pytest.raises(ValueError, match="at least 7 frames"):
         forecaster.forecast(frames[:6])
+    for wrong in (frames[..., :1], frames[0], frames.float()):
+        with pytest.raises(ValueError, match="needs uint8 f h w c"):
+            forecaster.forecast(wrong)
+
+
+def test_compiled_code_is_looked_for_where_training_left_it(folder, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "mine")
+    for checkpoint in ("experiment/tiny", "experiment/tiny/checkpoints/step_00000003"):
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        forecasting._compile_beside(str(folder / checkpoint))
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder / "experiment/compile_cache/inductor")
+    assert os.environ["TRITON_CACHE_DIR"] == "mine"
+
+
+def test_a_result_that_can_not_be_written_shows_before_the_work(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="folder can't be made"):
+        forecasting.evaluate(["--checkpoint", "nowhere", "--out", str(tmp_path / "file/result.jsonl")])
 
 
 def test_mistakes_are_named(folder, tmp_path):
@@ -146,3 +169,11 @@ def test_mistakes_are_named(folder, tmp_path):
         forecasting.evaluate(["--checkpoint", str(folder / "head.safetensors"), "--config", str(tmp_path / "other.yaml")])
     with pytest.raises(UserError, match="--frames: must be above 0"):
         forecasting.sample(["--checkpoint", "x", "--out", "y", "--frames", "0"])
+
+
+def test_an_error_is_all_that_is_printed():
+    """Not even DeepSpeed's notice that there is no GPU, in a command that imports it before it fails."""
+    command = [sys.executable, str(ROOT / "flperf/cli.py"), "evaluate", "--checkpoint", "nowhere"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert finished.returncode == 1 and not finished.stdout
+    assert finished.stderr.startswith("flperf: nowhere: ") and finished.stderr.count("\n") == 1

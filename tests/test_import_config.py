@@ -91,9 +91,78 @@ def test_cached_latents(tmp_path):
     )
 
 
+SHAPES = """
+datasets:
+  train:
+    name: synthetic_bouncing_shapes
+    synthetic_bouncing_shapes: {length: 8192, n_frame: "${TRAINER.N_FRAMES}", image_size: "${BACKBONE.IMAGE_SIZE}", square_size: 64}
+  val:
+    name: synthetic_bouncing_shapes
+    synthetic_bouncing_shapes: {length: 512, n_frame: "${TRAINER.N_FRAMES}", image_size: "${BACKBONE.IMAGE_SIZE}", square_size: 32}
+  visualisation:
+    name: synthetic_bouncing_shapes
+    synthetic_bouncing_shapes: {length: 4, n_frame: "${TRAINER.N_FRAMES}", image_size: "${BACKBONE.IMAGE_SIZE}", square_size: 64}
+"""
+DINOV3 = "backbone: {backbone_type: dinov3, hf_repo: facebook/dinov3, image_size: 128, frame_stride: 2, patch_size: 16}\n"
+
+
+def test_shapes_by_split(tmp_path, capsys):
+    config = imported(tmp_path, data=SHAPES, backbone=DINOV3)
+    shapes = config.dataset.shapes
+    assert (shapes.train_clips, shapes.validation_clips, shapes.visualisation_clips) == (8192, 512, 4)
+    assert (shapes.image_size, config.backbone.processor) == (128, {"size": 128, "crop_size": 128})
+    assert (config.dataset.kind, config.dataset.n_frames, config.dataset.stride) == ("bouncing_shapes", 64, 1)
+    assert (
+        shapes.square_size == 64 and "square_size: left out, 32 where dataset.shapes.square_size is 64 already" in capsys.readouterr().out
+    )
+
+
+def test_shapes_that_are_only_looked_at_do_not_make_kinetics_shapes(tmp_path):
+    looked_at = "datasets:\n  visualisation:" + SHAPES.partition("visualisation:")[2].replace("${BACKBONE.IMAGE_SIZE}", "256")
+    config = imported(tmp_path, old=TRAINER.replace("data.yaml", "data.yaml, looked_at.yaml"), looked_at=looked_at)
+    assert (config.dataset.kind, config.dataset.train, config.dataset.stride) == ("kinetics_400", "/data/train.csv", 2)
+    assert config.dataset.shapes.visualisation_clips == 8
+
+
+def test_csvs_side_by_side(tmp_path):
+    paths = "datasets: {kinetics_400: {n_frame: 64, stride: 2, paths: {train_csv: /data/train.csv, val_csv: /data/val.csv}}}"
+    dataset = imported(tmp_path, data=paths).dataset
+    assert (dataset.kind, dataset.train, dataset.validation) == ("kinetics_400", "/data/train.csv", "/data/val.csv")
+
+
+def test_null_sections_and_upper_case(tmp_path):
+    old = TRAINER.replace("inherits: [data.yaml, backbone.yaml]", "INHERITS: [data.yaml]") + "backbone: null\n"
+    config = imported(tmp_path, data="datasets: {kinetics_400_cached: {paths: {metadata: /data/manifest.csv}}}", old=old)
+    assert (config.dataset.kind, config.backbone.weights, config.model.head) == ("kinetics_400_cached", None, "cross_attention")
+
+
+@pytest.mark.parametrize(("written", "precision"), [("no", "fp32"), ('"no"', "fp32"), ("bf16", "bf16"), ("fp16", "bf16")])
+def test_precisions(tmp_path, capsys, written, precision):
+    assert imported(tmp_path, old=TRAINER.replace("fp16", written)).engine.precision == precision
+    assert ("'fp16' becomes 'bf16'" in capsys.readouterr().out) == (written == "fp16")
+
+
+def test_gradients_that_were_not_clipped_are_not(tmp_path, capsys):
+    config = imported(tmp_path, old=TRAINER.replace("max_grad_norm: 1.0", "max_grad_norm: null"))
+    assert config.trainer.max_grad_norm >= 1e9
+    assert "max_grad_norm here, None becomes" in capsys.readouterr().out
+
+
+def test_the_new_file_makes_its_folder_and_the_old_one_must_be_there(tmp_path):
+    imported(tmp_path)
+    import_config([str(tmp_path / "old.yaml"), "--out", str(tmp_path / "configs/mine/new.yaml")])
+    assert load_config(tmp_path / "configs/mine/new.yaml").dataset.kind == "kinetics_400"
+    with pytest.raises(UserError, match=r"none.yaml: there is no such file"):
+        import_config([str(tmp_path / "none.yaml")])
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
+        ("mixed_precision: fp16", "mixed_precision: fp8", "trainer.training.mixed_precision: 'fp8' is none of no, false, fp16, bf16"),
+        ("learning_rate: 1e-5", "learning_rate: slow", "trainer.training.learning_rate: could not convert"),
+        ("type: deterministic_cross_attention", "type: locator", "model.type: .*flperf locator"),
+        ("n_frames: 64", "frames: 64", "trainer.n_frames' not found; write that key into the file"),
         ("max_grad_value: null", "max_grad_value: 0.5", "trainer.training.max_grad_value: gradients are clipped by their norm"),
         ("encoder_trainable: false", "encoder_trainable: true", "encoder_trainable: the encoder is always frozen"),
         ("epochs: 12", "epochz: 12", "trainer.training.epochz: is not a key"),

@@ -42,8 +42,8 @@ DIT = ["model.head=dit", "objective.kind=flow_matching"]
 
 def import_into(tiny, tmp_path, state: dict[str, Tensor], overrides: list[str]) -> dict[str, Tensor]:
     torch.save({"model": {f"module.{name}": tensor for name, tensor in state.items()}, "epoch": 3}, tmp_path / "old.pt")
-    import_weights([str(tmp_path / "old.pt"), "--config", str(tiny), "--out", str(tmp_path / "head.safetensors"), *overrides])
-    return load_file(tmp_path / "head.safetensors")
+    import_weights([str(tmp_path / "old.pt"), "--config", str(tiny), "--out", str(tmp_path / "new/head.safetensors"), *overrides])
+    return load_file(tmp_path / "new/head.safetensors")
 
 
 def test_what_means_the_same_is_taken_and_the_rest_named(tiny, tmp_path, capsys):
@@ -65,7 +65,7 @@ def test_cross_attention_is_taken_where_ours_is_told_no_places_either(tiny, tmp_
     overrides = [*DIT, "model.positions=none"]
     weights = import_into(tiny, tmp_path, state, overrides)
     head = head_of(load_config(tiny, overrides))
-    use_initial_weights(head, str(tmp_path / "head.safetensors"))
+    use_initial_weights(head, str(tmp_path / "new/head.safetensors"))
     x, context = torch.randn(2, 5, WIDTH), torch.randn(2, 7, WIDTH)
     ours = head.blocks[0].cross_attention.layer(x, None, head.memory[0](context, None))
     query, key, value, out = (torch.nn.Linear(WIDTH, WIDTH) for _ in range(4))
@@ -100,9 +100,16 @@ def test_a_file_with_code_in_it_is_not_run(tiny, tmp_path):
         import_weights([str(tmp_path / "old.pt"), "--config", str(tiny), "--out", str(tmp_path / "out")])
 
 
+@pytest.mark.parametrize("junk", [b"junk", b"\x80\x02}q\x00h\x07.", b""])
+def test_a_damaged_file_is_named(tiny, tmp_path, junk):
+    (tmp_path / "junk.pt").write_bytes(junk)
+    with pytest.raises(UserError, match="junk.pt: cannot be read as a checkpoint"):
+        import_weights([str(tmp_path / "junk.pt"), "--config", str(tiny), "--out", str(tmp_path / "out")])
+
+
 def test_a_run_starts_from_initial_weights_or_refuses_them(tiny, tmp_path):
     import_into(tiny, tmp_path, old_state("flow_transformer.", modulated=True), DIT)
-    file = tmp_path / "head.safetensors"
+    file = tmp_path / "new/head.safetensors"
 
     def train(*overrides: str) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / "flperf/train.py"), "--config", str(tiny), f"model.initial_weights={file}", *overrides]

@@ -1,5 +1,6 @@
 """Every command of the README runs, in its order, as it stands there but smaller; what needs data that is not here is loaded."""
 
+import argparse
 import re
 import shlex
 import subprocess
@@ -11,7 +12,6 @@ from runs import ROOT, launch
 
 from flperf.cli import COMMANDS
 from flperf.config import load_config
-from flperf.train import parse_arguments
 
 SMALL = [
     *("trainer.max_steps=2", "trainer.batch_size=4", "dataset.limit=12", "engine.compile=false"),
@@ -48,14 +48,33 @@ def test_the_two_lines_that_set_up_come_first():
 @pytest.mark.parametrize("command", of_kind("loaded"))
 def test_configurations_load(command, monkeypatch):
     monkeypatch.chdir(ROOT)
+    options = parsed(command, monkeypatch)
+    if getattr(options, "config", None):
+        load_config(options.config, getattr(options, "overrides", []))
+
+
+class Parsed(Exception):
+    """Carries what a command's own parser made of its words."""
+
+
+def parsed(command: str, monkeypatch) -> argparse.Namespace:
+    """The options of `flperf COMMAND …` or of a launched script, refused as the command would refuse them; nothing is run."""
     words = shlex.split(command)
-    if "flperf/train.py" in words:
-        options = parse_arguments(words[words.index("flperf/train.py") + 1 :])
-        load_config(options.config, options.overrides)
-    elif "--config" in words:
-        load_config(words[words.index("--config") + 1])
-    else:
-        assert words[0] == "flperf" and words[1] in COMMANDS
+    name, *arguments = words[next(i for i, word in enumerate(words) if "flperf" in word) :]
+    if name in ("flperf", "flperf/cli.py"):
+        name, *arguments = arguments
+
+    def stop(method):
+        def parse(parser, arguments=None, namespace=None):
+            raise Parsed(method(parser, arguments, namespace))
+
+        return parse
+
+    for method in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, method, stop(getattr(argparse.ArgumentParser, method)))
+    with pytest.raises(Parsed) as result:
+        COMMANDS[Path(name).stem][0](arguments)
+    return result.value.args[0]
 
 
 @pytest.mark.parametrize("command", of_kind("measured"))

@@ -71,7 +71,7 @@ class Positions(nn.Module):
             self.register_buffer(f"{part}_added", sine_table(where, dim) if kind == "sincos" else None, persistent=False)
 
     def rotary(self, part: str) -> Rotary | None:
-        """Tables for "context", "target" or "all" tokens; None where positions are not rotary."""
+        """fp32 tables `[n, 1, k/2]` for "context", "target" or "all" tokens; None where positions are not rotary."""
         cosine = getattr(self, f"{part}_cosine")
         return None if cosine is None else (cosine, getattr(self, f"{part}_sine"))
 
