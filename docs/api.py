@@ -4,6 +4,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Iterator
+from functools import cached_property
 
 MODULES = [
     *("flperf.forecaster", "flperf.config", "flperf.latents", "flperf.encoder", "flperf.objective", "flperf.sampler", "flperf.baselines"),
@@ -12,6 +13,7 @@ MODULES = [
     *("flperf.data", "flperf.data.clips", "flperf.data.preprocessing", "flperf.data.index", "flperf.evaluation", "flperf.visualise"),
     *("flperf_kernels.flow_matching", "flperf_kernels.adaln", "flperf_kernels.philox"),
 ]
+PROPERTIES = (property, cached_property)
 KERNELS = "flperf_kernels."  # of which the ops and references are for users, not what launches them
 
 
@@ -26,7 +28,7 @@ def entries(module) -> Iterator[tuple[str, object]]:
         yield name, item
         if inspect.isclass(item):
             for part, member in vars(item).items():
-                if not part.startswith("_") and (inspect.isroutine(member) or isinstance(member, property)):
+                if not part.startswith("_") and (inspect.isroutine(member) or isinstance(member, PROPERTIES)):
                     yield f"{name}.{part}", getattr(item, part) if isinstance(member, classmethod) else member
 
 
@@ -36,7 +38,7 @@ def page() -> str:
         module = importlib.import_module(path)
         lines.append(f"## `{path}`\n\n{inspect.getdoc(module)}\n")
         for name, item in entries(module):
-            bare = isinstance(item, property) or (inspect.isclass(item) and issubclass(item, Exception))
+            bare = isinstance(item, PROPERTIES) or (inspect.isclass(item) and issubclass(item, Exception))
             signature = "" if bare else str(inspect.signature(item))
             lines.append(f"### `{name}{signature}`\n\n{inspect.getdoc(item)}\n")
     return "\n".join(lines)

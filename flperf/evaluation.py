@@ -85,8 +85,8 @@ class Moments:
 
     def add(self, latents: Tensor) -> None:
         """latents: `b t h w d`."""
-        tokens = rearrange(latents, "b t h w d -> t (b h w) d").float()
-        self.total += torch.cat([tokens.mT @ tokens, tokens.sum(1, keepdim=True)], dim=1).double()
+        tokens = rearrange(latents, "b t h w d -> t (b h w) d").double()  # roots of small eigenvalues show what fp32 products lose
+        self.total += torch.cat([tokens.mT @ tokens, tokens.sum(1, keepdim=True)], dim=1)
         self.tokens += tokens.shape[1]
 
     def result(self) -> list[Gaussian]:

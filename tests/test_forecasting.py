@@ -64,7 +64,7 @@ def test_a_trained_head_is_judged_as_it_was_in_training(folder, checkpoint, caps
     assert result["horizon"]["ridge_l1"] == pytest.approx(before["horizon"]["ridge_l1"], rel=1e-6)
     said = capsys.readouterr().out
     assert result["clips"] == 16 and "median latent" in said
-    assert re.search(r"linear probe, top-1: target [\d.]+%, forecast [\d.]+%, sample [\d.]+%, copy last [\d.]+%, chance [\d.]+%\n", said)
+    assert re.search(r"linear probe, top-1: target [\d.]+%, forecast [\d.]+%, copy last [\d.]+%, sample [\d.]+%, chance [\d.]+%\n", said)
     assert result["probe"].keys() == {"target", "forecast", "sample", "copy_last", "chance"}
     assert all(0 <= accuracy <= 1 for accuracy in result["probe"].values())
 
