@@ -27,6 +27,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    torch._dynamo.config.recompile_limit = 64  # one process compiles the same blocks at many sizes
     if config.getoption("quick"):
         sizes.be_quick()
     elif [Path(argument).resolve() for argument in config.args] == [FOLDER]:  # all of them: a result worth keeping
