@@ -41,7 +41,7 @@ def test_logged_flops_are_those_of_a_training_step(tmp_path, regime):
 @pytest.mark.parametrize("mode", ["split", "joint"])
 @pytest.mark.parametrize("kind", ["vjepa2", "dinov3", "4ds"])
 def test_encoding_is_counted_for_every_backbone_and_mode(tmp_path, kind, mode):
-    config = parse_config(TINY.format(folder=tmp_path), "tiny", {**BACKBONES, "4ds": FOUR_DS}[kind])
+    config = parse_config(TINY.format(folder=tmp_path), "tiny", [*{**BACKBONES, "4ds": FOUR_DS}[kind], "name=tiny"])
     encoder = build_encoder(
         config.backbone, Preprocessing.of(config.backbone), dtype=torch.float32, device=torch.device("cpu"), compile=False
     )
