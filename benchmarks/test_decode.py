@@ -18,9 +18,9 @@ import av
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from benchmarks.sizes import DEVICE, ON_GPU, QUICK
+from benchmarks.usual_way import processed
 from flperf.config import Backbone
 from flperf.data import Place, dali, pyav
 from flperf.data.clips import Annotations, Batches, TrainingOrder, Window
@@ -68,12 +68,7 @@ class UsualDataset(torch.utils.data.Dataset):
 
         reader = decord.VideoReader(self.paths[index], num_threads=1)
         frames = torch.from_numpy(reader.get_batch(WINDOW.frames(len(reader), 0.0)).asnumpy())
-        geometry = PREPROCESSING.geometry(*frames.shape[1:3])
-        frames = F.interpolate(frames.permute(0, 3, 1, 2).float(), geometry.resized, mode="bilinear", antialias=True).round().clamp(0, 255)
-        (top, left), (height, width) = geometry.offset, PREPROCESSING.size
-        frames = frames[:, :, top : top + height, left : left + width] * PREPROCESSING.rescale
-        mean, std = (torch.tensor(x)[:, None, None] for x in (PREPROCESSING.mean, PREPROCESSING.std))
-        return (frames - mean) / std
+        return processed(frames, PREPROCESSING)
 
 
 def usual(paths: list[str]) -> None:

@@ -9,9 +9,9 @@ frames in fp32. Ours resizes bytes and only what the crop keeps; pixels are then
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from benchmarks.sizes import DTYPE, QUICK
+from benchmarks.usual_way import processed
 from flperf.compilation import compile_forward
 from flperf.config import Backbone
 from flperf.data.preprocessing import Preprocessing
@@ -19,15 +19,6 @@ from flperf.encoder import PixelNormalisation
 
 PREPROCESSING = Preprocessing.of(Backbone(architecture={"crop_size": 256}))
 FRAMES = 2 if QUICK else 64
-
-
-def processor(frames: torch.Tensor) -> torch.Tensor:
-    geometry = PREPROCESSING.geometry(*frames.shape[1:3])
-    resized = F.interpolate(frames.permute(0, 3, 1, 2).float(), geometry.resized, mode="bilinear", antialias=True).round().clamp(0, 255)
-    (top, left), (height, width) = geometry.offset, PREPROCESSING.size
-    cropped = resized[:, :, top : top + height, left : left + width] * PREPROCESSING.rescale
-    mean, std = (torch.tensor(x)[:, None, None] for x in (PREPROCESSING.mean, PREPROCESSING.std))
-    return (cropped - mean) / std
 
 
 def ours(dtype: torch.dtype):
@@ -49,5 +40,5 @@ def test_preprocess(record, variant):
     frames = torch.randint(0, 256, (FRAMES, 256, 340, 3), dtype=torch.uint8)
     function = OURS[variant]()
     moved = frames.nbytes + function(frames).nbytes
-    beside = {"the processor in float": lambda: processor(frames)}
+    beside = {"the processor in float": lambda: processed(frames, PREPROCESSING)}
     record(lambda: function(frames), "clips", 1, bytes=moved, rounds=9, beside=beside)
