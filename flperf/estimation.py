@@ -95,9 +95,10 @@ class Work:
 
 def dtype_on(device: Device, config: Config) -> torch.dtype:
     """In which a run would compute there."""
-    dtype = compute_dtype(config.engine.precision, torch.device("cpu"))
-    if device.is_gpu:
-        dtype = torch.float32 if config.engine.precision == "fp32" else torch.bfloat16
+    precision = config.engine.precision
+    if device.is_gpu and precision == "auto":
+        precision = "bf16"
+    dtype = compute_dtype(precision, torch.device("cpu"))
     if dtype not in device.peaks:
         raise UserError("engine.precision: the table of devices holds bf16 peaks only; set it to bf16 or auto")
     return dtype

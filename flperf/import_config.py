@@ -153,19 +153,12 @@ def read_old(path: Path) -> dict:
     """The file with all it inherits, interpolations resolved; keys may be in either case."""
     merged: Any = OmegaConf.create({})
     for _, layer in layers(path):
-        merged = OmegaConf.merge(merged, OmegaConf.create(lowered(layer)))
+        merged = OmegaConf.merge(merged, OmegaConf.create(layer))
     try:
         return cast(dict, OmegaConf.to_container(merged, resolve=True))
     except OmegaConfBaseException as error:
         what = f"{path}: {error.full_key}: {str(error).splitlines()[0]}"
         raise UserError(f"{what}; write that key into the file (an image_size is in pixels, mostly 256), or a value in its place") from None
-
-
-def lowered(value: Any) -> Any:
-    """Keys, and the names inside interpolations, in lower case."""
-    if isinstance(value, dict):
-        return {str(key).lower(): lowered(item) for key, item in value.items()}
-    return value.lower() if isinstance(value, str) and value.startswith("${") else value
 
 
 def import_config(arguments: list[str]) -> None:
