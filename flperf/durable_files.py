@@ -44,5 +44,5 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"{error.filename or path}: cannot be written: {error.strerror}; "
-            "mend that and start again: a run goes on from its newest checkpoint"
+            "mend that and start again: what was complete before is still there"
         ) from error

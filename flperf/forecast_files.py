@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flperf.config import UserError
 from flperf.data.prefetch import BadClip
+from flperf.durable_files import complete_file
 from flperf.objective import forecast
 from flperf.run import Run
 from flperf.visualise import Example, write_example
@@ -45,7 +46,8 @@ def write_forecasts(run: Run, out: Path, clips: int, frames: int | None, seconds
         pace = (tensors["forecast"].shape[2], run.config.dataset.stride, run.encoder.frames_per_latent)
         tensors["seconds"] = torch.tensor([seconds_ahead(*pace, rates[clip]) for clip in tensors["clip"].tolist()])
     out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out / "forecasts.safetensors")
+    with complete_file(out / "forecasts.safetensors") as unfinished:
+        save_file(tensors, unfinished)
     baselines = run.baselines.to(torch.device("cpu"))
     for row, clip in enumerate(tensors["clip"].tolist()):
         context, samples, target = (tensors[name][row].float() for name in ("context", "forecast", "target"))

@@ -5,12 +5,12 @@ The first three take a run's folder, one of its checkpoints or an exported file.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from flperf.command import command_parser, make_folder_of
 from flperf.compile_cache import use_compile_cache
 from flperf.config import Config, UserError, differences, dump_config, load_config
+from flperf.durable_files import writing
 
 DATA_SECTIONS = ("dataset", "evaluation", "engine", "trainer", "tracking", "checkpoint")  # another --config may differ in these
 DATA_KEYS = ("name", "experiment")
@@ -63,6 +63,7 @@ def evaluate(arguments: list[str]) -> None:
     from flperf.evaluation import Pooled, evaluate_run, summary
     from flperf.locator import PixelErrors, load_locator, locator_summary
     from flperf.probe import has_classes, probe_accuracies, probe_summary, training_features
+    from flperf.tracking import cut_torn_line, json_line
 
     probed = run.config.evaluation.probe_clips > 0 and has_classes(run.dataset.splits["train"].labels)
     pooled = [Pooled()] if probed else []
@@ -82,8 +83,10 @@ def evaluate(arguments: list[str]) -> None:
             print(locator_summary(result["locator"]))
         path = Path(options.out) if options.out else _metrics_of(trained.source)
         if path is not None:
-            with path.open("a") as lines:
-                lines.write(json.dumps(result) + "\n")
+            with writing(path):
+                cut_torn_line(path)
+                with path.open("a") as lines:
+                    lines.write(json_line(result))
             print(f"appended to {path}")
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from flperf.command import command_parser, make_folder_of
 from flperf.config import Config, Model, UserError, load_config
 from flperf.data import WITHOUT_VIDEO, Preprocessing, open_dataset
+from flperf.durable_files import complete_file
 from flperf.encoder import build_encoder
 from flperf.heads import build_head
 from flperf.latents import latent_layout
@@ -153,7 +154,8 @@ def import_weights(arguments: list[str]) -> None:
         imported = translate(head, config.model, old)
     except UserError as error:
         raise UserError(f"{options.old}: {error}") from None
-    save_file(imported.taken, options.out)
+    with complete_file(Path(options.out)) as unfinished:
+        save_file(imported.taken, unfinished)
     elements, total = (sum(tensor.numel() for tensor in tensors) for tensors in (imported.taken.values(), head.parameters()))
     print(f"{options.out}: {len(imported.taken)} tensors, {elements / total:.0%} of the head's parameters; the others start fresh:")
     for reason in dict.fromkeys(imported.fresh.values()):

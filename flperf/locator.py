@@ -14,6 +14,7 @@ from tqdm import tqdm
 from flperf.config import Config, UserError
 from flperf.data import Place, Preprocessing, open_dataset
 from flperf.data.clips import ClipBatch
+from flperf.durable_files import complete_file
 from flperf.encoder import Encoder, build_encoder, encode_clip
 from flperf.engine import compute_dtype
 from flperf.evaluation import Sums
@@ -118,7 +119,8 @@ def identity(config: Config) -> dict:
 def save_locator(path: Path, locator: Locator, config: Config) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": FORMAT, "head": locator.kind, "grid": json.dumps(locator.grid), "identity": json.dumps(identity(config))}
-    save_file({name: tensor.cpu().contiguous() for name, tensor in locator.state_dict().items()}, path, metadata)
+    with complete_file(path) as unfinished:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in locator.state_dict().items()}, unfinished, metadata)
 
 
 def load_locator(path: str | Path, config: Config, device: torch.device) -> Locator:

@@ -165,7 +165,7 @@ class Tracker:
         if not self.active:
             return
         with writing(self.folder.metrics):
-            self.file.write(json.dumps(without_nan(metrics), allow_nan=False) + "\n")
+            self.file.write(json_line(metrics))
             self.file.flush()
         for dashboard in self.dashboards:
             dashboard.numbers(scalars(metrics), metrics["step"])
@@ -217,6 +217,11 @@ def cut_torn_line(path: Path) -> None:
     """Drop the half line that a full disk or a kill has left at the end, lest the next one be written behind it."""
     if path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+
+
+def json_line(metrics: dict) -> str:
+    """One line of `metrics.jsonl`."""
+    return json.dumps(without_nan(metrics), allow_nan=False) + "\n"
 
 
 def without_nan(value: Any) -> Any:

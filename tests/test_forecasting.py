@@ -82,6 +82,13 @@ def test_two_processes_judge_as_one(folder):
     assert two["probe"] == pytest.approx(one["probe"])
 
 
+def test_a_result_is_a_line_of_its_own_behind_one_that_was_cut(folder):
+    (folder / "evaluation.jsonl").write_text('{"loss": 1.0}\n{"lo')
+    evaluated(folder, "head.safetensors", "evaluation.max_clips=2")
+    whole, result = map(json.loads, (folder / "evaluation.jsonl").read_text().splitlines())
+    assert whole == {"loss": 1.0} and result["clips"] == 2
+
+
 def test_the_last_weights_differ_from_the_averaged_ones(folder):
     assert evaluated(folder, "experiment/tiny", "--weights", "last")["loss"] != trained_result(folder)["loss"]
 
