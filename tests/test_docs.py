@@ -76,6 +76,11 @@ def test_links_lead_somewhere(document):
         assert (ROOT / path).exists(), f"{document.name} names {path}"
 
 
+def test_the_picture_of_the_data_flow_can_be_drawn(tmp_path):
+    module_of("data_flow.py").main(str(tmp_path / "picture.png"))
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
 def test_the_guide_expects_what_the_command_estimates(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     rows = re.findall(r"^\| [a-zA-Z ]+ \| `(--[^`]+)` \| ([\d.]+) \| ([\d.]+) \|$", (DOCS / "guide.md").read_text(), flags=re.M)
