@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from flperf.baselines import LatentSample, load_statistics, save_statistics
 from flperf.checkpoint import Checkpoints
 from flperf.compile_cache import compile_cache_state
-from flperf.config import Config, UserError
+from flperf.config import UserError
 from flperf.config_values import parse_interval
 from flperf.data.clips import ClipBatch
 from flperf.data.transfer import copied_ahead
@@ -43,7 +42,12 @@ class Schedule:
         self.steps = range(first_step, min(stop, self.total_steps))
 
     def epoch(self, step: int) -> int:
-        return int(step / self.steps_per_epoch)
+        return math.floor(step / self.steps_per_epoch)
+
+    def dump_name(self, done: int) -> str:
+        """`epoch_EE` where an epoch ends with the step that makes `done` steps; elsewhere with the step, since an epoch may hold several."""
+        epoch = self.epoch(done)
+        return f"epoch_{epoch:02d}" if self.epoch(done - 1) < epoch else f"epoch_{epoch:02d}_step_{done:06d}"
 
     def due(self, interval: str, done: int) -> bool:
         """Whether an interval ("500", "2 epochs") ends with the step that makes `done` steps, or the run does."""
@@ -113,7 +117,7 @@ def train(run: Run, folder: RunFolder, *, profiled: bool = False) -> None:
     batches = copied_ahead(run.dataset.train_batches(first_step, run.place, run.process.device), run.process.device)
     try:
         if run.dataset.validation_size and run.config.evaluation.eval_first and first_step == 0:
-            validate(run, tracker, 0, 0)
+            validate(run, tracker, schedule, 0)
         if profiled and len(schedule.steps) < PROFILED_STEPS:
             raise UserError(f"--profile: watches the first {PROFILED_STEPS} steps, but only {len(schedule.steps)} are left to do")
         with StepProfile(folder.path / "profile", run.process) if profiled else nullcontext() as profile:
@@ -171,7 +175,7 @@ def train_steps(
             raise Interrupted
         if run.dataset.validation_size and schedule.due(config.evaluation.eval_every, done):
             checkpoints.wait()  # a validation that fails, or is killed, takes no step along
-            validate(run, tracker, done, schedule.epoch(done))
+            validate(run, tracker, schedule, done)
         window.started += time.perf_counter() - paused  # throughput is that of training alone
 
 
@@ -202,25 +206,19 @@ def train_step(run: Run, batches: Iterator[ClipBatch], window: Window) -> Tensor
     return torch.stack(losses).mean()
 
 
-def validate(run: Run, tracker: Tracker, step: int, epoch: int) -> dict[str, Any]:
+def validate(run: Run, tracker: Tracker, schedule: Schedule, step: int) -> dict[str, Any]:
     """Evaluate the averaged weights on the validation clips, log and print the comparison with the trivial forecasts."""
     load_weights(run.forecaster, head_weights(run.engine, average=run.config.trainer.ema_decay is not None), run.dtype)
     result = evaluate_run(run)
-    tracker.log({"step": step, "epoch": epoch, "split": "val", **result})
+    tracker.log({"step": step, "epoch": schedule.epoch(step), "split": "val", **result})
     tracker.table("val/errors", *table(result), step)
     tracker.say(f"step {step}: validation loss {result['loss']:.4f}; errors of normalised latents:\n{summary(result)}")
     if run.config.evaluation.dump_examples and run.process.is_main:
         from flperf.visualise import dump_examples  # matplotlib takes a second to load
 
-        for picture in dump_examples(run, dump_folder(run.config, tracker.folder, step, epoch)):
+        for picture in dump_examples(run, tracker.folder.path / "dump" / schedule.dump_name(step)):
             tracker.picture(f"forecast/{picture.parent.name}", picture, step)
     return result
-
-
-def dump_folder(config: Config, folder: RunFolder, step: int, epoch: int) -> Path:
-    """`dump/epoch_EE`; with the step where evaluations are counted in steps, of which an epoch may hold several."""
-    _, unit = parse_interval(config.evaluation.eval_every, "evaluation.eval_every")
-    return folder.path / "dump" / (f"epoch_{epoch:02d}" if unit == "epoch" else f"epoch_{epoch:02d}_step_{step:06d}")
 
 
 def use_latent_statistics(run: Run, folder: RunFolder) -> None:

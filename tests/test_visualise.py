@@ -1,9 +1,11 @@
 """Dumps: videos that play, tensors that are what was given, colours that compare, and the notebook that shows them."""
 
 import json
+import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import av
 import nbformat
@@ -14,8 +16,9 @@ from nbclient import NotebookClient
 from runs import ROOT
 
 from flperf.baselines import Baselines
-from flperf.config import UserError
+from flperf.config import Config, Trainer, UserError
 from flperf.data.demo import write_demo
+from flperf.loop import Schedule
 from flperf.video import convert_video_tensor_to_mp4, save_mp4_video
 from flperf.visualise import Example, Projection, write_example
 
@@ -125,6 +128,15 @@ def dump(tmp_path_factory):
         finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert finished.returncode == 0, finished.stderr[-3000:]
     return folder / "experiment/demo/dump"
+
+
+@pytest.mark.parametrize("clips", [1, 4, 10, 12])
+def test_no_evaluation_takes_anothers_folder(clips):
+    run = SimpleNamespace(config=Config(trainer=Trainer(batch_size=4, max_steps=30)), dataset=SimpleNamespace(train_size=clips))
+    names = [Schedule(run, 0).dump_name(step) for step in range(31)]
+    assert len(set(names)) == 31
+    ends = {math.ceil(epoch * clips / 4) for epoch in range(4 * 31)}  # steps with which an epoch ends
+    assert {step for step, name in enumerate(names) if "step" not in name} == ends & set(range(31))
 
 
 def test_a_run_leaves_a_folder_for_every_evaluation(dump):
