@@ -45,7 +45,7 @@ class Schedule:
         return math.floor(step / self.steps_per_epoch)
 
     def dump_name(self, done: int) -> str:
-        """`epoch_EE` where an epoch ends with the step that makes `done` steps; elsewhere with the step, since an epoch may hold several."""
+        """`epoch_EE` where an epoch ends with the step that makes `done` steps; elsewhere with the step: an epoch may hold several."""
         epoch = self.epoch(done)
         return f"epoch_{epoch:02d}" if self.epoch(done - 1) < epoch else f"epoch_{epoch:02d}_step_{done:06d}"
 

@@ -2,9 +2,9 @@
 
 A file is demuxed from end to end, which is cheap and tells which packet is which frame; then only the packets between the last key
 frame before the window and its end are decoded, and H.264 frames that are neither wanted nor referenced are skipped undecoded, which
-leaves the others bit-identical. Every wanted frame is resized while it is still in the processor's cache. The packets of a usual clip
-are kept in between; those of a long video are not, and are demuxed again up to the window's end, from the start of the file: seeking
-would be quicker, but not every container says where it arrived.
+leaves the others bit-identical. Every wanted frame, or a few small ones together, is resized while it is still in the processor's cache.
+The packets of a usual clip are kept in between; those of a long video are not, and are demuxed again up to the window's end, from the
+start of the file: seeking would be quicker, but not every container says where it arrived.
 """
 
 import itertools
@@ -25,6 +25,7 @@ from flperf.data.preprocessing import Preprocessing
 # What a damaged file makes FFmpeg, PyAV, NumPy and torch raise: PyAV looks streams up by their number, also those that turn up late.
 DECODE_ERRORS = (av.error.FFmpegError, OSError, ValueError, RuntimeError, LookupError)
 KEPT_BYTES = 2**24  # of packets between the two looks at a file; each thread keeps no more
+RESIZED_BYTES = 2**18  # of frames resized by one call, which costs 0.15 ms by itself; more would leave the processor's cache
 
 
 def read_batches(
@@ -155,12 +156,25 @@ def demux(container, stream) -> Iterator[av.Packet]:
 
 def _write_frames(packets: Packets, frames: list[int], preprocessing: Preprocessing, out: Tensor) -> None:
     """Write frames (ascending indices in presentation order, the last one repeated in short files) into the slots of `out`."""
-    reformatter = VideoReformatter()
     slots = {frame: slot for slot, frame in reversed(list(enumerate(frames)))}  # each frame's first slot
-    for index, frame in _decode(packets, slots):
-        rgb = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-        out[slots[index]].copy_(preprocessing.apply(torch.from_numpy(rgb)[None])[0])
+    for group in _groups(_decode(packets, slots)):
+        indices, pixels = zip(*group, strict=True)
+        together = torch.stack(pixels) if len(pixels) > 1 else pixels[0][None]
+        for index, resized in zip(indices, preprocessing.apply(together), strict=True):
+            out[slots[index]].copy_(resized)
     out[len(slots) :] = out[len(slots) - 1]
+
+
+def _groups(frames: Iterator[tuple[int, av.VideoFrame]]) -> Iterator[list[tuple[int, Tensor]]]:
+    """Decoded frames as uint8 `h w c`, as many of one size together as one call resizes."""
+    reformatter, group = VideoReformatter(), []
+    for index, frame in frames:
+        pixels = torch.from_numpy(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray())
+        if group and (pixels.shape != group[0][1].shape or (len(group) + 1) * pixels.nbytes > RESIZED_BYTES):
+            yield group
+            group = []
+        group.append((index, pixels))
+    yield group
 
 
 def _decode(packets: Packets, wanted) -> Iterator[tuple[int, av.VideoFrame]]:

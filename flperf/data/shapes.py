@@ -1,9 +1,9 @@
 """Bouncing shapes: a square that bounces off the walls and a disk on a circle, drawn rather than read.
 
-A clip is a pure function of (seed, index): its motion is computed in closed form for every frame at once. Every row of a shape is a run of
-pixels, computed where it is drawn. A GPU compares every pixel with its row's run. A CPU writes all runs of one length by one call; where a
-batch's memory is used again only the runs drawn last are painted over, so most of a frame is never touched. Lengths are in pixels of a
-canvas of `image_size`, drawn at whatever resolution the backbone takes.
+A clip is a pure function of (seed, index): its motion is computed in closed form for every frame at once. A square is a box of pixels, a
+disk a run of them in each of its rows, computed where they are drawn. A GPU compares every pixel with them. A CPU writes all boxes, or
+runs, of one extent by one call; where a batch's memory is used again only the boxes around the shapes drawn last are painted over, so most
+of a frame is never touched. Lengths are in pixels of a canvas of `image_size`, drawn at whatever resolution the backbone takes.
 
 Positions have one convention: (x, y) in pixels of the canvas, the upper left corner of the first pixel at (0, 0); in [-1, 1] that
 corner is (-1, -1) and the opposite one (1, 1).
@@ -30,9 +30,9 @@ SHAPES = ("square", "disk")  # the order of centres and heatmaps
 SPLICED = 2**32  # added to the seed of what is spliced in
 
 
-# Of a shape in each frame, int64 `n r` each: row (the height of the frame where there is none), first pixel, pixel after the last.
-Rows = tuple[Tensor, Tensor, Tensor]
-Runs = dict[int, np.ndarray]  # by length in pixels, the first pixels (of a batch) of the runs of that length, int64 [n]
+Box = tuple[Tensor, Tensor]  # of a shape in each frame, int64 `n 2` each as (y, x): its first pixel, and the one after its last
+Rows = tuple[Tensor, Tensor, Tensor]  # of a disk in each frame, int64 `n r` each: row (the height where there is none), first pixel, end
+Blocks = dict[tuple[int, int], np.ndarray]  # by (rows, pixels a row), the first pixels in a batch of the blocks of that extent, int64 [n]
 
 
 class Canvas:
@@ -41,63 +41,77 @@ class Canvas:
     def __init__(self, frames: int, size: Size, device: torch.device):
         self.size, self.device = size, device
         self.buffers = Buffers((frames, *size, 3), torch.uint8, device)
-        self.drawn: dict[int, list[Runs]] = {}  # by a buffer's address, what is on it
+        self.drawn: dict[int, list[Blocks]] = {}  # by a buffer's address, where something is on it
 
     def draw(self, centres: np.ndarray, shapes: Shapes) -> Tensor:
-        """Shapes at centres `b f 2 2` on a background; the disk lies over the square."""
-        rows = shape_rows(torch.from_numpy(centres).to(self.device).flatten(0, 1), shapes, self.size)
+        """Shapes at centres `b f 2 2` on a background; the disk lies over the square. In fp64: the same pixels on every device."""
+        square, disk = torch.from_numpy(centres).to(self.device).flatten(0, 1).double().unbind(1)
+        scale = [length / shapes.image_size for length in self.size]
+        boxes = [box_around(square, shapes.square_size / 2, scale, self.size), box_around(disk, shapes.disk_radius, scale, self.size)]
+        rows = disk_rows(disk, shapes.disk_radius, scale, self.size)
         if self.device.type == "cpu":
-            return self._draw_runs(len(centres), [runs(shape, self.size) for shape in rows])
-        return whole_frames(rows, self.size).unflatten(0, centres.shape[:2])
+            return self._draw_blocks(len(centres), [boxes_by_extent(box, self.size) for box in boxes], runs_by_length(rows, self.size))
+        return whole_frames(boxes[0], rows, self.size).unflatten(0, centres.shape[:2])
 
-    def _draw_runs(self, b: int, new: list[Runs]) -> Tensor:
+    def _draw_blocks(self, b: int, boxes: list[Blocks], disk: Blocks) -> Tensor:
         video = self.buffers.take(b)
         pixels = video.view(-1).numpy()
         if video.data_ptr() not in self.drawn:
             pixels.reshape(-1, 3)[:] = BACKGROUND
         for old in self.drawn.get(video.data_ptr(), ()):
-            paint(pixels, old, BACKGROUND)
-        for shape, colour in zip(new, (SQUARE_COLOUR, DISK_COLOUR), strict=True):
-            paint(pixels, shape, colour)
-        self.drawn[video.data_ptr()] = new
+            paint(pixels, self.size, old, BACKGROUND)
+        paint(pixels, self.size, boxes[0], SQUARE_COLOUR)
+        paint(pixels, self.size, disk, DISK_COLOUR)
+        self.drawn[video.data_ptr()] = boxes
         return video
 
 
-def shape_rows(centres: Tensor, shapes: Shapes, size: Size) -> list[Rows]:
-    """The pixels of square and disk whose centres lie within them; centres: `n 2 2`. In fp64: the same pixels on every device."""
-    square, disk = centres.double().unbind(1)
-    image_size = shapes.image_size
-    return [_rows(square, shapes.square_size / 2, size, image_size, False), _rows(disk, shapes.disk_radius, size, image_size, True)]
+def box_around(centres: Tensor, half: float, scale: list[float], size: Size) -> Box:
+    """The pixels whose centres lie within `half`, in x and in y, of centres `n 2` as (x, y)."""
+    down_across = centres.new_tensor(scale)
+    first = torch.ceil((centres.flip(1) - half) * down_across - 0.5).clamp(min=0)
+    end = torch.floor((centres.flip(1) + half) * down_across - 0.5) + 1
+    return first.long(), torch.minimum(end.long(), torch.tensor(size, device=centres.device))
 
 
-def _rows(centres: Tensor, half: float, size: Size, image_size: int, round: bool) -> Rows:
-    """The pixels whose centres lie within `half` of centres `n 2` (in x and in y, or `round`: as distance)."""
-    height, width = size
+def disk_rows(centres: Tensor, radius: float, scale: list[float], size: Size) -> Rows:
+    """The pixels whose centres are no further than `radius` from centres `n 2`."""
+    (height, width), (down, across) = size, scale
     x, y = centres[:, :, None].unbind(1)  # n 1
-    down, across = height / image_size, width / image_size
-    row = torch.ceil((y - half) * down - 0.5) + torch.arange(math.floor(2 * half * down) + 1, device=centres.device)  # n r
-    distance = (row + 0.5) / down - y
-    reach = (half**2 - distance.square()).clamp(min=0).sqrt() if round else half
-    left = torch.ceil((x - reach) * across - 0.5).clamp(min=0).expand_as(row)
-    right = torch.floor((x + reach) * across - 0.5).clamp(max=width - 1).expand_as(row) + 1
-    seen = (distance.abs() <= half) & (row >= 0) & (row < height) & (right > left)
+    row = torch.ceil((y - radius) * down - 0.5) + torch.arange(math.floor(2 * radius * down) + 1, device=centres.device)  # n r
+    rest = radius**2 - ((row + 0.5) / down - y).square()
+    reach = rest.clamp(min=0).sqrt()
+    left = torch.ceil((x - reach) * across - 0.5).clamp(min=0)
+    right = torch.floor((x + reach) * across - 0.5).clamp(max=width - 1) + 1
+    seen = (rest >= 0) & (row >= 0) & (row < height) & (right > left)
     return torch.where(seen, row, height).long(), left.long(), right.long()
 
 
-def whole_frames(rows: list[Rows], size: Size) -> Tensor:
+def whole_frames(square: Box, disk: Rows, size: Size) -> Tensor:
     """Square and disk drawn pixel by pixel, uint8 `n h w c` on their device."""
-    device = rows[0][0].device
-    video = torch.tensor(BACKGROUND, dtype=torch.uint8, device=device)
-    for (row, left, right), colour in zip(rows, (SQUARE_COLOUR, DISK_COLOUR), strict=True):
-        first, end = (torch.zeros(len(row), size[0] + 1, dtype=torch.int64, device=device).scatter_(1, row, x) for x in (left, right))
-        column = torch.arange(size[1], device=device)
-        inside = (column >= first[:, :-1, None]) & (column < end[:, :-1, None])  # n h w
-        video = torch.where(inside[..., None], torch.tensor(colour, dtype=torch.uint8, device=device), video)
-    return video
+    device = disk[0].device
+    y, x = (torch.arange(length, device=device) for length in size)
+    first, end = (corner[:, :, None] for corner in square)  # n 2 1
+    in_square = ((y >= first[:, 0]) & (y < end[:, 0]))[:, :, None] & ((x >= first[:, 1]) & (x < end[:, 1]))[:, None]  # n h w
+    row, *ends = disk
+    left, right = (torch.zeros(len(row), size[0] + 1, dtype=torch.int64, device=device).scatter_(1, row, end)[:, :-1, None] for end in ends)
+    background, red, blue = (torch.tensor(colour, dtype=torch.uint8, device=device) for colour in (BACKGROUND, SQUARE_COLOUR, DISK_COLOUR))
+    return torch.where(((x >= left) & (x < right))[..., None], blue, torch.where(in_square[..., None], red, background))
 
 
-def runs(rows: Rows, size: Size) -> Runs:
-    """The rows of all frames, which follow each other in memory, by length."""
+def boxes_by_extent(box: Box, size: Size) -> Blocks:
+    """The boxes of all frames, which follow each other in memory."""
+    (top, left), extent = box[0].T, box[1] - box[0]
+    first = ((torch.arange(len(top)) * size[0] + top) * size[1] + left).tolist()
+    blocks: dict[tuple[int, int], list[int]] = {}
+    for place, (rows, length) in zip(first, extent.tolist(), strict=True):
+        if rows > 0 and length > 0:
+            blocks.setdefault((rows, length), []).append(place)
+    return {extent: np.array(places) for extent, places in blocks.items()}
+
+
+def runs_by_length(rows: Rows, size: Size) -> Blocks:
+    """The rows of all frames as blocks of one row."""
     height, width = size
     row, left, right = (part.numpy() for part in rows)
     seen = row < height
@@ -106,14 +120,15 @@ def runs(rows: Rows, size: Size) -> Runs:
     first = first[np.argsort(length, kind="stable")]
     counts = np.bincount(length)
     ends = counts.cumsum()
-    return {n: first[ends[n] - counts[n] : ends[n]] for n in counts.nonzero()[0].tolist()}
+    return {(1, n): first[ends[n] - counts[n] : ends[n]] for n in counts.nonzero()[0].tolist()}
 
 
-def paint(pixels: np.ndarray, runs: Runs, colour: tuple[int, int, int]) -> None:
-    """Write runs into a batch's pixels, uint8 [3 pixels]: one call a length, which copies the run as one item to each of its places."""
-    for length, first in runs.items():
+def paint(pixels: np.ndarray, size: Size, blocks: Blocks, colour: tuple[int, int, int]) -> None:
+    """Write blocks into a batch's pixels, uint8 [3 pixels]: one call an extent, which copies each row of a block as one item."""
+    for (rows, length), first in blocks.items():
         item = np.dtype((np.void, 3 * length))
-        windows = np.ndarray(len(pixels) // 3 - length + 1, item, pixels, strides=(3,))  # from each pixel on, `length` of them
+        starts = len(pixels) // 3 - (rows - 1) * size[1] - length + 1
+        windows = np.ndarray((starts, rows), item, pixels, strides=(3, 3 * size[1]))  # from each pixel on, and from those below it
         windows[first] = np.frombuffer(bytes(colour) * length, item)
 
 

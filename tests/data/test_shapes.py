@@ -13,11 +13,12 @@ from flperf.data.shapes import (
     SQUARE_COLOUR,
     Canvas,
     bounce,
+    box_around,
     clip_centres,
+    disk_rows,
     draw_clips,
     heatmap_centres,
     patch_heatmaps,
-    shape_rows,
     to_pixels,
     to_unit,
     whole_frames,
@@ -150,7 +151,10 @@ def test_a_shape_is_every_pixel_whose_centre_it_covers_though_memory_is_used_aga
 
 
 def as_on_a_gpu(centres, shapes, size):
-    return whole_frames(shape_rows(torch.from_numpy(centres).flatten(0, 1), shapes, size), size).unflatten(0, centres.shape[:2])
+    square, disk = torch.from_numpy(centres).double().flatten(0, 1).unbind(1)
+    scale = [length / shapes.image_size for length in size]
+    box, rows = box_around(square, shapes.square_size / 2, scale, size), disk_rows(disk, shapes.disk_radius, scale, size)
+    return whole_frames(box, rows, size).unflatten(0, centres.shape[:2])
 
 
 def on_a_cpu(centres, shapes, size):
