@@ -56,6 +56,13 @@ def benchmark(benchmark, monkeypatch):
     return benchmark
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+    """Of an interrupted run what was measured is saved: pytest-benchmark fails at a case without rounds."""
+    cases = session.config._benchmarksession.benchmarks
+    cases[:] = [case for case in cases if case.stats.data]
+
+
 def pytest_benchmark_update_machine_info(config, machine_info):
     """Results are compared within a cohort: the same device, versions beside it."""
     from importlib.metadata import version

@@ -1,11 +1,13 @@
-"""Decoded frames to what the encoder takes: the steps of the Hugging Face processor in float, and ours on bytes.
+"""Decoded frames to what the encoder takes: the steps of the Hugging Face processor, in float and on bytes, and ours.
 
     python -m pytest benchmarks/test_preprocessing.py
 
-A clip of 64 frames of 340 x 256, already decoded. The processor's steps: resize (antialiased), crop, rescale, normalise, each over whole
-frames in fp32. Ours resizes bytes and only what the crop keeps; pixels are then normalised in the encoder's compiled graph, which
-`normalised` adds here.
+A clip of 64 frames of 340 x 256, already decoded. The processor's steps: resize (antialiased; in fp32, or on bytes as torchvision does),
+crop, rescale, normalise, each over whole frames. Ours resizes bytes and only what the crop keeps; pixels are then normalised in the
+encoder's compiled graph, which `normalised` adds here.
 """
+
+from functools import partial
 
 import pytest
 import torch
@@ -40,5 +42,6 @@ def test_preprocess(record, variant):
     frames = torch.randint(0, 256, (FRAMES, 256, 340, 3), dtype=torch.uint8)
     function = OURS[variant]()
     moved = frames.nbytes + function(frames).nbytes
-    beside = {"the processor in float": lambda: processed(frames, PREPROCESSING)}
+    ways = {"the processor in float": torch.float32, "the processor on bytes": torch.uint8}
+    beside = {way: partial(processed, frames, PREPROCESSING, dtype) for way, dtype in ways.items()}
     record(lambda: function(frames), "clips", 1, bytes=moved, rounds=9, beside=beside)

@@ -75,10 +75,15 @@ class UsualStep:
         return F.mse_loss(self.head(context, (1 - t) * noise + t * target, tau), target - noise)
 
 
-def processed(frames: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """The Hugging Face processor's steps in float, over whole frames: uint8 `f h w c` to normalised fp32 `f c h w`."""
+def processed(frames: Tensor, preprocessing: Preprocessing, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The Hugging Face processor's steps over whole frames: uint8 `f h w c` to normalised fp32 `f c h w`.
+
+    They are resized in `dtype`: bytes, as torchvision does where the processor has it, or float.
+    """
     geometry = preprocessing.geometry(*frames.shape[1:3])
-    resized = F.interpolate(frames.permute(0, 3, 1, 2).float(), geometry.resized, mode="bilinear", antialias=True).round().clamp(0, 255)
+    resized = F.interpolate(frames.permute(0, 3, 1, 2).to(dtype), geometry.resized, mode="bilinear", antialias=True)
+    if dtype.is_floating_point:
+        resized = resized.round().clamp(0, 255)
     (top, left), (height, width) = geometry.offset, preprocessing.size
     cropped = resized[:, :, top : top + height, left : left + width] * preprocessing.rescale
     mean, std = (torch.tensor(x)[:, None, None] for x in (preprocessing.mean, preprocessing.std))

@@ -62,7 +62,8 @@ def test_ways_take_turns_and_ratios_are_those_of_their_rounds(clock):
 
 
 @pytest.mark.parametrize("usual, rounds", [(0.25, 4), (0.0, 5), (60.0, 3)])
-def test_long_cases_take_fewer_rounds_but_never_less_than_three(clock, usual, rounds):
+def test_long_cases_take_fewer_rounds_but_never_less_than_three(clock, monkeypatch, usual, rounds):
+    monkeypatch.setattr(recording, "BUDGET", 10.0)
     seconds, _ = recorded(clock, beside={"usual": clock.function("usual", usual)}, rounds=9)
     assert len(seconds[""]) == rounds
 
