@@ -46,7 +46,7 @@ class Recorder:
 
         `beside` names other functions that do the same work: each is called once in every round, so that a machine whose speed drifts
         shows in all, and the median of the rounds' ratios is recorded. `before` is called, untimed, ahead of every call. With `warm` all
-        of them are called twice before the first round: the first call compiles, the second tells how many of `rounds` the budget allows.
+        of them are called before the first round, which compiles, and once more to tell how many of `rounds` the budget allows.
         """
         ways = {**(beside or {}), "": function}
         seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -65,7 +65,8 @@ class Recorder:
         if warm and not sizes.QUICK:
             for name in ways:
                 turn(name)
-            rounds = min(rounds, max(LEAST, int(BUDGET / sum(turn(name) for name in ways))))
+            if rounds > LEAST:
+                rounds = min(rounds, max(LEAST, int(BUDGET / sum(turn(name) for name in ways))))
         self.benchmark.pedantic(seconds_of, (function,), setup=others, rounds=rounds, warmup_rounds=0)
         seconds[""] = list(self.benchmark.stats.stats.data)
         self.benchmark.extra_info |= {

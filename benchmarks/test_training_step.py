@@ -65,7 +65,7 @@ def test_step(benchmark, record, folder, ways, regime, source, batch):
     if (regime, source, batch) == ("predictor", "drawn", sizes.BATCH):
         also["ours, eager"] = ours(regime, "drawn", "split", folder, size, "engine.compile=false")
     beside = {name: usual(step.run, source, folder, autocast) for name, autocast in ways.items()}
-    seconds = record(step, "clips", batch, flops=flops_of(step), dtype=step.run.dtype, beside=beside | also)
+    seconds = record(step, "clips", batch, flops=flops_of(step), dtype=step.run.dtype, rounds=LEAST, beside=beside | also)
     peak = record.peak(step.run.dtype)
     benchmark.extra_info |= fractions_of_peak(step, len(seconds[""]), peak)
     if joint := also.get("ours, joint"):

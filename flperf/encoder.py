@@ -7,7 +7,7 @@ The backbones themselves stand in flperf/backbones.
 from typing import Any
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from flperf.backbones import BACKBONES
@@ -18,18 +18,22 @@ from flperf.latents import Layout
 
 
 class PixelNormalisation(nn.Module):
-    """(x * rescale - mean) / std as one multiply and add: uint8 b f h w c -> b f c h w in `dtype`."""
+    """(x * rescale - mean) / std as one multiply and add: uint8 b f h w c -> b f c h w in `dtype`.
+
+    Whole rows of pixels at once: a loop over three channels, which lie side by side, would fill no vector of a CPU.
+    """
 
     def __init__(self, preprocessing: Preprocessing, dtype: torch.dtype):
         super().__init__()
         self.dtype = dtype
-        mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
-        self.register_buffer("scale", (preprocessing.rescale / std)[:, None, None], persistent=False)
-        self.register_buffer("shift", (-mean / std)[:, None, None], persistent=False)
+        mean, std, width = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std), preprocessing.size[1]
+        self.register_buffer("scale", repeat(preprocessing.rescale / std, "c -> (w c)", w=width), persistent=False)
+        self.register_buffer("shift", repeat(-mean / std, "c -> (w c)", w=width), persistent=False)
 
     def forward(self, video: Tensor) -> Tensor:
-        """uint8 `b f h w c` to `b f c h w`."""
-        return (rearrange(video, "b f h w c -> b f c h w").float() * self.scale + self.shift).to(self.dtype)
+        """uint8 `b f h w c` to `b f c h w`, whose channels stay side by side in memory."""
+        rows = rearrange(video, "b f h w c -> b f h (w c)").float() * self.scale + self.shift
+        return rearrange(rows.to(self.dtype), "b f h (w c) -> b f c h w", c=3)
 
 
 class Encoder(nn.Module):

@@ -29,15 +29,20 @@ class Regression:
     samples = 1
 
     def __init__(self, config: Config, layout: Layout):
-        self.distance = REGRESSION_LOSSES[config.objective.loss]
+        distance = REGRESSION_LOSSES[config.objective.loss]
+
+        def errors(prediction: Tensor, target: Tensor) -> Tensor:
+            return distance(prediction.float(), target.float()).flatten(1).mean(1)
+
+        # Eager, each of its few operations would write the latents in fp32.
+        self.errors = torch.compile(errors, fullgraph=True, dynamic=False) if config.engine.compile else errors
 
     def loss(
         self, head: Callable, context: Tensor, target: Tensor, sample: Tensor, reduction: str = "mean", normaliser: Normaliser | None = None
     ) -> Tensor:
         """fp32 scalar, or [b] with reduction "sample". context, target: normalised `b t h w d`; with a normaliser, target is raw."""
         target = normaliser(target) if normaliser else target
-        distance = self.distance(head(context).float(), target.float())
-        per_sample = distance.flatten(1).mean(1)
+        per_sample = self.errors(head(context), target)
         return per_sample.mean() if reduction == "mean" else per_sample
 
     def draw(self, head: nn.Module, context: Tensor, keys: Tensor, part: int = 0) -> Tensor:

@@ -9,7 +9,7 @@ from einops import rearrange
 from flperf_kernels import flow_matching as kernels
 
 from flperf import objective as objectives
-from flperf.config import Config, Model, Objective, UserError
+from flperf.config import Config, Engine, Model, Objective, UserError
 from flperf.heads import build_head
 from flperf.latents import Layout, Normaliser, Statistics
 from flperf.objective import build_objective, draw_tau, tau_shift
@@ -113,12 +113,16 @@ def test_raw_targets_are_normalised_on_the_way(kind, config):
 @pytest.mark.parametrize(
     ("loss", "expected"), [("mse", F.mse_loss), ("l1", F.l1_loss), ("smooth_l1", F.smooth_l1_loss)]
 )  # fmt: skip
-def test_regression_is_torchs(loss, expected):
-    prediction, target = torch.randn(2, 3, 2, 3, 3, 12).to(torch.bfloat16).unbind()
-    objective = build_objective(Config(objective=Objective(loss=loss)), LAYOUT)
+@pytest.mark.parametrize("compile", [True, False])
+def test_regression_is_torchs(loss, expected, compile):
+    prediction, target = (latents.requires_grad_() for latents in torch.randn(2, 3, 2, 3, 3, 12).to(torch.bfloat16).unbind())
+    objective = build_objective(Config(objective=Objective(loss=loss), engine=Engine(compile=compile)), LAYOUT)
     value = objective.loss(lambda context: prediction, None, target, torch.arange(3))
     assert value.dtype == torch.float32  # whatever the latents' type
-    torch.testing.assert_close(value, expected(prediction.float(), target.float()))
+    reference = expected(prediction.float(), target.float())
+    torch.testing.assert_close(value, reference)
+    gradients = (torch.autograd.grad(loss, prediction)[0] for loss in (value, reference))
+    torch.testing.assert_close(*gradients)
 
 
 def test_cosine_ignores_length_and_is_two_for_the_opposite():

@@ -129,7 +129,7 @@ def test_as_an_encoder(file):
     preprocessing = Preprocessing.of(chosen)
     assert (preprocessing.resize, preprocessing.size, preprocessing.mean, preprocessing.std) == (48, (48, 48), (0.0,) * 3, (1.0,) * 3)
     encoder = Encoder(chosen, preprocessing, torch.float32)
-    assert torch.equal(encoder.normalise(torch.full((1, 2, 4, 4, 3), 255, dtype=torch.uint8)), torch.ones(1, 2, 3, 4, 4))
+    assert torch.equal(encoder.normalise(torch.full((1, 2, 48, 48, 3), 255, dtype=torch.uint8)), torch.ones(1, 2, 3, 48, 48))
     video = torch.randint(0, 256, (2, 6, 48, 48, 3), dtype=torch.uint8)
     assert encoder(video).shape == (2, *encoder.latent_shape(6)) == (2, 3, 3, 3, 24)
     assert len(encoder.backbone.blocks) == BLOCKS
