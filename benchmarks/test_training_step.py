@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks import sizes
 from benchmarks.recording import LEAST
-from benchmarks.training_step import OURS, USUAL, OurStep, ours, usual, write_cache
+from benchmarks.training_step import USUAL, OurStep, ours, usual, write_cache
 from flperf import loop
 from flperf.data.demo import write_demo
 from flperf.run import flops_per_clip
@@ -62,8 +62,6 @@ def test_step(benchmark, record, folder, ways, regime, source, batch):
     size = f"trainer.batch_size={batch}"
     step = ours(regime, source, "split", folder, size)
     also = {"ours, joint": ours(regime, "drawn", "joint", folder, size)} if source == "drawn" else {}
-    if (regime, source, batch) == ("predictor", "drawn", sizes.BATCH):
-        also["ours, eager"] = ours(regime, "drawn", "split", folder, size, "engine.compile=false")
     beside = {name: usual(step.run, source, folder, autocast) for name, autocast in ways.items()}
     seconds = record(step, "clips", batch, flops=flops_of(step), dtype=step.run.dtype, rounds=LEAST, beside=beside | also)
     peak = record.peak(step.run.dtype)
@@ -92,7 +90,7 @@ def test_step_from_video(benchmark, record, folder, regime):
 
 
 @pytest.mark.benchmark(group="four steps in a process of their own")
-@pytest.mark.parametrize("variant", [*USUAL, *(f"ours, {mode}" for mode in OURS)])
+@pytest.mark.parametrize("variant", [*USUAL, "ours, split"])
 def test_memory(benchmark, ways, variant, tmp_path):
     """Of interest is `peak_memory_bytes`; the time is that of starting, compiling from the cache and four steps."""
     if variant in USUAL and variant not in ways:

@@ -20,7 +20,6 @@ from flperf.run import Run, build_run
 
 Step = Callable[[], object]
 USUAL = {"usual, fp32": False, "usual, bf16 autocast": True}  # name -> autocast
-OURS = ("joint", "split")
 CLIPS = 16  # of the cache
 
 
