@@ -32,8 +32,8 @@ def read(folder, names, order=None, place=None, window=None, threads=2):
 @pytest.mark.parametrize("name", READABLE)
 @pytest.mark.parametrize("n_frames,stride,uniform", [(1, 1, 0.0), (8, 1, 0.7), (7, 5, 0.99), (12, 2, 0.4), (80, 1, 0.5)])
 def test_frames_are_those_of_plain_decoding(videos, decode_all, monkeypatch, name, n_frames, stride, uniform, kept_bytes, resized_bytes):
-    """Whether the packets are kept, as those of usual clips are, or demuxed again, as those of long videos; and whether several small frames
-    are resized together, or each large one by itself."""
+    """Whether the packets are kept, as those of usual clips are, or demuxed again, as those of long videos; and whether frames are resized
+    together, as small ones are, or each by itself."""
     monkeypatch.setattr(pyav, "KEPT_BYTES", kept_bytes)
     monkeypatch.setattr(pyav, "RESIZED_BYTES", resized_bytes)
     window = Window(n_frames, stride, "random")
