@@ -35,7 +35,7 @@ class Regression:
             return distance(prediction.float(), target.float()).flatten(1).mean(1)
 
         # Eager, each of its few operations would write the latents in fp32.
-        self.errors = torch.compile(errors, fullgraph=True, dynamic=False) if config.engine.compile else errors
+        self.errors = torch.compile(errors, dynamic=False) if config.engine.compile else errors
 
     def loss(
         self, head: Callable, context: Tensor, target: Tensor, sample: Tensor, reduction: str = "mean", normaliser: Normaliser | None = None

@@ -115,6 +115,7 @@ def test_raw_targets_are_normalised_on_the_way(kind, config):
 )  # fmt: skip
 @pytest.mark.parametrize("compile", [True, False])
 def test_regression_is_torchs(loss, expected, compile):
+    torch._dynamo.reset()
     prediction, target = (latents.requires_grad_() for latents in torch.randn(2, 3, 2, 3, 3, 12).to(torch.bfloat16).unbind())
     objective = build_objective(Config(objective=Objective(loss=loss), engine=Engine(compile=compile)), LAYOUT)
     value = objective.loss(lambda context: prediction, None, target, torch.arange(3))
