@@ -2,9 +2,10 @@
 
 import torch
 
+from flperf.compilation import compile_forward
 from flperf.config import Config, load_config
 from flperf.data.preprocessing import Preprocessing
-from flperf.encoder import Encoder, build_encoder
+from flperf.encoder import Encoder, PixelNormalisation, build_encoder
 from flperf.engine import compute_dtype
 from flperf.heads import build_head
 from flperf.latents import Layout, latent_layout
@@ -71,6 +72,13 @@ def configuration(head: str = "predictor", backbone: str = "vjepa2", *overrides:
 
 def encoder_of(config: Config, dtype: torch.dtype, compile: bool) -> Encoder:
     return build_encoder(config.backbone, Preprocessing.of(config.backbone), dtype=dtype, device=DEVICE, compile=compile)
+
+
+def compiled_normalisation(preprocessing: Preprocessing, dtype: torch.dtype) -> PixelNormalisation:
+    """The encoder's first step by itself, compiled as it is there; on the CPU."""
+    normalise = PixelNormalisation(preprocessing, dtype)
+    compile_forward(normalise, "pixel normalisation")
+    return normalise
 
 
 def layout_of(config: Config, encoder: Encoder) -> Layout:

@@ -22,14 +22,12 @@ import pytest
 import torch
 
 from benchmarks.recording import LEAST
-from benchmarks.sizes import DEVICE, ON_GPU, QUICK
-from benchmarks.usual_way import processed
-from flperf.compilation import compile_forward
+from benchmarks.sizes import DEVICE, ON_GPU, QUICK, compiled_normalisation
+from benchmarks.usual_way import PROCESSORS, processed
 from flperf.config import Backbone
 from flperf.data import Place, dali, pyav
 from flperf.data.clips import Annotations, Batches, TrainingOrder, Window
 from flperf.data.preprocessing import Preprocessing
-from flperf.encoder import PixelNormalisation
 
 WINDOW, BATCH, BATCHES = Window(64, 2, "first"), 1 if QUICK else 8, 2
 PREPROCESSING = Preprocessing.of(Backbone(architecture={"crop_size": 256}))
@@ -102,10 +100,9 @@ def ours(
 @pytest.mark.benchmark(group="decode, 64 frames of 340 x 256 H.264")
 def test_decode(benchmark, record, tmp_path):
     paths = write_videos(tmp_path, "h264")
-    ways = {"processor in float": torch.float32, "processor on bytes": torch.uint8} if find_spec("decord") else {}
-    usual_ways = {f"decord, DataLoader, {way}": partial(usual, paths, dtype) for way, dtype in ways.items()}
-    normalise = PixelNormalisation(PREPROCESSING, torch.float32)
-    compile_forward(normalise, "the encoder's pixel normalisation")
+    processors = PROCESSORS if find_spec("decord") else {}
+    usual_ways = {f"decord, DataLoader, {name}": partial(usual, paths, dtype) for name, dtype in processors.items()}
+    normalise = compiled_normalisation(PREPROCESSING, torch.float32)
     beside = usual_ways | {"ours, normalised": partial(ours, pyav.read_batches, paths, normalise=normalise)}
     seconds = record(partial(ours, pyav.read_batches, paths), "clips", BATCH * BATCHES, rounds=LEAST, beside=beside)
     benchmark.extra_info["normalised"] = record.ratios({way: seconds[way] for way in ("ours, normalised", *usual_ways)}, "ours, normalised")

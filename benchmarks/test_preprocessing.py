@@ -12,20 +12,17 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks.sizes import DTYPE, QUICK
-from benchmarks.usual_way import processed
-from flperf.compilation import compile_forward
+from benchmarks.sizes import DTYPE, QUICK, compiled_normalisation
+from benchmarks.usual_way import PROCESSORS, processed
 from flperf.config import Backbone
 from flperf.data.preprocessing import Preprocessing
-from flperf.encoder import PixelNormalisation
 
 PREPROCESSING = Preprocessing.of(Backbone(architecture={"crop_size": 256}))
 FRAMES = 2 if QUICK else 64
 
 
 def ours(dtype: torch.dtype):
-    normalise = PixelNormalisation(PREPROCESSING, dtype)
-    compile_forward(normalise, "pixel normalisation")
+    normalise = compiled_normalisation(PREPROCESSING, dtype)
     return lambda frames: normalise(PREPROCESSING.apply(frames).contiguous()[None])
 
 
@@ -42,6 +39,5 @@ def test_preprocess(record, variant):
     frames = torch.randint(0, 256, (FRAMES, 256, 340, 3), dtype=torch.uint8)
     function = OURS[variant]()
     moved = frames.nbytes + function(frames).nbytes
-    ways = {"the processor in float": torch.float32, "the processor on bytes": torch.uint8}
-    beside = {way: partial(processed, frames, PREPROCESSING, dtype) for way, dtype in ways.items()}
+    beside = {f"the {name}": partial(processed, frames, PREPROCESSING, dtype) for name, dtype in PROCESSORS.items()}
     record(lambda: function(frames), "clips", 1, bytes=moved, rounds=9, beside=beside)

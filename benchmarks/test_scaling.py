@@ -26,7 +26,7 @@ def flops() -> int:
 
 @pytest.fixture(scope="module")
 def one():
-    """The process by itself, which has nothing to divide: the same at every stage."""
+    """One process, at the default stage: by itself it has nothing to divide or to gather."""
     with workers(1) as group:
         yield group
 

@@ -90,7 +90,7 @@ def test_step_from_video(benchmark, record, folder, regime):
 
 
 @pytest.mark.benchmark(group="four steps in a process of their own")
-@pytest.mark.parametrize("variant", [*USUAL, "ours, split"])
+@pytest.mark.parametrize("variant", [*USUAL, "ours, joint", "ours, split"])
 def test_memory(benchmark, ways, variant, tmp_path):
     """Of interest is `peak_memory_bytes`; the time is that of starting, compiling from the cache and four steps."""
     if variant in USUAL and variant not in ways:

@@ -43,9 +43,9 @@ def configuration(regime: str, source: str, mode: str, folder: Path, *overrides:
 def write_cache(folder: Path) -> None:
     """The drawn clips' latents as shards, encoded apart, and jointly encoded as FutureLatents' files."""
     process = start_process()
-    for mode, name in (("split", "split"), ("joint", "files")):
+    for mode, name, as_files in (("split", "split", False), ("joint", "files", True)):
         config = configuration("predictor", "drawn", mode, folder, "engine.compile=false")
-        encode_dataset(config, process, folder / name, as_files=name == "files")
+        encode_dataset(config, process, folder / name, as_files=as_files)
 
 
 class OurStep:

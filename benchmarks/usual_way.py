@@ -75,11 +75,14 @@ class UsualStep:
         return F.mse_loss(self.head(context, (1 - t) * noise + t * target, tau), target - noise)
 
 
-def processed(frames: Tensor, preprocessing: Preprocessing, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The Hugging Face processor's steps over whole frames: uint8 `f h w c` to normalised fp32 `f c h w`.
+PROCESSORS = {
+    "processor in float": torch.float32,
+    "processor on bytes": torch.uint8,
+}  # what frames are resized in; bytes, as torchvision does
 
-    They are resized in `dtype`: bytes, as torchvision does where the processor has it, or float.
-    """
+
+def processed(frames: Tensor, preprocessing: Preprocessing, dtype: torch.dtype) -> Tensor:
+    """The Hugging Face processor's steps over whole frames, resized in `dtype`: uint8 `f h w c` to normalised fp32 `f c h w`."""
     geometry = preprocessing.geometry(*frames.shape[1:3])
     resized = F.interpolate(frames.permute(0, 3, 1, 2).to(dtype), geometry.resized, mode="bilinear", antialias=True)
     if dtype.is_floating_point:

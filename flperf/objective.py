@@ -34,7 +34,8 @@ class Regression:
         def errors(prediction: Tensor, target: Tensor) -> Tensor:
             return distance(prediction.float(), target.float()).flatten(1).mean(1)
 
-        # Eager, each of its few operations would write the latents in fp32.
+        # Eager, each of its few operations would write the latents in fp32. A process that compiles it for more losses and shapes than
+        # torch keeps goes on eager, which fullgraph would make an error.
         self.errors = torch.compile(errors, dynamic=False) if config.engine.compile else errors
 
     def loss(

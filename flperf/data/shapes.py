@@ -44,11 +44,8 @@ class Canvas:
         self.drawn: dict[int, list[Blocks]] = {}  # by a buffer's address, where something is on it
 
     def draw(self, centres: np.ndarray, shapes: Shapes) -> Tensor:
-        """Shapes at centres `b f 2 2` on a background; the disk lies over the square. In fp64: the same pixels on every device."""
-        square, disk = torch.from_numpy(centres).to(self.device).flatten(0, 1).double().unbind(1)
-        scale = [length / shapes.image_size for length in self.size]
-        boxes = [box_around(square, shapes.square_size / 2, scale, self.size), box_around(disk, shapes.disk_radius, scale, self.size)]
-        rows = disk_rows(disk, shapes.disk_radius, scale, self.size)
+        """Shapes at centres `b f 2 2` on a background; the disk lies over the square."""
+        *boxes, rows = extents(torch.from_numpy(centres).to(self.device).flatten(0, 1), shapes, self.size)
         if self.device.type == "cpu":
             return self._draw_blocks(len(centres), [boxes_by_extent(box, self.size) for box in boxes], runs_by_length(rows, self.size))
         return whole_frames(boxes[0], rows, self.size).unflatten(0, centres.shape[:2])
@@ -66,15 +63,23 @@ class Canvas:
         return video
 
 
-def box_around(centres: Tensor, half: float, scale: list[float], size: Size) -> Box:
+def extents(centres: Tensor, shapes: Shapes, size: Size) -> tuple[Box, Box, Rows]:
+    """The boxes of square and disk at centres `n 2 2`, and the disk's rows. In fp64: the same pixels on every device."""
+    square, disk = centres.double().unbind(1)
+    scale = [length / shapes.image_size for length in size]
+    boxes = _box(square, shapes.square_size / 2, scale, size), _box(disk, shapes.disk_radius, scale, size)
+    return *boxes, _disk_rows(disk, shapes.disk_radius, scale, size)
+
+
+def _box(centres: Tensor, half: float, scale: list[float], size: Size) -> Box:
     """The pixels whose centres lie within `half`, in x and in y, of centres `n 2` as (x, y)."""
-    down_across = centres.new_tensor(scale)
-    first = torch.ceil((centres.flip(1) - half) * down_across - 0.5).clamp(min=0)
-    end = torch.floor((centres.flip(1) + half) * down_across - 0.5) + 1
-    return first.long(), torch.minimum(end.long(), torch.tensor(size, device=centres.device))
+    axes = list(zip(centres.flip(1).unbind(1), scale, size, strict=True))
+    first = torch.stack([torch.ceil((centre - half) * factor - 0.5).clamp(min=0) for centre, factor, _ in axes], dim=1)
+    end = torch.stack([(torch.floor((centre + half) * factor - 0.5) + 1).clamp(max=length) for centre, factor, length in axes], dim=1)
+    return first.long(), end.long()
 
 
-def disk_rows(centres: Tensor, radius: float, scale: list[float], size: Size) -> Rows:
+def _disk_rows(centres: Tensor, radius: float, scale: list[float], size: Size) -> Rows:
     """The pixels whose centres are no further than `radius` from centres `n 2`."""
     (height, width), (down, across) = size, scale
     x, y = centres[:, :, None].unbind(1)  # n 1

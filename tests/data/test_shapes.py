@@ -13,10 +13,9 @@ from flperf.data.shapes import (
     SQUARE_COLOUR,
     Canvas,
     bounce,
-    box_around,
     clip_centres,
-    disk_rows,
     draw_clips,
+    extents,
     heatmap_centres,
     patch_heatmaps,
     to_pixels,
@@ -151,10 +150,8 @@ def test_a_shape_is_every_pixel_whose_centre_it_covers_though_memory_is_used_aga
 
 
 def as_on_a_gpu(centres, shapes, size):
-    square, disk = torch.from_numpy(centres).double().flatten(0, 1).unbind(1)
-    scale = [length / shapes.image_size for length in size]
-    box, rows = box_around(square, shapes.square_size / 2, scale, size), disk_rows(disk, shapes.disk_radius, scale, size)
-    return whole_frames(box, rows, size).unflatten(0, centres.shape[:2])
+    square, _, rows = extents(torch.from_numpy(centres).flatten(0, 1), shapes, size)
+    return whole_frames(square, rows, size).unflatten(0, centres.shape[:2])
 
 
 def on_a_cpu(centres, shapes, size):
