@@ -62,9 +62,10 @@ def against_itself(record, layout: Layout, without: str, override: str) -> None:
 
 
 @pytest.mark.benchmark(group="DiT with activation checkpointing")
-def test_checkpointed(record, layout):
-    """Keeps only the blocks' inputs and computes the rest again, which doesn't count as FLOPs."""
-    against_itself(record, layout, "all activations kept", "model.activation_checkpointing=true")
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_checkpointed(record, layout, mode):
+    """What is computed again doesn't count as FLOPs."""
+    against_itself(record, layout, "all activations kept", f"model.activation_checkpointing={mode}")
 
 
 @pytest.mark.skipif(not ON_GPU, reason="the fused adaLN is a Triton kernel; on a CPU its PyTorch reference runs")

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from flperf.config_files import layers, lower_references, parse_yaml
 from flperf.config_values import check_values
 from flperf.errors import UserError
-from flperf.former_keys import former_key
+from flperf.former_keys import former_key, recomputation
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Model:
     mlp_ratio: float = 4.0
     initial_weights: Optional[str] = None  # safetensors by parameter name (an export's, or import-weights'); what it lacks starts fresh
     positions: Literal["rope3d", "sincos", "none"] = "rope3d"
-    activation_checkpointing: bool = False
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # less memory; selective: no product is computed again
     fused_adaln: bool = False  # DiT on CUDA: gated residual, norm and modulation as one Triton kernel each way
 
 
@@ -259,6 +259,9 @@ def _parse_override(override: str) -> DictConfig:
 def _merge(tree: DictConfig, layer: dict | DictConfig, source: str) -> DictConfig:
     _check_keys(tree, layer, source)
     try:
+        model = layer.get("model")
+        if isinstance(model, (dict, DictConfig)) and isinstance(model.get("activation_checkpointing"), bool):  # as version 0.1.0 wrote it
+            model["activation_checkpointing"] = recomputation(model["activation_checkpointing"])
         return cast(DictConfig, OmegaConf.merge(tree, layer))
     except OmegaConfBaseException as error:
         raise UserError(f"{source}: {error.full_key}: {_first_line(error)}") from None

@@ -13,14 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from flperf.activation_checkpointing import ATTENTION, PRODUCTS
 from flperf.encoder import Encoder, encode_clip
 from flperf.latents import Layout
 
 aten = torch.ops.aten
-PRODUCTS = {
-    *(aten.mm, aten.addmm, aten.bmm, aten.convolution, aten.convolution_backward),
-    *(aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_flash_attention_for_cpu_backward),
-}
+UNFUSED = PRODUCTS | ATTENTION | {aten.convolution, aten.convolution_backward, aten._scaled_dot_product_flash_attention_for_cpu_backward}
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Memory(TorchDispatchMode):
         if not func.is_view:
             moved = sum(map(_bytes, inputs + outputs))
             self.moved += moved
-            self.products += moved if func.overloadpacket in PRODUCTS else 0
+            self.products += moved if func.overloadpacket in UNFUSED else 0
         for tensor in outputs:
             self._follow(tensor.untyped_storage())
         return result

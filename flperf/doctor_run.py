@@ -56,20 +56,20 @@ def memory_finding(work, device, processes: int) -> Finding:
     from flperf.estimation import memory
 
     config, limit = work.config, device.memory
-    recompute, stage, micro = config.model.activation_checkpointing, config.engine.zero_stage, work.place.micro_batch_size
+    mode, stage, micro = config.model.activation_checkpointing, config.engine.zero_stage, work.place.micro_batch_size
     held = {number: memory(work, device, number, processes) for number in range(4)}
-    totals = ", ".join(f"{number}: {held[number].total(recompute) / 1e9:.1f}" for number in held)
-    text = f"{held[stage].total(recompute) / 1e9:.1f} of {limit / 1e9:.1f} GB estimated at {micro} clips a process; by ZeRO stage {totals}"
-    if held[stage].total(recompute) <= limit:
-        least = next(number for number in held if held[number].total(recompute) <= limit)
+    totals = ", ".join(f"{number}: {held[number].total(mode) / 1e9:.1f}" for number in held)
+    text = f"{held[stage].total(mode) / 1e9:.1f} of {limit / 1e9:.1f} GB estimated at {micro} clips a process; by ZeRO stage {totals}"
+    if held[stage].total(mode) <= limit:
+        least = next(number for number in held if held[number].total(mode) <= limit)
         return Finding("memory", f"{text}; {zero_advice(stage, least, processes)}")
-    growing = held[stage].clips + held[stage].activations[recompute]  # in proportion to the clips
-    clips = int(micro * (limit - held[stage].total(recompute) + growing) / growing)
+    growing = held[stage].clips + held[stage].activations[mode]  # in proportion to the clips
+    clips = int(micro * (limit - held[stage].total(mode) + growing) / growing)
     changes = [f"trainer.micro_batch_size={clips}"] if clips > 0 else []
-    if not recompute and held[stage].total(True) <= limit:
-        changes.append("model.activation_checkpointing=true")
-    changes += [f"engine.zero_stage={number}" for number in held if number > stage and held[number].total(recompute) <= limit][:1]
-    all_of_them = "trainer.micro_batch_size=1 model.activation_checkpointing=true engine.zero_stage=3 together, or more devices"
+    less = [other for other in held[stage].activations if held[stage].total(other) <= limit]  # the cheapest first
+    changes += [f"model.activation_checkpointing={other}" for other in less[:1]]
+    changes += [f"engine.zero_stage={number}" for number in held if number > stage and held[number].total(mode) <= limit][:1]
+    all_of_them = "trainer.micro_batch_size=1 model.activation_checkpointing=full engine.zero_stage=3 together, or more devices"
     return Finding("memory", f"does not fit: {text}", " or ".join(changes) or all_of_them)
 
 

@@ -14,12 +14,13 @@ def report(work: Work, device: Device, nodes: list[int], per_node: int) -> str:
     """Everything, several sections of lines. nodes: `work` is the share of one process among the first of them."""
     places = [(count, stage) for count in nodes for stage in STAGES]
     first = step(work, device, work.config.engine.zero_stage, nodes[0], per_node)
+    checkpointing = f"activations by checkpointing, in all: {work.config.model.activation_checkpointing}"
     memories = [_place(work, *place) | _memory_row(work, device, *place, per_node) for place in places]
     steps = [_place(work, *place) | _step_row(work, device, *place, per_node) for place in places]
     sections = (
         [f"An ESTIMATE of {work.config.name} on {device.name}: computed from the sizes below, no step was taken"],
         _sizes(work, nodes[0] * per_node),
-        [f"Estimated memory of one device, GB of its {device.memory / 1e9:.0f} (* the configured stage)", *_table(memories)],
+        [f"Estimated memory of one device, GB of its {device.memory / 1e9:.0f} (* the configured stage; {checkpointing})", *_table(memories)],
         ["Estimated time of one update", *_table(steps)],
         [_input(work, device, first)],
         _assumptions(work, device),
@@ -50,7 +51,7 @@ def _place(work: Work, nodes: int, stage: int) -> dict[str, str]:
 
 def _memory_row(work: Work, device: Device, nodes: int, stage: int, per_node: int) -> dict[str, str]:
     held: Memory = memory(work, device, stage, nodes * per_node)
-    states, recomputes = held.states, work.config.model.activation_checkpointing
+    states, mode = held.states, work.config.model.activation_checkpointing
     row = {
         "weights": states.weights + states.gathered,
         "gradients": states.gradients + states.buckets,
@@ -59,12 +60,12 @@ def _memory_row(work: Work, device: Device, nodes: int, stage: int, per_node: in
         "encoder": held.encoder,
         "eval copy": held.copy,
         "clips": held.clips,
-        "activations": held.activations[False],
-        "checkpointed": held.activations[True],
-        "in all": held.total(False),
-        "in all, checkpointed": held.total(True),
+        "activations": held.activations["none"],
+        "selective": held.activations["selective"],
+        "full": held.activations["full"],
+        "in all": held.total(mode),
     }
-    fits = held.total(recomputes) <= device.memory
+    fits = held.total(mode) <= device.memory
     return {name: f"{value / 1e9:.2f}" for name, value in row.items()} | {"fits": "yes" if fits else "NO"}
 
 

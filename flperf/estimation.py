@@ -6,10 +6,11 @@ Weights of no kind are read or fetched.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import torch
 
-from flperf.config import Backbone, Config, UserError
+from flperf.config import Backbone, Config, Model, UserError
 from flperf.costs import PassCost, encoding_cost, training_cost
 from flperf.data import WITHOUT_VIDEO
 from flperf.data.clips import Place
@@ -55,12 +56,12 @@ class Work:
     head_flops: int  # forward
     clip_bytes: int  # of a clip as it is loaded: 8-bit video, or cached latents
     encoding: PassCost
-    training: dict[bool, PassCost]  # by activation checkpointing
+    training: dict[str, PassCost]  # by model.activation_checkpointing
 
     @property
     def flops(self) -> float:
-        """A clip's, in training. The backward pass multiplies twice for each product, and once more where activations are recomputed."""
-        return self.encoder_flops + self.head_flops * (4 if self.config.model.activation_checkpointing else 3)
+        """A clip's, in training. The backward pass multiplies twice for each product, once more where whole blocks are computed again."""
+        return self.encoder_flops + self.head_flops * (4 if self.config.model.activation_checkpointing == "full" else 3)
 
     @property
     def clips(self) -> int:
@@ -113,8 +114,8 @@ def plan(config: Config, dtype: torch.dtype, processes: int) -> Work:
         encoder = Encoder(backbone, preprocessing, dtype)
         layout = latent_layout(config, *encoder.latent_shape(config.dataset.n_frames))
         heads = {
-            recompute: build_head(replace(config.model, activation_checkpointing=recompute), layout, seed=config.seed, compile=False)
-            for recompute in (False, True)
+            mode: build_head(replace(config.model, activation_checkpointing=mode), layout, seed=config.seed, compile=False)
+            for mode in get_args(get_type_hints(Model)["activation_checkpointing"])
         }
     flow_matching = isinstance(build_objective(config, layout), FlowMatching)
     micro = place.micro_batch_size
@@ -126,12 +127,12 @@ def plan(config: Config, dtype: torch.dtype, processes: int) -> Work:
         dtype,
         layout,
         encoder_parameters=count_parameters(encoder) if encoded else 0,
-        head_parameters=count_parameters(heads[False]),
+        head_parameters=count_parameters(heads["none"]),
         encoder_flops=encoder_flops(encoder, layout, backbone.encode) if encoded else 0,
-        head_flops=head_flops(heads[False], layout, flow_matching),
+        head_flops=head_flops(heads["none"], layout, flow_matching),
         clip_bytes=config.dataset.n_frames * height * width * 3 if encoded else latent_bytes,
         encoding=encoding_cost(encoder, layout, backbone.encode, micro, dtype) if encoded else PassCost(0, 0, 0),
-        training={recompute: training_cost(head, layout, micro, dtype, flow_matching) for recompute, head in heads.items()},
+        training={mode: training_cost(head, layout, micro, dtype, flow_matching) for mode, head in heads.items()},
     )
 
 
@@ -157,10 +158,10 @@ class Memory:
     encoder: float
     copy: float
     clips: float
-    activations: dict[bool, float]  # by activation checkpointing; at least what encoding takes, which comes before
+    activations: dict[str, float]  # by model.activation_checkpointing; at least what encoding takes, which comes before
 
-    def total(self, recompute: bool) -> float:
-        return self.states.total + self.encoder + self.copy + self.clips + self.activations[recompute]
+    def total(self, mode: str) -> float:
+        return self.states.total + self.encoder + self.copy + self.clips + self.activations[mode]
 
 
 def memory(work: Work, device: Device, stage: int, processes: int) -> Memory:
@@ -170,7 +171,7 @@ def memory(work: Work, device: Device, stage: int, processes: int) -> Memory:
         encoder=work.encoder_parameters * work.dtype.itemsize,
         copy=work.head_parameters * MASTER,
         clips=loaded,
-        activations={recompute: max(work.encoding.peak, cost.peak) for recompute, cost in work.training.items()},
+        activations={mode: max(work.encoding.peak, cost.peak) for mode, cost in work.training.items()},
     )
 
 

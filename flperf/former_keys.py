@@ -19,6 +19,10 @@ def known(table: dict, value: Any) -> Any:
     return table[value]
 
 
+def recomputation(checkpointed: bool) -> str:
+    return "full" if checkpointed else "none"
+
+
 # Old key to ours, and how its value is turned into ours.
 SAME = lambda value: value  # noqa: E731
 TRANSLATED: dict[str, tuple[str, Callable[[Any], Any]]] = {
@@ -46,7 +50,7 @@ TRANSLATED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "depth": ("model.depth", SAME),
     "num_heads": ("model.num_heads", SAME),
     "mlp_ratio": ("model.mlp_ratio", SAME),
-    "gradient_checkpointing": ("model.activation_checkpointing", SAME),
+    "gradient_checkpointing": ("model.activation_checkpointing", recomputation),
     "loss": ("objective.loss", SAME),
     "learning_rate": ("trainer.learning_rate", float),
     "weight_decay": ("trainer.weight_decay", float),

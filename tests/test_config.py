@@ -209,6 +209,13 @@ def test_a_key_of_futurelatents_is_told_what_it_is_here(write, old, told):
     assert told in str(caught.value)
 
 
+@pytest.mark.parametrize(("written", "meant"), [("true", "full"), ("false", "none"), ("selective", "selective")])
+def test_checkpointing_as_version_0_1_wrote_it_is_still_read(write, written, meant):
+    path = write("old.yaml", f"trainer: {{max_steps: 1}}\nmodel: {{activation_checkpointing: {written}}}\n")
+    assert load_config(path).model.activation_checkpointing == meant
+    assert load_config(path, [f"model.activation_checkpointing={written}"]).model.activation_checkpointing == meant
+
+
 def test_intervals():
     assert parse_interval("500", "k") == (500, "step")
     assert parse_interval("1 epoch", "k") == (1, "epoch")

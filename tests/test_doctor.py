@@ -142,9 +142,12 @@ def test_a_run_that_does_not_fit_is_lost_with_what_would(tiny):
 
     work = planned()
     held = memory(work, DEVICES["h100"], 0, 1)
-    small = replace(DEVICES["h100"], memory=held.total(True) * 1.01)
+    for mode in ("selective", "full"):
+        finding = doctor_run.memory_finding(work, replace(DEVICES["h100"], memory=held.total(mode) * 1.01), 1)
+        assert f"model.activation_checkpointing={mode}" in finding.mend
+    small = replace(DEVICES["h100"], memory=held.total("full") * 1.01)
     lost = doctor_run.memory_finding(work, small, 1)
-    assert lost.text.startswith("does not fit") and "model.activation_checkpointing=true" in lost.mend
+    assert lost.text.startswith("does not fit") and "model.activation_checkpointing=full" in lost.mend
     clips = int(re.search(r"trainer.micro_batch_size=(\d+)", lost.mend)[1])
     assert 1 <= clips < 8 and not doctor_run.memory_finding(planned(f"trainer.micro_batch_size={clips}"), small, 1).mend
     assert "more devices" in doctor_run.memory_finding(work, replace(small, memory=1.0), 1).mend

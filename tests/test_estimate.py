@@ -87,10 +87,10 @@ def test_flops_of_vit_l_at_64_frames(encode, flops):
     assert counted == pytest.approx(flops, rel=0.01)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_activations_are_what_a_pass_holds(tiny, recompute):
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_activations_are_what_a_pass_holds(tiny, mode):
     """Against PyTorch's record of every piece of memory that a real pass takes and gives back."""
-    config = load_config(tiny, [*MEDIUM, f"model.activation_checkpointing={recompute}"])
+    config = load_config(tiny, [*MEDIUM, f"model.activation_checkpointing={mode}"])
     layout = plan(config, torch.float32, 1).layout
     head = build_head(config.model, layout, seed=0, compile=False)
     context = torch.randn(4, layout.context_frames, layout.height, layout.width, layout.dim)

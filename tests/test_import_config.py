@@ -49,7 +49,7 @@ def test_every_key_arrives_where_it_belongs(tmp_path, capsys):
     assert (data.train, data.validation, data.labels) == ("/data/train.csv", "/data/val.csv", "/data/labels.txt")
     model = config.model
     assert (model.head, model.num_context_latents, model.num_target_latents) == ("cross_attention", 16, 16)
-    assert (model.hidden_dim, model.depth, model.num_heads, model.activation_checkpointing) == (512, 6, 8, True)
+    assert (model.hidden_dim, model.depth, model.num_heads, model.activation_checkpointing) == (512, 6, 8, "full")
     assert (config.objective.kind, config.objective.loss, config.latents.embedding_norm) == ("regression", "l1", "l2")
     trainer = config.trainer
     assert (trainer.learning_rate, trainer.weight_decay, trainer.max_epochs, trainer.max_grad_norm) == (1e-5, 0.01, 12, 1.0)

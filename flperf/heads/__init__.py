@@ -4,8 +4,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
+from flperf.activation_checkpointing import recompute_in_backward
 from flperf.compilation import compile_forward
 from flperf.config import Model, UserError
 from flperf.heads.cross_attention import CrossAttentionPredictor
@@ -29,10 +29,10 @@ def build_head(model: Model, layout: Layout, *, seed: int, compile: bool) -> nn.
     for kind in REPEATED:
         modules = [module for module in head.modules() if isinstance(module, kind)]
         for number, module in enumerate(modules, start=1):
+            if model.activation_checkpointing != "none" and kind is Block:
+                recompute_in_backward(module, model.activation_checkpointing)
             if compile:
                 compile_forward(module, f"head {PARTS[kind]} {number}/{len(modules)}")
-            if model.activation_checkpointing and kind is Block:
-                recompute_in_backward(module)
     return head
 
 
@@ -49,13 +49,3 @@ def use_initial_weights(head: nn.Module, file: str) -> None:
             here = list(parameters[name].shape) if name in parameters else "no such parameter"
             raise UserError(f"model.initial_weights: {file}: {name} is {list(tensor.shape)}; this head has {here}")
         parameters[name].data.copy_(tensor)
-
-
-def recompute_in_backward(block: nn.Module) -> None:
-    """Keep only the block's inputs for the backward pass and compute the rest again (activation checkpointing)."""
-    forward = block.forward
-
-    def checkpointed(*inputs):
-        return checkpoint(forward, *inputs, use_reentrant=False) if torch.is_grad_enabled() else forward(*inputs)
-
-    block.forward = checkpointed

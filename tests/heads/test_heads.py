@@ -1,8 +1,12 @@
 import itertools
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from flperf.config import Model, UserError
 from flperf.engine import is_decayed
@@ -90,12 +94,52 @@ def test_clips_of_a_batch_do_not_mix(name):
 @pytest.mark.parametrize("name", HEADS)
 def test_activation_checkpointing_changes_nothing(name):
     results = []
-    for recompute in (False, True):
-        head = shaken(name, activation_checkpointing=recompute)
+    for mode in ("none", "selective", "full"):
+        head = shaken(name, activation_checkpointing=mode)
         loss = head(*inputs(name)).square().mean()
         loss.backward()
         results.append([loss.detach(), *(parameter.grad for parameter in head.parameters())])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*results, strict=True))
+
+
+def profiled(step) -> tuple[int, int]:
+    """Bytes held at most, and matrix products computed."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    products = sum(event.name() in ("aten::mm", "aten::addmm", "aten::bmm") for event in events)
+    return max(itertools.accumulate(change for _, change in changes)), products
+
+
+@pytest.mark.parametrize(("name", "compiled"), [*((name, False) for name in HEADS), ("dit", True)])
+def test_checkpointing_saves_memory(name, compiled):
+    layout, held, products = replace(LAYOUT, height=8, width=8), {}, {}
+    for mode in ("none", "selective", "full"):
+        torch._dynamo.reset()
+        head = build_head(small(name, activation_checkpointing=mode), layout, seed=0, compile=compiled)
+        for parameter in head.parameters():
+            parameter.grad = torch.zeros_like(parameter)  # they are there in every update but the first
+        step = partial(pass_through, head, inputs(name, layout))
+        step()  # compiles
+        held[mode], products[mode] = profiled(step)
+    assert held["none"] > 1.1 * held["selective"] > 1.1 * held["full"], held
+    if compiled:  # eager, products that are not computed again are recorded too
+        assert products["none"] == products["selective"] < products["full"], products
+
+
+def pass_through(head: torch.nn.Module, passed: list[torch.Tensor]) -> None:
+    head(*passed).square().mean().backward()
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_only_full_checkpointing_multiplies_again(name):
+    flops = {}
+    for mode in ("none", "selective", "full"):
+        with FlopCounterMode(display=False) as counter:
+            pass_through(shaken(name, activation_checkpointing=mode), inputs(name))
+        flops[mode] = counter.get_total_flops()
+    assert flops["none"] == flops["selective"] < flops["full"]
 
 
 @pytest.mark.parametrize("name", HEADS)
