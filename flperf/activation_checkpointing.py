@@ -4,13 +4,12 @@
 rotation again: no more products than without it. `full` keeps the block's inputs alone, which costs its forward pass once more.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mm, aten.addmm, aten.bmm}
@@ -23,11 +22,11 @@ XFORMERS = ("xformers_flash", "xformers_flash3")  # namespaces of its operators
 
 def recompute_in_backward(block: nn.Module, mode: str) -> None:
     """Wrap the block's forward; `mode` is `selective` or `full`. Compiled afterwards, recomputation is fused into the backward graph."""
-    keep: dict[str, Callable] = {"selective": {"context_fn": _keep_products}, "full": {}}[mode]
+    context = {"selective": _keep_products, "full": noop_context_fn}[mode]
     forward = block.forward
 
     def checkpointed(*inputs):
-        return checkpoint(forward, *inputs, use_reentrant=False, **keep) if torch.is_grad_enabled() else forward(*inputs)
+        return checkpoint(forward, *inputs, use_reentrant=False, context_fn=context) if torch.is_grad_enabled() else forward(*inputs)
 
     block.forward = checkpointed
 

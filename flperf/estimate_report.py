@@ -14,13 +14,13 @@ def report(work: Work, device: Device, nodes: list[int], per_node: int) -> str:
     """Everything, several sections of lines. nodes: `work` is the share of one process among the first of them."""
     places = [(count, stage) for count in nodes for stage in STAGES]
     first = step(work, device, work.config.engine.zero_stage, nodes[0], per_node)
-    checkpointing = f"activations by checkpointing, in all: {work.config.model.activation_checkpointing}"
+    stars = f"* the configured stage; activations by checkpointing, in all: {work.config.model.activation_checkpointing}"
     memories = [_place(work, *place) | _memory_row(work, device, *place, per_node) for place in places]
     steps = [_place(work, *place) | _step_row(work, device, *place, per_node) for place in places]
     sections = (
         [f"An ESTIMATE of {work.config.name} on {device.name}: computed from the sizes below, no step was taken"],
         _sizes(work, nodes[0] * per_node),
-        [f"Estimated memory of one device, GB of its {device.memory / 1e9:.0f} (* the configured stage; {checkpointing})", *_table(memories)],
+        [f"Estimated memory of one device, GB of its {device.memory / 1e9:.0f} ({stars})", *_table(memories)],
         ["Estimated time of one update", *_table(steps)],
         [_input(work, device, first)],
         _assumptions(work, device),
