@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mm, aten.addmm, aten.bmm}
@@ -22,11 +22,10 @@ XFORMERS = ("xformers_flash", "xformers_flash3")  # namespaces of its operators
 
 def recompute_in_backward(block: nn.Module, mode: str) -> None:
     """Wrap the block's forward; `mode` is `selective` or `full`. Compiled afterwards, recomputation is fused into the backward graph."""
-    context = {"selective": _keep_products, "full": noop_context_fn}[mode]
-    forward = block.forward
+    forward, rerun = block.forward, {"selective": _keeping_products, "full": _keeping_inputs}[mode]
 
     def checkpointed(*inputs):
-        return checkpoint(forward, *inputs, use_reentrant=False, context_fn=context) if torch.is_grad_enabled() else forward(*inputs)
+        return rerun(forward, *inputs) if torch.is_grad_enabled() else forward(*inputs)
 
     block.forward = checkpointed
 
@@ -36,4 +35,5 @@ def _policy(_: Any, operator: Any, *arguments: Any, **named: Any) -> CheckpointP
     return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-_keep_products = partial(create_selective_checkpoint_contexts, _policy)
+_keeping_inputs = partial(checkpoint, use_reentrant=False)
+_keeping_products = partial(checkpoint, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, _policy))

@@ -112,7 +112,7 @@ def profiled(step) -> tuple[int, int]:
     return max(itertools.accumulate(change for _, change in changes)), products
 
 
-@pytest.mark.parametrize(("name", "compiled"), [*((name, False) for name in HEADS), ("dit", True)])
+@pytest.mark.parametrize(("name", "compiled"), [*((name, False) for name in HEADS), ("predictor", True)])
 def test_checkpointing_saves_memory(name, compiled):
     layout, held, products = replace(LAYOUT, height=8, width=8), {}, {}
     for mode in ("none", "selective", "full"):
