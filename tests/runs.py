@@ -22,7 +22,7 @@ latents: {{statistics_clips: 8}}
 model: {{head: predictor, num_context_latents: 2, hidden_dim: 32, depth: 2, num_heads: 2}}
 trainer: {{batch_size: 4, max_steps: 4, learning_rate: 1.0e-3, warmup_steps: 1}}
 engine: {{compile: false, precision: fp32}}
-evaluation: {{eval_every: 1000, sampling: {{steps: 2, samples: 2}}}}
+evaluation: {{eval_every: 1000, sampling: {{steps: 2, samples: 2}}, dump_examples: 0}}
 checkpoint: {{save_every: 1000}}
 tracking: {{wandb: none, log_every: 1}}
 """

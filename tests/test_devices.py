@@ -1,5 +1,6 @@
 """Peaks: the vendor's, which MFU is a share of, and what a device here was measured to do."""
 
+import pytest
 import torch
 
 from flperf import devices
@@ -13,3 +14,13 @@ def test_a_known_gpu_has_its_stated_peak_and_a_measured_one(monkeypatch):
     assert devices.peak_flops(gpu, torch.bfloat16) == 989e12
     assert devices.measured_flops(gpu, torch.bfloat16) == 2 * 8192**3 / 2e-3
     assert devices.peak_flops(gpu, torch.float32) == devices.measured_flops(gpu, torch.float32)  # which the table does not state
+
+
+@pytest.mark.parametrize(("rate", "largest"), [(1e9, 256), (5e9, 512), (1e12, 1024)])
+def test_a_peak_is_measured_on_products_that_do_not_take_long(monkeypatch, rate, largest):
+    """A CPU that has to emulate bf16 does 1 GFLOP/s: the largest product would take it two seconds, and it is timed several times."""
+    multiplied = []
+    monkeypatch.setattr(torch, "ones", lambda *size, **options: multiplied.append(size[0]) or torch.empty(size, device="meta"))
+    monkeypatch.setattr(devices, "best_seconds", lambda function, device: 2 * multiplied[-1] ** 3 / rate)
+    assert devices.measured_flops(torch.device("cpu"), torch.bfloat16) == pytest.approx(rate)
+    assert multiplied[-1] == largest

@@ -152,10 +152,15 @@ def test_two_processes_with_compiled_blocks_at_zero_3(tiny):
     common = [*REGIMES["flow_matching"], "checkpoint.save_every=1000"]
     runs = curves(
         tiny,
-        {"eager": [*common, "engine.zero_stage=1"], "compiled": [*common, "engine.zero_stage=3", "engine.compile=true"]},
+        {
+            "eager": [*common, "engine.zero_stage=1", "evaluation.dump_examples=1"],
+            "compiled": [*common, "engine.zero_stage=3", "engine.compile=true"],
+        },
         processes=2,
     )
     assert runs["compiled"]["loss"] == pytest.approx(runs["eager"]["loss"], rel=1e-5)
+    (example,) = tiny.parent.glob("experiment/eager/dump/*/*")  # one, of one of the processes
+    assert (example / "overview.png").is_file()
 
 
 def test_nothing_recompiles_after_the_second_step(tiny):
