@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from flperf.config_files import layers, lower_references, parse_yaml
 from flperf.config_values import check_values
-from flperf.errors import UserError
+from flperf.errors import UserError, first_line
 from flperf.former_keys import former_key, recomputation
 
 
@@ -224,7 +224,7 @@ def _resolve(layers: Iterable[tuple[Path | str, dict]], overrides: Sequence[str]
     try:
         config = cast(Config, OmegaConf.to_object(tree))
     except OmegaConfBaseException as error:
-        raise UserError(f"{source}: {error.full_key}: {_first_line(error)}") from error
+        raise UserError(f"{source}: {error.full_key}: {first_line(error)}") from error
     check_values(config, source)
     return config
 
@@ -253,7 +253,7 @@ def _parse_override(override: str) -> DictConfig:
     try:
         return OmegaConf.from_dotlist([f"{key.lower()}={lower_references(value)}"])
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(f"command line: {override!r}: {_first_line(error)}") from None
+        raise UserError(f"command line: {override!r}: {first_line(error)}") from None
 
 
 def _merge(tree: DictConfig, layer: dict | DictConfig, source: str) -> DictConfig:
@@ -264,7 +264,7 @@ def _merge(tree: DictConfig, layer: dict | DictConfig, source: str) -> DictConfi
             model["activation_checkpointing"] = recomputation(model["activation_checkpointing"])
         return cast(DictConfig, OmegaConf.merge(tree, layer))
     except OmegaConfBaseException as error:
-        raise UserError(f"{source}: {error.full_key}: {_first_line(error)}") from None
+        raise UserError(f"{source}: {error.full_key}: {first_line(error)}") from None
 
 
 def _check_keys(tree: DictConfig, layer: dict | DictConfig, source: str, prefix: str = "") -> None:
@@ -294,7 +294,3 @@ def _hint(full_key: str, prefix: str, known: Sequence[str]) -> str:
         return former
     nearest = difflib.get_close_matches(full_key.removeprefix(prefix), known, n=1)
     return f"did you mean {prefix}{nearest[0]}?" if nearest else f"known here: {', '.join(known)}"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -3,3 +3,8 @@
 
 class UserError(Exception):
     """Something the user can mend: printed as one line, without a traceback."""
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, in one line; its class where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from flperf.command import command_parser, make_folder_of
 from flperf.config import UserError, layers, parse_config
+from flperf.errors import first_line
 from flperf.former_keys import DROPPED, MEANT_NULL, SAME, TRANSLATED, known
 
 HEADS = {
@@ -157,7 +158,7 @@ def read_old(path: Path) -> dict:
     try:
         return cast(dict, OmegaConf.to_container(merged, resolve=True))
     except OmegaConfBaseException as error:
-        what = f"{path}: {error.full_key}: {str(error).splitlines()[0]}"
+        what = f"{path}: {error.full_key}: {first_line(error)}"
         raise UserError(f"{what}; write that key into the file (an image_size is in pixels, mostly 256), or a value in its place") from None
 
 

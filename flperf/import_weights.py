@@ -24,6 +24,7 @@ from flperf.config import Config, Model, UserError, load_config
 from flperf.data import WITHOUT_VIDEO, Preprocessing, open_dataset
 from flperf.durable_files import complete_file
 from flperf.encoder import build_encoder
+from flperf.errors import first_line
 from flperf.heads import build_head
 from flperf.latents import latent_layout
 
@@ -114,8 +115,7 @@ def read_old(path: Path) -> dict[str, Tensor]:
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file fails anywhere in the unpickler: KeyError, IndexError, AttributeError …
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: cannot be read as a checkpoint of tensors alone ({reason})") from None
+        raise UserError(f"{path}: cannot be read as a checkpoint of tensors alone ({first_line(error)})") from None
     state = stored.get("model", stored) if isinstance(stored, dict) else None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise UserError(f"{path}: holds no model's state (a dictionary of tensors, or one under 'model')")

@@ -15,6 +15,7 @@ from torch import Tensor
 from flperf.config import UserError
 from flperf.data.clips import Annotations, Batches, ClipBatch, Draw, existing_file
 from flperf.data.prefetch import Buffers, filled_buffers
+from flperf.errors import first_line
 
 LABEL_COLUMN = "label"  # of the manifest, where it has one
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what heads and kernels read
@@ -88,7 +89,7 @@ def _load(path: str) -> Tensor:
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file of cached latents, though the manifest names it") from None
     except Exception as error:  # torch.load lets through whatever the unpickler and the archive reader raise
-        raise UserError(f"{path}: is no tensor that torch.load can read: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: is no tensor that torch.load can read: {first_line(error)}") from None
     if not isinstance(latents, Tensor) or latents.ndim != 4 or not latents.numel():
         found = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
         raise UserError(f"{path}: cached latents must be one tensor d t h w, not {found}")

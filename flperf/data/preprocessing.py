@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from flperf.config import Backbone, UserError
+from flperf.errors import first_line
 
 Size = tuple[int, int]  # (height, width)
 
@@ -173,7 +174,7 @@ def _from_hub(name: str, filename: str) -> str | None:
     except errors.EntryNotFoundError:
         return None
     except (errors.HfHubHTTPError, errors.HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
     raise UserError(f"backbone.weights: {name} is no local folder, and {reason}; point it to a downloaded copy")
 
 

@@ -5,6 +5,7 @@ import torch
 
 from flperf.config import Config, Dataset, UserError
 from flperf.data import Place, open_dataset
+from flperf.data.cache import _load as load
 
 CPU = torch.device("cpu")
 
@@ -94,3 +95,16 @@ def test_a_bad_file_is_one_clear_line(manifest, content, message):
     with pytest.raises(UserError, match=f"clip 3.pt: .*{message}") as caught:
         next(open_cache(manifest).train_batches(0, Place(0, 1, 5, 5), CPU))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_file_cut_anywhere_is_named(manifest, zipped):
+    """What torch.load raises depends on where it ends; some of its errors say nothing."""
+    file = manifest.parent / "clip 3.pt"
+    torch.save(torch.zeros(6, 4, 3, 2), file, _use_new_zipfile_serialization=zipped)
+    whole = file.read_bytes()
+    for length in range(0, len(whole) - 1, max(1, len(whole) // 60)):
+        file.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="clip 3.pt: is no tensor that torch.load can read: .") as caught:
+            load(str(file))
+        assert "\n" not in str(caught.value)
