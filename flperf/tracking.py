@@ -67,9 +67,10 @@ class RunFolder:
             earlier = yaml.safe_load(path.read_text())
         except (yaml.YAMLError, UnicodeDecodeError):
             earlier = None
-        if not isinstance(earlier, dict):
+        now = yaml.safe_load(dump_config(config))
+        if not isinstance(earlier, dict) or now.keys() - earlier.keys():  # what is cut off after a section is YAML still
             raise UserError(f"{path}: is damaged; remove it to go on with the run as it is configured now, or start anew with --overwrite")
-        changed = [line for line in differences(earlier, yaml.safe_load(dump_config(config))) if not _is_free(line.split(":")[0])]
+        changed = [line for line in differences(earlier, now) if not _is_free(line.split(":")[0])]
         if changed:
             raise UserError(f"{path}: is that of a run with another configuration ({'; '.join(changed)}); {START_ANEW}")
 

@@ -120,6 +120,19 @@ def test_a_torn_file_of_a_run_is_named_or_does_without(tmp_path, share):
     folder.check(Config(name="run", experiment=str(tmp_path)))
 
 
+def test_a_configuration_cut_after_any_line_is_damaged(tmp_path):
+    folder, config = opened(tmp_path, "a.mp4"), Config(name="run", experiment=str(tmp_path))
+    path = folder.path / "config.yaml"
+    lines = path.read_text().splitlines(keepends=True)
+    last = max(number for number, line in enumerate(lines) if not line.startswith((" ", "-")))
+    for length in range(last + 1):
+        path.write_text("".join(lines[:length]))
+        with pytest.raises(UserError, match="config.yaml: is damaged; remove it"):
+            folder.check(config)
+    path.write_text("".join(lines))
+    folder.check(config)
+
+
 def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_durably(path, "before")
