@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytest_benchmark.utils import get_tag
 
 from benchmarks import sizes
 from benchmarks.recording import Recorder
@@ -32,7 +33,7 @@ def pytest_configure(config):
         sizes.be_quick()
     elif [Path(argument).resolve() for argument in config.args] == [FOLDER]:  # all of them: a result worth keeping
         config.option.benchmark_storage = FOLDER.joinpath("results").as_uri()
-        config.option.benchmark_autosave = True
+        config.option.benchmark_autosave = get_tag()  # commit and time: the file's name
 
 
 def pytest_collection_modifyitems(config, items):
