@@ -72,6 +72,7 @@ VARIANTS: dict[str, Callable[[Build], OurStep]] = {
     "frozen encoder weights (inductor's freezing)": lambda build: compiled_with(build, freezing=True),
     "max_autotune": lambda build: compiled_with(build, max_autotune=True),
     "one thread": lambda build: compiled_with(build, cpp__threads=1),
+    "selective checkpointing": lambda build: build("model.activation_checkpointing=selective"),
     "batch 8": lambda build: build(f"trainer.batch_size={2 * BATCH}"),
 }
 
