@@ -11,6 +11,7 @@ fp32 or less, autocast is left out.
 import statistics
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -43,6 +44,11 @@ def fractions_of_peak(step: OurStep, rounds: int, peak: float) -> dict[str, floa
     return {"stages_ms": stages, **shares}
 
 
+def settle() -> None:
+    """Each way loads its next batch during its own turn: what is left of that must not take cores from the turn of another."""
+    time.sleep(0.3)
+
+
 def flops_of(step: OurStep) -> int:
     return step.run.place.batch_size * sum(flops_per_clip(step.run).values())
 
@@ -63,7 +69,7 @@ def test_step(benchmark, record, folder, ways, regime, source, batch):
     step = ours(regime, source, "split", folder, size)
     also = {"ours, joint": ours(regime, "drawn", "joint", folder, size)} if source == "drawn" else {}
     beside = {name: usual(step.run, source, folder, autocast) for name, autocast in ways.items()}
-    seconds = record(step, "clips", batch, flops=flops_of(step), dtype=step.run.dtype, rounds=LEAST, beside=beside | also)
+    seconds = record(step, "clips", batch, flops=flops_of(step), dtype=step.run.dtype, rounds=LEAST, beside=beside | also, before=settle)
     peak = record.peak(step.run.dtype)
     benchmark.extra_info |= fractions_of_peak(step, len(seconds[""]), peak)
     if joint := also.get("ours, joint"):
