@@ -7,6 +7,7 @@ those of a matrix product and of a copy, measured in the same session: fractions
 last case of every benchmark once, at toy sizes, and saves nothing: it says what is broken, not what is slow.
 """
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,13 @@ def benchmark(benchmark, monkeypatch):
 
         monkeypatch.setattr(benchmark, "pedantic", once)
     return benchmark
+
+
+@pytest.fixture(autouse=True)
+def freed():
+    """Engines hold themselves in cycles: without this the next case runs beside gigabytes of earlier ones."""
+    yield
+    gc.collect()
 
 
 @pytest.hookimpl(tryfirst=True)
