@@ -10,7 +10,7 @@ from benchmarks import sizes
 from benchmarks.memory import peak_memory_bytes, reset_peak_memory
 
 Function = Callable[[], object]
-BUDGET = 4.0  # s that the rounds of a case may take together, at least LEAST of them
+BUDGET = 3.0  # s that the rounds of a case may take together, at least LEAST of them
 LEAST = 3
 
 
