@@ -142,6 +142,25 @@ def test_only_full_checkpointing_multiplies_again(name):
     assert flops["none"] == flops["selective"] < flops["full"]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_checkpointing_saves_memory_with_xformers(compiled):
+    layout, held, gradients = replace(LAYOUT, height=16, width=16), {}, {}
+    for mode in ("none", "selective", "full"):
+        torch._dynamo.reset()
+        head = build_head(small("dit", activation_checkpointing=mode), layout, seed=0, compile=compiled).to("cuda", torch.bfloat16)
+        context, target, tau = (x.cuda() for x in inputs("dit", layout))
+        step = partial(pass_through, head, [context.bfloat16(), target.bfloat16(), tau])
+        step()  # compiles
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        held[mode] = torch.cuda.max_memory_allocated()
+        gradients[mode] = [parameter.grad for parameter in head.parameters()]
+    assert held["none"] > held["selective"] > held["full"], held
+    for mode in ("selective", "full"):
+        torch.testing.assert_close(gradients[mode], gradients["none"])
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_blocks_compile_to_one_graph_each_and_agree_with_eager(name):
     torch._dynamo.reset()
