@@ -19,7 +19,7 @@ from runs import BACKBONES, REGIMES, ROOT, curves, launch
 from flperf import interruption, loop
 from flperf.checkpoint_files import latest_checkpoint, read_index, read_weights
 from flperf.compile_cache import CACHE_VARIABLES
-from flperf.config import UserError
+from flperf.config import UserError, dump_config, load_config
 from flperf.objective import Regression
 from flperf.train import train as train_here
 
@@ -239,11 +239,11 @@ def test_a_validation_that_fails_takes_no_step_along(here, monkeypatch):
     assert "no clip can be read" in str(end) and latest_checkpoint(folder / "checkpoints").name == "step_00000002"
 
 
-def test_a_dry_run_does_not_mind_an_earlier_run(here, capsys):
+def test_a_dry_run_does_not_mind_an_earlier_run(here, tiny):
     folder, end = here("earlier", "--dry-run")
     assert end is None and not folder.exists()
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text("seed: 7\n")
+    (folder / "config.yaml").write_text(dump_config(load_config(tiny, ["name=earlier", "seed=7"])))
     assert here("earlier", "--dry-run") == (folder, None)
     _, end = here("earlier")
     assert "seed: 7 -> 0" in str(end) and [path.name for path in folder.iterdir()] == ["config.yaml"]
