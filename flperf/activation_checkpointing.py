@@ -17,6 +17,7 @@ ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu,
     *(aten._flash_attention_forward, aten._efficient_attention_forward),  # which xFormers runs where it has no kernel of its own
 }
+KEPT = PRODUCTS | ATTENTION
 XFORMERS = ("xformers_flash", "xformers_flash3")  # namespaces of its operators
 
 
@@ -31,7 +32,7 @@ def recompute_in_backward(block: nn.Module, mode: str) -> None:
 
 
 def _policy(_: Any, operator: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
-    costly = operator.overloadpacket in PRODUCTS | ATTENTION or operator.namespace in XFORMERS
+    costly = operator.overloadpacket in KEPT or operator.namespace in XFORMERS
     return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -13,12 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flperf.activation_checkpointing import ATTENTION, PRODUCTS
+from flperf.activation_checkpointing import KEPT
 from flperf.encoder import Encoder, encode_clip
 from flperf.latents import Layout
 
 aten = torch.ops.aten
-UNFUSED = PRODUCTS | ATTENTION | {aten.convolution, aten.convolution_backward, aten._scaled_dot_product_flash_attention_for_cpu_backward}
+UNFUSED = KEPT | {aten.convolution, aten.convolution_backward, aten._scaled_dot_product_flash_attention_for_cpu_backward}
 
 
 @dataclass(frozen=True)

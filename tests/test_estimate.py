@@ -1,7 +1,6 @@
 """`flperf estimate`, where it can be checked: FLOPs, activations, and the step of the one device that is here. What two processes hold is
 measured in tests/test_zero.py."""
 
-import itertools
 import json
 import os
 import statistics
@@ -9,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from memory import profiled
 from runs import REGIMES, ROOT
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from transformers import VJEPA2Config
 
@@ -95,12 +94,7 @@ def test_activations_are_what_a_pass_holds(tiny, mode):
     head = build_head(config.model, layout, seed=0, compile=False)
     context = torch.randn(4, layout.context_frames, layout.height, layout.width, layout.dim)
     head(context).square().mean().backward()  # gradients are there from here on
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        head(context).square().mean().backward()
-    changes = sorted(
-        (event.start_ns(), event.nbytes()) for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
-    )
-    measured = max(itertools.accumulate(change for _, change in changes))
+    measured, _ = profiled(lambda: head(context).square().mean().backward())
     assert training_cost(head, layout, 4, torch.float32, flow_matching=False).peak == pytest.approx(measured, rel=0.01)
 
 

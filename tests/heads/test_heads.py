@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest
 import torch
+from memory import profiled
 from torch._dynamo.utils import counters
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from flperf.config import Model, UserError
@@ -100,16 +100,6 @@ def test_activation_checkpointing_changes_nothing(name):
         loss.backward()
         results.append([loss.detach(), *(parameter.grad for parameter in head.parameters())])
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*results, strict=True))
-
-
-def profiled(step) -> tuple[int, int]:
-    """Bytes held at most, and matrix products computed."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    products = sum(event.name() in ("aten::mm", "aten::addmm", "aten::bmm") for event in events)
-    return max(itertools.accumulate(change for _, change in changes)), products
 
 
 @pytest.mark.parametrize(("name", "compiled"), [*((name, False) for name in HEADS), ("predictor", True)])
