@@ -1,5 +1,8 @@
-"""Fixtures and marks that several tests share."""
+"""Fixtures and marks that several tests share. Tests see the GPUs with `-m gpu` alone: the others are of processes on a CPU, two of which
+could not share one GPU.
+"""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,9 +10,14 @@ import torch
 from runs import TINY
 
 
+def pytest_configure(config):
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch looks at it when it is first asked
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+        pytest.skip("needs a CUDA device, and to be asked for: pytest -m gpu")
 
 
 @pytest.fixture(scope="session")
