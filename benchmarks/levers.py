@@ -100,7 +100,6 @@ def main() -> None:
     parser.add_argument("words", nargs="*", help="of the names of variants: " + "; ".join(VARIANTS))
     words = parser.parse_args().words
     torch._dynamo.config.recompile_limit = 64  # frozen weights make every block a graph of its own
-    sizes.STEP_SIZE = sizes.MIDDLE
     with tempfile.TemporaryDirectory() as folder:
 
         def build(*overrides: str) -> OurStep:

@@ -15,6 +15,7 @@ aten = torch.ops.aten
 PRODUCTS = {aten.mm, aten.addmm, aten.bmm}
 ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu,
+    *(aten._scaled_dot_product_cudnn_attention, aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_efficient_attention),
     *(aten._flash_attention_forward, aten._efficient_attention_forward),  # which xFormers runs where it has no kernel of its own
 }
 KEPT = PRODUCTS | ATTENTION

@@ -1,33 +1,57 @@
 """Attention, which encoders and heads share, in the layout that their projections leave: `b n a k`, so that no kernel has to transpose.
 
-xFormers on CUDA, since it takes FlashAttention-3 where that is installed; PyTorch's own kernel elsewhere.
+On CUDA xFormers where it is the fastest, else PyTorch: on an H100 cuDNN's kernel, which PyTorch runs, took 0.58 to 0.72 of the time of
+FlashAttention-2 (benchmarks/test_attention.py), which is all that xFormers has there unless flash_attn_3 is installed.
 """
+
+import ctypes
+from importlib.metadata import files
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def _xformers_is_fastest() -> bool:
+    """Asked once, before anything is traced. Imports xFormers."""
+    if not torch.cuda.is_available():
+        return False
+    # xFormers' wheel is linked with CUDA 12's runtime, and without it refuses all its operators. PyTorch brings that of CUDA 13.
+    runtime = next(file for file in files("nvidia-cuda-runtime-cu12") or [] if file.name == "libcudart.so.12")
+    ctypes.CDLL(str(runtime.locate()))
+    from xformers.ops import fmha
+
+    return torch.cuda.get_device_capability() < (9, 0) or fmha.flash3.FwOp.is_available()
+
+
+XFORMERS = _xformers_is_fastest()
+if XFORMERS:
+    from xformers.ops import memory_efficient_attention
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(k)) v for `b n a k` tensors: xFormers on CUDA, PyTorch's own kernel elsewhere (xFormers has none)."""
-    if query.is_cuda:
-        from xformers.ops import memory_efficient_attention
-
+    """softmax(q k^T / sqrt(k)) v for `b n a k` tensors."""
+    if query.is_cuda and _takes(query.shape[-1], query.dtype):
         return memory_efficient_attention(query, key, value)
     query, key, value = (rearrange(x, "b n a k -> b a n k") for x in (query, key, value))
-    return rearrange(F.scaled_dot_product_attention(query, key, value), "b a n k -> b n a k")
+    with sdpa_kernel(ORDER, set_priority=True):
+        return rearrange(F.scaled_dot_product_attention(query, key, value), "b a n k -> b n a k")
+
+
+def _takes(width: int, dtype: torch.dtype) -> bool:
+    """Whether xFormers runs its fast kernels for such heads."""
+    return XFORMERS and dtype != torch.float32 and width % 8 == 0
 
 
 def attention_operator(width: int, dtype: torch.dtype, device: torch.device) -> str:
-    """What `attention` runs for heads of this width, and what it could run but for a package that is missing."""
-    if device.type != "cuda":
-        return "PyTorch scaled_dot_product_attention"
+    """What `attention` runs for heads of this width."""
+    if device.type != "cuda" or not _takes(width, dtype):
+        return "PyTorch scaled_dot_product_attention" + (", cuDNN first" if device.type == "cuda" else "")
     from xformers.ops import fmha
 
     query = torch.empty(1, 128, 1, width, dtype=dtype, device=device)
-    operator = fmha.dispatch._dispatch_fw(fmha.Inputs(query, query, query), needs_gradient=True)
-    # FlashAttention-3's authors measured it 1.5 to 2 times as fast as FlashAttention-2 on an H100 (arXiv:2407.08608).
-    hopper_unused = torch.cuda.get_device_capability(device) == (9, 0) and operator is not fmha.flash3.FwOp
-    advice = "; this GPU could run FlashAttention-3: install flash_attn_3" if hopper_unused else ""
-    return f"xFormers {operator.NAME}{advice}"
+    return f"xFormers {fmha.dispatch._dispatch_fw(fmha.Inputs(query, query, query), needs_gradient=True).NAME}"

@@ -9,7 +9,7 @@ from flperf import devices
 def test_a_known_gpu_has_its_stated_peak_and_a_measured_one(monkeypatch):
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(torch, "ones", lambda *size, **options: torch.empty(size, device="meta"))
+    monkeypatch.setattr(torch, "randn", lambda *size, **options: torch.empty(size, device="meta"))
     monkeypatch.setattr(devices, "best_seconds", lambda function, device: 2e-3)
     assert devices.peak_flops(gpu, torch.bfloat16) == 989e12
     assert devices.measured_flops(gpu, torch.bfloat16) == 2 * 8192**3 / 2e-3
@@ -20,7 +20,7 @@ def test_a_known_gpu_has_its_stated_peak_and_a_measured_one(monkeypatch):
 def test_a_peak_is_measured_on_products_that_do_not_take_long(monkeypatch, rate, largest):
     """A CPU that has to emulate bf16 does 1 GFLOP/s: the largest product would take it two seconds, and it is timed several times."""
     multiplied = []
-    monkeypatch.setattr(torch, "ones", lambda *size, **options: multiplied.append(size[0]) or torch.empty(size, device="meta"))
+    monkeypatch.setattr(torch, "randn", lambda *size, **options: multiplied.append(size[0]) or torch.empty(size, device="meta"))
     monkeypatch.setattr(devices, "best_seconds", lambda function, device: 2 * multiplied[-1] ** 3 / rate)
     assert devices.measured_flops(torch.device("cpu"), torch.bfloat16) == pytest.approx(rate)
     assert multiplied[-1] == largest

@@ -1,8 +1,9 @@
 """The decoder for GPUs: a DALI graph from file bytes through NVDEC to resized frames, handed to torch without a copy.
 
-One definition serves both devices: on a CPU it runs VP8, VP9 and MJPEG, which keeps the GPU's graph honest. DALI fails whole
-batches without saying which file was at fault, so files are probed beforehand, and a batch that fails all the same is redone clip
-by clip: a bad clip is replaced or left out as with the other decoder, and no good one is lost.
+One definition serves both devices: on a CPU it runs VP8, VP9 and MJPEG, which keeps the GPU's graph honest. What DALI can't decode on a
+device (codec, pixel format, a frame too small for NVDEC) PyAV decodes on the CPU, into its place of the batch. DALI fails whole batches
+without saying which file was at fault, so files are probed beforehand, and a batch that fails all the same is redone clip by clip: a bad clip
+is replaced or left out as with the other decoder, and no good one is lost.
 
 The resize is the processor's within one level, but for the outermost pixels of a crop that reaches the frame's edge (all four edges with
 DINOv3, two with 4DS, none with V-JEPA 2): beyond the edge DALI's filter repeats it, the processor's leaves that weight out. On white
@@ -10,6 +11,7 @@ noise that made up to 20 levels.
 """
 
 import itertools
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -26,11 +28,14 @@ from flperf.config import UserError
 from flperf.data.clips import Annotations, Batches, ClipBatch, Draw, Window
 from flperf.data.prefetch import BadClip, Faults, Skipped, read_ahead, readable
 from flperf.data.preprocessing import Preprocessing, Size
-from flperf.data.pyav import DECODE_ERRORS, describe, is_shown, open_video, video_stream
+from flperf.data.pyav import DECODE_ERRORS, describe, is_shown, open_video, read_clip, video_stream
+
+logger = logging.getLogger(__name__)
 
 CPU_CODECS = ("vp8", "vp9", "mjpeg")
-GPU_CODECS = (*CPU_CODECS, "h264", "hevc", "av1", "mpeg4")
-GPU_FORMATS = ("yuv420p", "yuvj420p")  # what every NVDEC decodes of these; MJPEG is decoded by software on either device
+# The least height and width that NVDEC decodes (Video Codec SDK, NVDEC application note). Not MPEG-4: its frames came out wrong.
+GPU_CODECS = {"h264": (16, 48), "hevc": (144, 144), "vp8": (16, 48), "vp9": (128, 128), "av1": (128, 128)}
+GPU_FORMATS = ("yuv420p", "yuvj420p")  # what every NVDEC decodes of these
 DALI_ERRORS = (RuntimeError, IndexError, ValueError)
 
 
@@ -50,18 +55,18 @@ class Prepared:
 
     step: int
     draws: list[Draw]
-    requests: list[Request | None]  # None: can't be read, and is left out
+    clips: list[Request | Tensor | None]  # for DALI, decoded already by PyAV (uint8 `f h w c` in host memory), or left out
     skipped: Skipped
 
     @property
     def decoded(self) -> list[Request]:
         """What the graph is asked for."""
-        return [request for request in self.requests if request]
+        return [clip for clip in self.clips if isinstance(clip, Request)]
 
-    @property
-    def places(self) -> list[bool]:
-        """Whether the graph is asked for each clip of the batch."""
-        return [request is not None for request in self.requests]
+    def filled(self, video: Tensor | None) -> list[Tensor | None]:
+        """The clips of the batch, those that the graph was asked for being `video`."""
+        decoded = iter(() if video is None else video)
+        return [next(decoded) if isinstance(clip, Request) else clip for clip in self.clips]
 
     def arrays(self) -> tuple[list, ...]:
         """What the graph's source emits for each clip: path, start, region's start and end, step id."""
@@ -133,14 +138,13 @@ class Graph:
             pipeline.set_outputs(video, step)
         return pipeline
 
-    def spread(self, video: Tensor | None, places: list[bool]) -> Tensor:
-        """The decoded clips in their places of a batch, zeros in the others; `video` itself where there are no others."""
-        if all(places):
-            return video
+    def batch_of(self, clips: list[Tensor | None]) -> Tensor:
+        """Clips from anywhere as one batch on the device, zeros where there is none."""
         device = "cpu" if self.device_id is None else f"cuda:{self.device_id}"
-        batch = torch.zeros(len(places), self.window.n_frames, *self.size, 3, dtype=torch.uint8, device=device)
-        if any(places):
-            batch[torch.tensor(places)] = video
+        batch = torch.zeros(len(clips), self.window.n_frames, *self.size, 3, dtype=torch.uint8, device=device)
+        for place, clip in zip(batch, clips, strict=True):
+            if clip is not None:
+                place.copy_(clip, non_blocking=True)
         return batch
 
 
@@ -158,9 +162,13 @@ def read_batches(
     backend, device_id = ("mixed", device.index or 0) if device.type == "cuda" else ("cpu", None)
     graph = Graph(window, preprocessing.size, backend, device_id, threads)
 
-    def prepare(draw: Draw) -> Request:
+    def prepare(draw: Draw) -> Request | Tensor:
         path = annotations.paths[draw.clip]
-        length, height, width = probe(path, backend)
+        length, height, width, is_for_dali = probe(path, backend)
+        if not is_for_dali:
+            clip = torch.empty(window.n_frames, *preprocessing.size, 3, dtype=torch.uint8, pin_memory=device.type == "cuda")
+            read_clip(path, window, draw.uniform, preprocessing, clip)
+            return clip
         geometry = preprocessing.geometry(height, width)
         return Request(path, window.start_frame(length, draw.uniform), geometry.roi_start, geometry.roi_end)
 
@@ -179,7 +187,7 @@ def _prepared(batches: Iterable[list[Draw]], order, prepare, threads: int, prefe
     for step, futures in enumerate(read_ahead(batches, submit, threads, ahead=prefetch)):
         results = [future.result() for future in futures]
         skipped = [fault for _, _, faults in results for fault in faults]
-        yield Prepared(step, [draw for draw, _, _ in results], [request for _, request, _ in results], skipped)
+        yield Prepared(step, [draw for draw, _, _ in results], [clip for _, clip, _ in results], skipped)
 
 
 Decoded = tuple[list[Draw], Tensor, Skipped]
@@ -198,16 +206,17 @@ def _decoded(graph: Graph, prepared: Iterator[Prepared], order, prepare, prefetc
                 video = _run(pipeline, feed)
             except DALI_ERRORS:
                 video = None
-            yield from _left_out(graph, feed)
+            yield from _without_dali(graph, feed)
             batch = feed.in_flight.popleft()
             if video is None:
                 feed.start_over()
                 pipeline = graph.pipeline(feed, len(batch.draws), prefetch)
                 yield _clip_by_clip(graph, batch, order, prepare)
             else:
-                yield batch.draws, graph.spread(video, batch.places), batch.skipped
+                whole = len(batch.decoded) == len(batch.clips)
+                yield batch.draws, video if whole else graph.batch_of(batch.filled(video)), batch.skipped
     except StopIteration:
-        yield from _left_out(graph, feed)
+        yield from _without_dali(graph, feed)
         if feed.error:
             raise feed.error from None
     finally:
@@ -222,54 +231,74 @@ def _run(pipeline: Pipeline, feed: Feed) -> Tensor:
     return torch.from_dlpack(video.as_tensor())
 
 
-def _left_out(graph: Graph, feed: Feed) -> Iterator[Decoded]:
-    """The batches that come next and of which no clip can be read: the graph has none of them."""
+def _without_dali(graph: Graph, feed: Feed) -> Iterator[Decoded]:
+    """The batches that come next and of which the graph was asked for no clip."""
     while feed.in_flight and not feed.in_flight[0].decoded:
         batch = feed.in_flight.popleft()
-        yield batch.draws, graph.spread(None, batch.places), batch.skipped
+        yield batch.draws, graph.batch_of(batch.filled(None)), batch.skipped
 
 
 def _clip_by_clip(graph: Graph, failed: Prepared, order, prepare) -> Decoded:
     """Redo a failed batch one clip at a time; no good clip is lost."""
 
     def decode(draw: Draw) -> Tensor:
-        feed = Feed(iter([Prepared(draw.sample, [draw], [prepare(draw)], [])]))
+        clip = prepare(draw)
+        if not isinstance(clip, Request):
+            return clip
+        feed = Feed(iter([Prepared(draw.sample, [draw], [clip], [])]))
         try:
-            return _run(graph.pipeline(feed, batch_size=1, ahead=1), feed)
+            return _run(graph.pipeline(feed, batch_size=1, ahead=1), feed)[0]
         except DALI_ERRORS as error:
-            raise BadClip(feed.in_flight[0].decoded[0].path, _reason(error)) from None
+            raise BadClip(clip.path, _reason(error)) from None
 
     results = [
-        readable(order, draw, decode) if place else (draw, None, []) for draw, place in zip(failed.draws, failed.places, strict=True)
+        readable(order, draw, decode) if isinstance(clip, Request) else (draw, clip, [])
+        for draw, clip in zip(failed.draws, failed.clips, strict=True)
     ]
-    clips = [clip for _, clip, _ in results if clip is not None]
-    video = graph.spread(torch.cat(clips) if clips else None, [clip is not None for _, clip, _ in results])
+    video = graph.batch_of([clip for _, clip, _ in results])
     return [draw for draw, _, _ in results], video, failed.skipped + [fault for _, _, faults in results for fault in faults]
 
 
 @cache
-def probe(path: str, backend: str) -> tuple[int, int, int]:
-    """(frames, height, width) of a file from its header; the packets are counted where the header doesn't tell."""
+def probe(path: str, backend: str) -> tuple[int, int, int, bool]:
+    """(frames, height, width, whether DALI decodes it on this device) of a file from its header; the packets are counted where the header
+    doesn't tell."""
     try:
         with open_video(path) as container:
             stream = video_stream(container)
             context = stream.codec_context
-            _check_format(path, context.name, context.pix_fmt, backend)
             length = stream.frames or sum(packet.size > 0 and is_shown(packet) for packet in container.demux(stream))
             if not length or not context.height or not context.width:
                 raise ValueError("no video frames")
-            return length, context.height, context.width
+            obstacle = _obstacle(context, backend)
+            if obstacle:
+                _say_once(f"{obstacle}; PyAV decodes such clips on the CPU. The first: {path}", obstacle)
+            return length, context.height, context.width, not obstacle
     except DECODE_ERRORS as error:
         raise BadClip(path, describe(error)) from None
 
 
-def _check_format(path: str, codec: str, pixels: str | None, backend: str) -> None:
-    if backend == "cpu" and codec in GPU_CODECS and codec not in CPU_CODECS:
-        raise UserError(f"dataset.decoder: on a CPU DALI decodes {', '.join(CPU_CODECS)} only, and {path} is {codec}; set it to pyav")
-    if codec not in GPU_CODECS:
-        raise ValueError(f"DALI has no decoder for {codec}")
-    if backend == "mixed" and codec != "mjpeg" and pixels not in GPU_FORMATS:
-        raise ValueError(f"NVDEC is not asked for {codec} in {pixels}")
+def _obstacle(context, backend: str) -> str | None:
+    """Why DALI can't decode a file with this codec context, or None."""
+    codec = context.codec.canonical_name
+    if codec not in (CPU_CODECS if backend == "cpu" else GPU_CODECS):
+        return f"DALI doesn't decode {codec} on a {'CPU' if backend == 'cpu' else 'GPU'}"
+    if backend == "mixed":
+        least = GPU_CODECS[codec]
+        if context.pix_fmt not in GPU_FORMATS:
+            return f"NVDEC doesn't decode {codec} in {context.pix_fmt}"
+        if context.height < least[0] or context.width < least[1]:
+            return f"NVDEC doesn't decode {codec} of less than {least[1]} x {least[0]} pixels"
+    return None
+
+
+_said: set[str] = set()
+
+
+def _say_once(message: str, about: str) -> None:
+    if about not in _said:
+        _said.add(about)
+        logger.warning(message)
 
 
 def _reason(error: Exception) -> str:

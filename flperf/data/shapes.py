@@ -42,13 +42,19 @@ class Canvas:
         self.size, self.device = size, device
         self.buffers = Buffers((frames, *size, 3), torch.uint8, device)
         self.drawn: dict[int, list[Blocks]] = {}  # by a buffer's address, where something is on it
+        self.whole_frames = torch.compile(whole_frames) if device.type == "cuda" else whole_frames
 
     def draw(self, centres: np.ndarray, shapes: Shapes) -> Tensor:
         """Shapes at centres `b f 2 2` on a background; the disk lies over the square."""
-        *boxes, rows = extents(torch.from_numpy(centres).to(self.device).flatten(0, 1), shapes, self.size)
+        *boxes, rows = extents(self._on_device(centres).flatten(0, 1), shapes, self.size)
         if self.device.type == "cpu":
             return self._draw_blocks(len(centres), [boxes_by_extent(box, self.size) for box in boxes], runs_by_length(rows, self.size))
-        return whole_frames(boxes[0], rows, self.size).unflatten(0, centres.shape[:2])
+        return self.whole_frames(boxes[0], rows, self.size).unflatten(0, centres.shape[:2])
+
+    def _on_device(self, centres: np.ndarray) -> Tensor:
+        """From pinned memory, since a copy from elsewhere would wait for the device."""
+        host = torch.from_numpy(centres)
+        return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
 
     def _draw_blocks(self, b: int, boxes: list[Blocks], disk: Blocks) -> Tensor:
         video = self.buffers.take(b)

@@ -16,6 +16,8 @@ VIDEOS = {  # name → (codec, frames, height, width, pixel format, options)
     "hevc.mp4": ("libx265", 30, 96, 130, "yuv420p", {"x265-params": "log-level=error"}),
     "mpeg4.avi": ("mpeg4", 40, 96, 130, "yuv420p", {"bf": "2"}),
     "vp9.webm": ("libvpx-vp9", 60, 96, 130, "yuv420p", {"deadline": "realtime", "cpu-used": "8", "g": "20"}),
+    "hevc_large.mp4": ("libx265", 30, 160, 192, "yuv420p", {"x265-params": "log-level=error"}),
+    "vp9_large.webm": ("libvpx-vp9", 40, 160, 192, "yuv420p", {"deadline": "realtime", "cpu-used": "8", "g": "20"}),
     "vp9_short.webm": ("libvpx-vp9", 6, 74, 98, "yuv420p", {"deadline": "realtime", "cpu-used": "8"}),
     "vp8.webm": ("libvpx", 50, 80, 110, "yuv420p", {"deadline": "realtime", "auto-alt-ref": "1", "lag-in-frames": "8"}),
     "mjpeg.avi": ("mjpeg", 40, 96, 130, "yuvj420p", {}),
@@ -31,7 +33,7 @@ def videos(tmp_path_factory) -> Path:
     for index, (name, specification) in enumerate(VIDEOS.items()):
         _write_video(folder / name, index, *specification)
     (folder / "with a space.mp4").write_bytes((folder / "h264.mp4").read_bytes())
-    good = (folder / "vp9.webm").read_bytes()
+    good = (folder / "vp9_large.webm").read_bytes()  # large enough for NVDEC
     (folder / "empty.webm").write_bytes(b"")
     (folder / "text.mp4").write_text("no video at all\n" * 100)
     (folder / "truncated.mp4").write_bytes((folder / "h264.mp4").read_bytes()[:4000])

@@ -54,7 +54,7 @@ def test_the_graph_serialises_without_a_gpu(backend):
 
 
 SMALL_FILES = ["vp9.webm", "vp8.webm", "mjpeg.avi", "vp9_short.webm"]
-OF_NVDEC = ["h264.mp4", "hevc.mp4", "mpeg4.avi", "variable.mkv"]
+OF_NVDEC = ["h264.mp4", "hevc_large.mp4", "vp9_large.webm", "vp8.webm", "variable.mkv"]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_batches_stay_as_they_were(videos, device):
 @pytest.mark.gpu
 def test_a_batch_let_go_before_the_gpu_has_read_it_is_read_all_the_same(videos):
     """A training step queues work on a batch and drops it long before that work begins."""
-    names = ["h264.mp4", "hevc.mp4", "vp9.webm"]
+    names = ["h264.mp4", "hevc_large.mp4", "vp9_large.webm"]
 
     def sums(busy: int) -> list[int]:
         stream, found = read(dali, videos, names, device=GPU), []
@@ -182,9 +182,24 @@ def test_a_batch_let_go_before_the_gpu_has_read_it_is_read_all_the_same(videos):
     assert sums(busy=100_000_000) == sums(busy=0)  # cycles: some 50 ms a batch
 
 
-def test_h264_on_a_cpu_is_for_pyav(videos):
-    with pytest.raises(UserError, match="dataset.decoder: .*h264.*set it to pyav"):
-        next(read(dali, videos, ["h264.mp4"]))
+OF_PYAV = {CPU: ["h264.mp4", "hevc.mp4", "mpeg4.avi"], GPU: ["hevc.mp4", "mpeg4.avi", "mjpeg.avi", "vp9.webm"]}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_dali_cannot_decode_is_decoded_by_pyav(videos, device, caplog):
+    """Among clips that DALI decodes, in whole batches of its own, and after a file that DALI failed at."""
+    dali.probe.cache_clear()
+    dali._said.clear()
+    names = [*OF_PYAV[device], "vp8.webm", *OF_PYAV[device], "missing.webm"]
+    ours, reference = (take(stream, 8) for stream in pairs(videos, names, device, batch_size=2))
+    alone = 0
+    for a, b in zip(ours, reference, strict=True):
+        assert torch.equal(a.clip, b.clip) and a.video.device == device and a.skipped == b.skipped
+        for clip, video, other in zip(a.clip, a.video.cpu(), b.video, strict=True):
+            assert torch.equal(video, other) == (names[clip] != "vp8.webm")
+        alone += all(names[clip] != "vp8.webm" for clip in a.clip)
+    assert 0 < alone < 8
+    assert sum("PyAV decodes such clips" in line for line in caplog.messages) == len(OF_PYAV[device])
 
 
 def test_nothing_readable_ends_the_run(videos):
@@ -204,4 +219,4 @@ def test_probing_threads_end(videos):
 
 def test_probe_counts_the_frames(videos, decode_all):
     for name in ("vp9.webm", "vp8.webm", "mjpeg.avi", "vp9_short.webm"):
-        assert dali.probe(str(videos / name), "cpu") == decode_all(videos / name).shape[:3]
+        assert dali.probe(str(videos / name), "cpu") == (*decode_all(videos / name).shape[:3], True)
