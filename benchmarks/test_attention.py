@@ -1,5 +1,5 @@
-"""Attention of the reference encoder (width 64) and heads (width 128) over 64 frames of 256 x 256, forward and backward, by each kernel that
-could run it.
+"""Attention of the reference encoder (width 64) and heads (width 128) over 64 frames of 256 x 256, forward and backward, by each kernel
+that could run it.
 
     python -m pytest benchmarks/test_attention.py
 """

@@ -115,9 +115,8 @@ def attention() -> Iterator[Finding]:
     import torch
 
     logging.getLogger("xformers").setLevel("ERROR")  # it warns of extensions that are not used
-    from xformers.ops import fmha
-
-    from flperf.attention import attention_operator
+    from flperf.attention import attention_operator  # isort: skip  (it loads what xFormers' operators need)
+    from xformers.ops import fmha  # isort: skip
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     listed = ", ".join(operator.NAME for operator in fmha.ALL_FW_OPS if operator.is_available())

@@ -202,6 +202,9 @@ def build_engine(head: nn.Module, config: Config, place: Place, dtype: torch.dty
     engine, *_ = deepspeed.initialize(model=head, optimizer=optimizer, config=options, dist_init_required=False)
     for state in optimizer.state.values():
         state["step"].zero_()  # DeepSpeed's ZeRO 0 allocates the moments by a step with zero gradients, which must not count
+    if config.engine.zero_stage in (1, 2):
+        # In bf16 it would ask each tensor whether all of it is finite and wait for the answer, though the norm that follows tells as much.
+        engine.optimizer.check_overflow = lambda partition_gradients: None
     return engine
 
 

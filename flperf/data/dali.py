@@ -2,8 +2,8 @@
 
 One definition serves both devices: on a CPU it runs VP8, VP9 and MJPEG, which keeps the GPU's graph honest. What DALI can't decode on a
 device (codec, pixel format, a frame too small for NVDEC) PyAV decodes on the CPU, into its place of the batch. DALI fails whole batches
-without saying which file was at fault, so files are probed beforehand, and a batch that fails all the same is redone clip by clip: a bad clip
-is replaced or left out as with the other decoder, and no good one is lost.
+without saying which file was at fault, so files are probed beforehand, and a batch that fails all the same is redone clip by clip: a
+bad clip is replaced or left out as with the other decoder, and no good one is lost.
 
 The resize is the processor's within one level, but for the outermost pixels of a crop that reaches the frame's edge (all four edges with
 DINOv3, two with 4DS, none with V-JEPA 2): beyond the edge DALI's filter repeats it, the processor's leaves that weight out. On white
