@@ -6,6 +6,7 @@ FlashAttention-2 (benchmarks/test_attention.py), which is all that xFormers has 
 
 import ctypes
 from importlib.metadata import files
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -17,19 +18,17 @@ ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFI
 
 
 def _xformers_is_fastest() -> bool:
-    """Asked once, before anything is traced. Imports xFormers."""
+    """Asked once, before anything is traced."""
     if not torch.cuda.is_available():
         return False
-    # xFormers' wheel is linked with CUDA 12's runtime, and without it refuses all its operators. PyTorch brings that of CUDA 13.
-    runtime = next(file for file in files("nvidia-cuda-runtime-cu12") or [] if file.name == "libcudart.so.12")
-    ctypes.CDLL(str(runtime.locate()))
-    from xformers.ops import fmha
-
-    return torch.cuda.get_device_capability() < (9, 0) or fmha.flash3.FwOp.is_available()
+    return torch.cuda.get_device_capability() < (9, 0) or find_spec("flash_attn_3") is not None
 
 
 XFORMERS = _xformers_is_fastest()
 if XFORMERS:
+    # xFormers' wheel is linked with CUDA 12's runtime, and without it refuses all its operators. PyTorch brings that of CUDA 13.
+    runtime = next(file for file in files("nvidia-cuda-runtime-cu12") or [] if file.name == "libcudart.so.12")
+    ctypes.CDLL(str(runtime.locate()))
     from xformers.ops import memory_efficient_attention
 
 

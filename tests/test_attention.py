@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flperf.attention import attention, attention_operator
+from flperf.attention import _xformers_is_fastest, attention, attention_operator
 
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])]
 
@@ -24,3 +24,10 @@ def test_attention_is_its_formula(device, width):
 
 def test_the_operator_has_a_name():
     assert attention_operator(128, torch.float32, torch.device("cpu")) == "PyTorch scaled_dot_product_attention"
+
+
+@pytest.mark.parametrize(("capability", "taken"), [((8, 0), True), ((9, 0), False), ((10, 0), False)])
+def test_xformers_gives_way_where_it_has_flashattention_2_alone(monkeypatch, capability, taken):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert _xformers_is_fastest() == taken
