@@ -1,5 +1,5 @@
-"""Attention of the reference encoder (width 64) and heads (width 128) over 64 frames of 256 x 256, forward and backward, by each kernel
-that could run it.
+"""Attention of the reference encoder (width 64) and heads (width 128) over 64 frames of 256 x 256, forward and backward, by each of PyTorch's
+kernels that could run it (its FlashAttention-2 is also what xFormers runs where it has no other).
 
     python -m pytest benchmarks/test_attention.py
 """
@@ -26,10 +26,8 @@ def by_pytorch(backend: SDPBackend, *inputs: torch.Tensor) -> torch.Tensor:
 def ways() -> dict[str, Callable]:
     if not ON_GPU:
         return {"products and softmax": partial(by_pytorch, SDPBackend.MATH)}
-    from xformers.ops import memory_efficient_attention
-
-    pytorch = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention-2 of PyTorch": SDPBackend.FLASH_ATTENTION}
-    return {"xFormers": memory_efficient_attention} | {name: partial(by_pytorch, backend) for name, backend in pytorch.items()}
+    kernels = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention-2": SDPBackend.FLASH_ATTENTION}
+    return {name: partial(by_pytorch, backend) for name, backend in kernels.items()}
 
 
 @pytest.mark.parametrize("heads, width", [(16, 64), (8, 128)] if ON_GPU else [(3, 64)])
