@@ -16,6 +16,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
+if torch.cuda.is_available():
+    # For good, and not around each call: a graph that holds the change is compiled anew at every start.
+    preferred = sdpa_kernel(ORDER, set_priority=True)
+    preferred.__enter__()
+
 
 def _xformers_is_fastest() -> bool:
     """Asked once, before anything is traced."""
@@ -37,8 +42,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     if query.is_cuda and _takes(query.shape[-1], query.dtype):
         return memory_efficient_attention(query, key, value)
     query, key, value = (rearrange(x, "b n a k -> b a n k") for x in (query, key, value))
-    with sdpa_kernel(ORDER, set_priority=True):
-        return rearrange(F.scaled_dot_product_attention(query, key, value), "b a n k -> b n a k")
+    return rearrange(F.scaled_dot_product_attention(query, key, value), "b a n k -> b n a k")
 
 
 def _takes(width: int, dtype: torch.dtype) -> bool:
