@@ -3,8 +3,9 @@
     python -m benchmarks.levers                 # all, about ten minutes on two cores
     python -m benchmarks.levers fp32 threads    # those whose names hold one of these words
 
-The step is that of the predictor at the middle size (sizes.MIDDLE), batch 4, clips drawn, encoded `joint`. Each row is a median of
-rounds, its ratio the median of the rounds' ratios; above 1, ours is the faster one. Milliseconds are those of 4 clips.
+The step is that of the predictor at the size of whole steps (sizes.STEP_SIZE: on a CPU the middle one), batch 4, clips drawn, encoded
+`joint`. Each row is a median of rounds, its ratio the median of the rounds' ratios; above 1, ours is the faster one. Milliseconds are
+those of 4 clips.
 """
 
 import argparse

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 if torch.cuda.is_available():
-    # For good, and not around each call: a graph that holds the change is compiled anew at every start.
+    # For good (it is undone when `preferred` goes), not around each call: a graph that holds the change is compiled anew at every start.
     preferred = sdpa_kernel(ORDER, set_priority=True)
     preferred.__enter__()
 

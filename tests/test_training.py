@@ -346,7 +346,7 @@ def test_mistakes_end_in_one_line_that_names_the_key(tiny, overrides, message):
 @pytest.mark.gpu
 @pytest.mark.parametrize("head", ["dit", "predictor"])
 def test_a_gpu_trains_on_files_and_resumes(tmp_path, head):
-    """The demo's line, compiled, in bf16 and with all that a GPU has of its own: NVDEC, xFormers, the kernels."""
+    """The demo's line, compiled, in bf16 and with all that a GPU has of its own: NVDEC, its attention, the kernels."""
     regime = {"dit": ["objective.kind=flow_matching"], "predictor": ["objective.kind=regression"]}[head]
     files = [f"dataset.{split}={tmp_path}/demo/{split}.csv" for split in ("train", "validation")]
     files += [f"dataset.labels={tmp_path}/demo/labels.csv", f"experiment={tmp_path}"]
