@@ -40,26 +40,27 @@ class Recorder:
         rounds: int = 5,
         warm: bool = True,
         beside: dict[str, Function] | None = None,
-        before: Function = lambda: None,
+        before: Callable[[Function], object] = lambda way: None,
     ) -> dict[str, list[float]]:
         """Time calls of `function`, each of which handles `count` units; returns the seconds of every round, its own under "".
 
         `beside` names other functions that do the same work: each is called once in every round, so that a machine whose speed drifts
-        shows in all, and the median of the rounds' ratios is recorded. `before` is called, untimed, ahead of every call. With `warm` all
-        of them are called before the first round, which compiles, and once more to tell how many of `rounds` the budget allows.
+        shows in all, and the median of the rounds' ratios is recorded. `before` is called, untimed, ahead of every call, with the function
+        that comes next. With `warm` all of them are called before the first round, which compiles, and once more to tell how many of
+        `rounds` the budget allows.
         """
         ways = {**(beside or {}), "": function}
         seconds: dict[str, list[float]] = {name: [] for name in ways}
 
         def turn(name: str) -> float:
-            before()
+            before(ways[name])
             return seconds_of(ways[name])
 
         def others() -> None:
             for name in ways:
                 if name:
                     seconds[name].append(turn(name))
-            before()
+            before(function)
             reset_peak_memory()
 
         if warm and not sizes.QUICK:

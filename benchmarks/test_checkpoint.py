@@ -37,7 +37,7 @@ def engine():
     head = build_head(config.model, layout, seed=0, compile=False)
     engine = build_engine(head, config, place_among(config.trainer, process), torch.float32, process.device)
     set_schedule(engine, 0, config.trainer, 10)
-    context = torch.randn(1, layout.context_frames, 4, 4, 64)
+    context = torch.randn(1, layout.context_frames, 4, 4, 64, device=process.device)
     for _ in range(engine.gradient_accumulation_steps()):
         engine.backward(engine(context).square().mean())
         engine.step()
@@ -68,7 +68,7 @@ def test_save(record, engine, checkpoints, tmp_path):
 
     beside = {"waiting for the write": wait_for, "DeepSpeed": lambda: engine.save_checkpoint(str(tmp_path / "deepspeed"), tag="last")}
     # The write of the round before is not the copy's.
-    record(save, "GB", state_bytes(engine) / 1e9, bytes=2 * state_bytes(engine), beside=beside, before=checkpoints.wait)
+    record(save, "GB", state_bytes(engine) / 1e9, bytes=2 * state_bytes(engine), beside=beside, before=lambda _: checkpoints.wait())
 
 
 @pytest.mark.benchmark(group="loading a checkpoint")

@@ -54,8 +54,9 @@ class Steps:
     def __init__(self, folder: Path, source: str):
         config = configuration(folder, "cache" if source == "cached latents" else "video")
         self.run = build_run(config, start_process())
-        latents = LatentSample("standardize", self.run.layout, torch.device("cpu"))
-        self.stream = self.run.dataset.train_batches(0, self.run.place, torch.device("cpu"))
+        device = self.run.process.device
+        latents = LatentSample("standardize", self.run.layout, device)
+        self.stream = self.run.dataset.train_batches(0, self.run.place, device)
         batch = next(self.stream)
         latents.add(*self.run.raw_latents(batch), batch.sample)
         self.run.use_statistics(*latents.result())
@@ -78,7 +79,7 @@ def test_step(record, folder):
     # Before each turn the streams read ahead again, as they do in a run whose step takes longer than its data.
     record(
         sources["video"], "clips", clips, flops=clips * sum(flops_per_clip(run).values()), dtype=run.dtype,
-        beside=beside, before=lambda: time.sleep(0.5),
+        beside=beside, before=lambda _: time.sleep(0.5),
     )  # fmt: skip
     for steps in sources.values():
         steps.stream.close()
@@ -127,7 +128,7 @@ def test_read(benchmark, record, shards, state):
     benchmark.group = f"1 GiB of cached latents, {state}"
     batches, count = stream(*shards), len(shards[1]) // BATCH
 
-    def before() -> None:
+    def before(_) -> None:
         nonlocal batches
         if state == "cold":
             batches.close()

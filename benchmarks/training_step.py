@@ -89,7 +89,7 @@ def main(regime: str, source: str, variant: str, folder: str = ".", *size: str) 
     if size == ("quick",):
         sizes.be_quick()
     step = build(regime, source, variant, Path(folder))
-    for _ in range(4):
+    for _ in range(2):
         step()
     print(peak_memory_bytes())
 

@@ -487,7 +487,7 @@ def test_unusual_sizes_compile(op, size):
 
 
 @pytest.mark.parametrize("dtype, per_channel, norm, loss, weighted", VARIANTS)
-@pytest.mark.parametrize("size", [*SIZES, (1000, 1, 8), (2, 1568, 1408)], ids=str)
+@pytest.mark.parametrize("size", [*SIZES[1:], (1000, 1, 8), (2, 1568, 1408)], ids=str)  # of one number there is no mean error
 class TestGPU:
     pytestmark = gpu
 
