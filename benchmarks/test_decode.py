@@ -6,7 +6,7 @@ Clips of 64 frames at stride 2, from 340 x 256 to 256 x 256. The baseline is a P
 Face processor, a clip at a time: resize (antialiased; in float, and on bytes as torchvision does), crop, rescale, normalise. It is left out
 where decord (of the extra `benchmark`) is not installed. The pipeline hands on uint8, which the encoder normalises in its compiled graph;
 `normalised` adds that step here, a clip at a time, for a comparison of like with like. DALI decodes H.264 by NVDEC on a GPU, and VP9 and
-MJPEG on a CPU, beside PyAV.
+MJPEG on a CPU, against PyAV and, on a GPU, against both sharing the clips as in training.
 """
 
 import os
@@ -25,13 +25,14 @@ from benchmarks.recording import LEAST
 from benchmarks.sizes import DEVICE, ON_GPU, QUICK, compiled_normalisation
 from benchmarks.usual_way import PROCESSORS, processed
 from flperf.config import Backbone
-from flperf.data import Place, dali, pyav
+from flperf.data import NVDEC_LANES, Place, dali, pyav
 from flperf.data.clips import Annotations, Batches, TrainingOrder, Window
 from flperf.data.preprocessing import Preprocessing
 
-WINDOW, BATCH, BATCHES = Window(64, 2, "first"), 1 if QUICK else 8, 2
-PREPROCESSING = Preprocessing.of(Backbone(architecture={"crop_size": 256}))
 WORKERS, CPU = len(os.sched_getaffinity(0)), torch.device("cpu")
+WINDOW, BATCH = Window(64, 2, "first"), 1 if QUICK else 8
+BATCHES = max(2, 4 * WORKERS // BATCH)  # so many that what a reader needs to start weighs little
+PREPROCESSING = Preprocessing.of(Backbone(architecture={"crop_size": 256}))
 
 
 FORMATS = {  # name -> (file extension, encoder, pixel format, its options)
@@ -84,10 +85,11 @@ def ours(
     paths: list[str],
     device: torch.device = CPU,
     normalise: Callable[[torch.Tensor], object] | None = None,
+    workers: int = WORKERS,
 ) -> None:
     order, annotations = TrainingOrder(len(paths), 0), Annotations(paths, [0] * len(paths))
     draws = order.batches(0, Place(0, 1, BATCH, BATCH))
-    batches = read_batches(draws, order, annotations, WINDOW, PREPROCESSING, WORKERS, 1, device)
+    batches = read_batches(draws, order, annotations, WINDOW, PREPROCESSING, workers, 1, device)
     for _ in range(BATCHES):
         batch = next(batches)
         assert batch.video.shape == (BATCH, 64, 256, 256, 3)
@@ -113,6 +115,8 @@ def test_decode(benchmark, record, tmp_path):
 def test_dali(record, tmp_path, name):
     paths = write_videos(tmp_path, name)
     beside = {"PyAV": lambda: ours(pyav.read_batches, paths)}
+    if ON_GPU:
+        beside["both"] = lambda: ours(partial(dali.read_batches, lanes=NVDEC_LANES), paths, DEVICE, workers=WORKERS + NVDEC_LANES)
     record(lambda: ours(dali.read_batches, paths, DEVICE), "clips", BATCH * BATCHES, rounds=LEAST, beside=beside)
 
 

@@ -62,7 +62,7 @@ class Dataset:
     validation_start: Literal["first", "random", "center"] = "center"
     decoder: Literal["auto", "dali", "pyav"] = "auto"
     threads: Optional[int] = None  # decoding threads a process; null: its share of the cores
-    prefetch: int = 2  # batches decoded ahead
+    prefetch: int = 2  # batches decoded ahead, and at least two clips for every thread
     limit: Optional[int] = None  # only the first clips of each split
     shapes: Shapes = field(default_factory=Shapes)
 

@@ -129,5 +129,6 @@ def _assumptions(work: Work, device: Device) -> Iterator[str]:
     if work.frames and device.decode_rate:
         yield f"- H.264 of {_size(SOURCE_SIZE)}, a keyframe every {estimation.KEYFRAME_INTERVAL} frames"
         yield f"- a small picture takes a decoder at least {small:.0%} of the time of one of {_size(STATED_SIZE)}"
+        yield "- engines as busy as can be; an H100's, by DALI, were not (benchmarks/NOTES.md), and the CPU's cores decode beside them"
     yield "- activations of eager operators (compiled ones keep less); no CUDA context, no NCCL buffers, no fragments of memory"
     yield f"- facts of the device: {device.source}"

@@ -5,6 +5,7 @@ batch contract. Decoders are imported when batches are asked for, since DALI alo
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -106,8 +107,8 @@ def _open_kinetics(config: Config, preprocessing: Preprocessing, seed: int) -> D
 
     def read(batches, order, split: str, device: torch.device) -> Batches:
         window = Window(dataset.n_frames, dataset.stride, starts[split])
-        read_batches = _decoder(dataset.decoder, device)
-        return read_batches(batches, order, splits[split], window, preprocessing, _threads(dataset), dataset.prefetch, device)
+        read_batches, threads = _decoder(dataset, device, order.replaces)
+        return read_batches(batches, order, splits[split], window, preprocessing, threads, dataset.prefetch, device)
 
     return Dataset(splits, read_labels(dataset.labels, list(splits.values())), read, seed, frame_rate=_frame_rate)
 
@@ -181,6 +182,8 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "demo": _open_demo,
 }
 
+NVDEC_LANES = 4  # clips that NVDEC decodes at a time, beside PyAV; an H100 has seven decoders, an A100 five
+
 WITHOUT_VIDEO = {"kinetics_400_cached"}  # kinds that hold latents, and need neither preprocessing nor an encoder
 
 
@@ -213,13 +216,21 @@ def _demo_csv(dataset: DatasetConfig) -> str:
     return dataset.train
 
 
-def _decoder(name: str, device: torch.device) -> Callable[..., Batches]:
-    """`read_batches` of the decoder asked for; `auto` is NVDEC on a GPU and PyAV elsewhere."""
-    if name == "dali" or (name == "auto" and device.type == "cuda"):
+def _decoder(dataset: DatasetConfig, device: torch.device, training: bool) -> tuple[Callable[..., Batches], int]:
+    """`read_batches` of the decoder asked for, and how many threads it has. `auto` is PyAV, which NVDEC helps to train on a GPU: which of
+    them reads a clip is left to chance there, and no other number should depend on it."""
+    threads = _threads(dataset)
+    if dataset.decoder == "dali":
         from flperf.data.dali import read_batches
-    else:
-        from flperf.data.pyav import read_batches
-    return read_batches
+
+        return read_batches, threads
+    if dataset.decoder == "auto" and device.type == "cuda" and training:
+        from flperf.data.dali import read_batches
+
+        return partial(read_batches, lanes=NVDEC_LANES), threads + NVDEC_LANES
+    from flperf.data.pyav import read_batches
+
+    return read_batches, threads
 
 
 def _threads(dataset: DatasetConfig) -> int:

@@ -10,10 +10,12 @@ validation and encoding, it is half of the split, since rows sorted by class put
 clip is left out, its place marked invalid.
 """
 
+import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from threading import Thread
 from typing import Any
@@ -139,6 +141,14 @@ class Buffers:
         self.kept.append(torch.empty(b, *self.shape, dtype=self.dtype))
         return self.kept[-1].view_as(self.kept[-1])
 
+    def writing(self) -> AbstractContextManager:
+        """What a thread is in while it writes a slot."""
+        return nullcontext()
+
+    def hand_over(self, buffer: Tensor) -> Tensor:
+        """A batch whose slots are all written, for the stream that computes."""
+        return buffer
+
 
 def filled_buffers(
     batches: Iterable[list[Draw]],
@@ -148,16 +158,17 @@ def filled_buffers(
     threads: int,
     ahead: int,
 ) -> Iterator[tuple[list[Draw], Tensor, Skipped]]:
-    """Have `fill(draw, slot)` write every clip of a batch into its slot of a buffer `b …`, in a pool of threads; the slot of a clip that
-    can't be read is zeros."""
+    """Have `fill(draw, slot)` write every clip of a batch into its slot of a buffer `b …`, in a pool of threads, `ahead` batches in
+    advance, or as many as hold two clips for every thread; the slot of a clip that can't be read is zeros."""
 
     def filling(slot: Tensor) -> Callable[[Draw], None]:
         def fill_or_blank(draw: Draw) -> None:
-            try:
-                fill(draw, slot)
-            except BadClip:
-                slot.zero_()
-                raise
+            with buffers.writing():
+                try:
+                    fill(draw, slot)
+                except BadClip:
+                    slot.zero_()
+                    raise
 
         return fill_or_blank
 
@@ -165,10 +176,13 @@ def filled_buffers(
         buffer = buffers.take(len(draws))
         return buffer, [pool.submit(readable, order, draw, filling(slot)) for draw, slot in zip(draws, buffer, strict=True)]
 
+    batches = iter(batches)
+    first = list(itertools.islice(batches, 1))
+    ahead = max([ahead, *(-(-2 * threads // len(draws)) for draws in first)])  # else threads would wait for the slowest clip
     with Faults(order) as faults:
-        for buffer, futures in read_ahead(batches, submit, threads, ahead):
+        for buffer, futures in read_ahead(itertools.chain(first, batches), submit, threads, ahead):
             results = [future.result() for future in futures]
             draws = [draw for draw, _, _ in results]
             skipped = [fault for _, _, faults_of_one in results for fault in faults_of_one]
             faults.count(draws, skipped)
-            yield draws, buffer, skipped
+            yield draws, buffers.hand_over(buffer), skipped

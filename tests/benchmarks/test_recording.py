@@ -75,8 +75,13 @@ def test_fractions_are_of_the_measured_peaks(clock):
 
 
 def test_before_is_called_ahead_of_every_call_and_not_timed(clock):
-    seconds, _ = recorded(
-        clock, beside={"usual": clock.function("usual", 3.0)}, before=clock.function("before", 10.0), rounds=1, warm=False
-    )
+    usual, announced, wait = clock.function("usual", 3.0), [], clock.function("before", 10.0)
+
+    def before(way):
+        announced.append(way)
+        wait()
+
+    seconds, _ = recorded(clock, beside={"usual": usual}, before=before, rounds=1, warm=False)
     assert clock.calls == ["before", "usual", "before", "ours"]
+    assert announced[0] is usual and announced[1] is not usual
     assert seconds == {"usual": [3.0], "": [2.0]}

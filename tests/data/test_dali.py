@@ -12,7 +12,8 @@ import pytest
 import torch
 from nvidia.dali import Pipeline, fn, types
 
-from flperf.config import Backbone, UserError
+from flperf import data
+from flperf.config import Backbone, Dataset, UserError
 from flperf.data import dali, pyav
 from flperf.data.clips import Annotations, Place, TrainingOrder, ValidationOrder, Window
 from flperf.data.preprocessing import Preprocessing
@@ -23,11 +24,11 @@ DEVICES = [CPU, pytest.param(GPU, marks=pytest.mark.gpu)]
 MEAN_LEVELS, MAX_LEVELS = 2.0, 24
 
 
-def read(decoder, folder, names, order=None, batches=None, window=None, batch_size=4, device=CPU):
+def read(decoder, folder, names, order=None, batches=None, window=None, batch_size=4, device=CPU, **more):
     annotations = Annotations([str(folder / name) for name in names], list(range(len(names))))
     order = order or TrainingOrder(len(names), 0)
     batches = batches or order.batches(0, Place(0, 1, batch_size, batch_size))
-    return decoder.read_batches(batches, order, annotations, window or Window(6, 3, "random"), PREPROCESSING, 2, 2, device)
+    return decoder.read_batches(batches, order, annotations, window or Window(6, 3, "random"), PREPROCESSING, 2, 2, device, **more)
 
 
 def pairs(folder, names, device, **how):
@@ -49,8 +50,8 @@ def take(batches, count):
 
 @pytest.mark.parametrize("backend", ["mixed", "cpu"])
 def test_the_graph_serialises_without_a_gpu(backend):
-    graph = dali.Graph(Window(6, 3, "random"), (48, 48), backend, None, 2)
-    assert b"decoders__Video" in graph.pipeline(lambda: None, batch_size=4, ahead=2).serialize()
+    graph = dali.Graph(Window(6, 3, "random"), (48, 48), backend, 0)
+    assert b"decoders__Video" in graph.pipeline(lambda: None).serialize()
 
 
 SMALL_FILES = ["vp9.webm", "vp8.webm", "mjpeg.avi", "vp9_short.webm"]
@@ -188,8 +189,6 @@ OF_PYAV = {CPU: ["h264.mp4", "hevc.mp4", "mpeg4.avi"], GPU: ["hevc.mp4", "mpeg4.
 @pytest.mark.parametrize("device", DEVICES)
 def test_what_dali_cannot_decode_is_decoded_by_pyav(videos, device, caplog):
     """Among clips that DALI decodes, in whole batches of its own, and after a file that DALI failed at."""
-    dali.probe.cache_clear()
-    dali._said.clear()
     names = [*OF_PYAV[device], "vp8.webm", *OF_PYAV[device], "missing.webm"]
     ours, reference = (take(stream, 8) for stream in pairs(videos, names, device, batch_size=2))
     alone = 0
@@ -200,6 +199,37 @@ def test_what_dali_cannot_decode_is_decoded_by_pyav(videos, device, caplog):
         alone += all(names[clip] != "vp8.webm" for clip in a.clip)
     assert 0 < alone < 8
     assert sum("PyAV decodes such clips" in line for line in caplog.messages) == len(OF_PYAV[device])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_dali_and_pyav_share_the_clips(videos, device):
+    """One worker has a lane, the other has none: each takes what comes when it is free, and the order stays."""
+    names = {CPU: ["vp9.webm", "vp8.webm", "mjpeg.avi"], GPU: ["h264.mp4", "vp8.webm"]}[device]
+    ours = take(read(dali, videos, names, device=device, lanes=1), 12)
+    reference = take(read(pyav, videos, names), 12)
+    by_pyav = []
+    for a, b in zip(ours, reference, strict=True):
+        assert torch.equal(a.clip, b.clip) and torch.equal(a.sample, b.sample) and a.video.device == device
+        assert levels(a, b).mean() <= MEAN_LEVELS
+        by_pyav += levels(a, b).flatten(1).amax(1).eq(0).tolist()
+    assert 0 < sum(by_pyav) < len(by_pyav)
+
+
+@pytest.mark.parametrize("decoder, device, training, expected", [
+    ("auto", "cuda", True, "shared"),
+    ("auto", "cuda", False, "pyav"),
+    ("auto", "cpu", True, "pyav"),
+    ("pyav", "cuda", True, "pyav"),
+    ("dali", "cuda", False, "dali"),
+    ("dali", "cpu", True, "dali"),
+])  # fmt: skip
+def test_who_decodes(decoder, device, training, expected):
+    """Which decoder reads a clip is left to chance in training alone."""
+    read_batches, threads = data._decoder(Dataset(decoder=decoder, threads=3), torch.device(device), training)
+    if expected == "shared":
+        assert read_batches.func is dali.read_batches and threads == 3 + read_batches.keywords["lanes"]
+    else:
+        assert read_batches is {"dali": dali, "pyav": pyav}[expected].read_batches and threads == 3
 
 
 def test_nothing_readable_ends_the_run(videos):
@@ -219,4 +249,4 @@ def test_probing_threads_end(videos):
 
 def test_probe_counts_the_frames(videos, decode_all):
     for name in ("vp9.webm", "vp8.webm", "mjpeg.avi", "vp9_short.webm"):
-        assert dali.probe(str(videos / name), "cpu") == (*decode_all(videos / name).shape[:3], True)
+        assert dali.probe(str(videos / name), "cpu") == (*decode_all(videos / name).shape[:3], None)
