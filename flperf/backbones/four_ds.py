@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flperf.attention import attention
+from flperf.backbones.tubelets import TubeletEmbedding
 from flperf.config import Backbone, UserError
 
 TUBELET = (2, 16, 16)
@@ -63,7 +64,7 @@ class FourDS(nn.Module):
         depth = blocks_before(readout, size.num_hidden_layers)
         with torch.device("meta") if backbone.weights else nullcontext(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.patch_embedding = nn.Conv3d(3, size.hidden_size, TUBELET, stride=TUBELET)
+            self.patch_embedding = TubeletEmbedding(nn.Conv3d(3, size.hidden_size, TUBELET, stride=TUBELET))
             self.positions = nn.Parameter(0.02 * torch.randn(*POSITIONS, size.hidden_size))
             self.blocks = nn.ModuleList(Block(size) for _ in range(depth))
         if backbone.weights:
@@ -71,9 +72,9 @@ class FourDS(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels: in [0, 1], b f c h w -> b t h w d."""
-        x = self.patch_embedding(rearrange(pixels, "b f c h w -> b c f h w"))
-        grid = x.shape[2:]
-        x = rearrange(x, "b d t h w -> b (t h w) d") + rearrange(self._positions(grid), "t h w d -> (t h w) d")
+        x = self.patch_embedding(pixels)
+        grid = x.shape[1:4]
+        x = rearrange(x + self._positions(grid), "b t h w d -> b (t h w) d")
         for block in self.blocks:
             x = block(x)
         return rearrange(x, "b (t h w) d -> b t h w d", t=grid[0], h=grid[1], w=grid[2])
@@ -184,7 +185,7 @@ def _state(read: _Keys, size: Size, depth: int) -> dict[str, Tensor]:
     convolution = "encoder/patch_embedding/Conv_0"
     state = {
         "positions": read("encoder/posenc/embeddings", *POSITIONS, dim),
-        "patch_embedding.weight": rearrange(read(f"{convolution}/kernel", *TUBELET, 3, dim), "t h w c d -> d c t h w").contiguous(),
+        "patch_embedding.weight": rearrange(read(f"{convolution}/kernel", *TUBELET, 3, dim), "t h w c d -> d (t h w c)").contiguous(),
         "patch_embedding.bias": read(f"{convolution}/bias", dim),
     }
     for block in range(depth):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flperf.attention import attention
 from flperf.backbones.pretrained import load_transformer
+from flperf.backbones.tubelets import TubeletEmbedding
 from flperf.config import Backbone, UserError
 
 
@@ -28,7 +29,7 @@ class VJEPA2(nn.Module):
         # Its rotary positions are laid out on crop_size, so the configuration follows the preprocessing.
         model: Any = load_transformer(VJEPA2Model, VJEPA2Config, backbone, crop_size=crop[0])
         encoder = model.encoder  # the masked-token predictor of pre-training is not kept
-        self.embeddings, self.norm = encoder.embeddings, encoder.layernorm
+        self.embedding, self.norm = TubeletEmbedding(encoder.embeddings.patch_embeddings.proj), encoder.layernorm
         self.blocks = nn.ModuleList(Block(layer) for layer in encoder.layer)
         self.frames_per_latent = self.frames_covered = model.config.tubelet_size
         self.patch_size = model.config.patch_size
@@ -37,12 +38,13 @@ class VJEPA2(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels: normalised, b f c h w -> b t h w d."""
-        height, width = (size // self.patch_size for size in pixels.shape[-2:])
-        x = self.embeddings(pixels)  # b (t h w) d
-        cosine, sine = rotary_table(x.shape[1] // (height * width), height, width, self.head_dim, x.device)
+        x = self.embedding(pixels)
+        _, t, h, w, _ = x.shape
+        cosine, sine = rotary_table(t, h, w, self.head_dim, x.device)
+        x = rearrange(x, "b t h w d -> b (t h w) d")
         for block in self.blocks:
             x = block(x, cosine, sine)
-        return rearrange(self.norm(x), "b (t h w) d -> b t h w d", h=height, w=width)
+        return rearrange(self.norm(x), "b (t h w) d -> b t h w d", t=t, h=h)
 
 
 class Block(nn.Module):

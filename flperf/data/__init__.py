@@ -221,16 +221,16 @@ def _decoder(dataset: DatasetConfig, device: torch.device, training: bool) -> tu
     them reads a clip is left to chance there, and no other number should depend on it."""
     threads = _threads(dataset)
     if dataset.decoder == "dali":
-        from flperf.data.dali import read_batches
+        from flperf.data import dali
 
-        return read_batches, threads
+        return dali.read_batches, threads
     if dataset.decoder == "auto" and device.type == "cuda" and training:
-        from flperf.data.dali import read_batches
+        from flperf.data import dali
 
-        return partial(read_batches, lanes=NVDEC_LANES), threads + NVDEC_LANES
-    from flperf.data.pyav import read_batches
+        return partial(dali.read_batches, lanes=NVDEC_LANES), threads + NVDEC_LANES
+    from flperf.data import pyav
 
-    return read_batches, threads
+    return pyav.read_batches, threads
 
 
 def _threads(dataset: DatasetConfig) -> int:
