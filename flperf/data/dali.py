@@ -1,4 +1,4 @@
-"""The decoder for GPUs: DALI graphs from file bytes through NVDEC to resized frames, beside PyAV on the cores that are there.
+"""The decoder for GPUs: DALI graphs from file bytes through NVDEC to frames, beside PyAV on the cores that are there.
 
 A worker reads one clip at a time into its slot of a batch on the device. Some workers have a lane, a DALI graph of their own, and take what
 DALI decodes through it; the others, and what DALI can't decode on a device (codec, pixel format, a frame too small for NVDEC), go through
@@ -6,11 +6,8 @@ PyAV. Whoever is free takes the next clip, so a slow NVDEC costs nothing but its
 device at every frame, on one stream for a whole batch: the clips of a batch would take turns, behind what the training step has queued
 (8 clips of 64 frames took 1.9 s so on an H100, beside steps of 0.45 s). It also tells which file was at fault when DALI fails.
 
-One definition serves both devices: on a CPU it runs VP8, VP9 and MJPEG, which keeps the GPU's graph honest.
-
-The resize is the processor's within one level, but for the outermost pixels of a crop that reaches the frame's edge (all four edges with
-DINOv3, two with 4DS, none with V-JEPA 2): beyond the edge DALI's filter repeats it, the processor's leaves that weight out. On white
-noise that made up to 20 levels.
+One definition serves both devices: on a CPU it runs VP8, VP9 and MJPEG, which keeps the GPU's graph honest. Frames are resized as
+PyAV's are: DALI's own resize repeats a frame's edge where the processor's leaves that weight out, up to 20 levels on white noise.
 """
 
 import logging
@@ -28,7 +25,7 @@ from torch import Tensor
 
 from flperf.data.clips import Annotations, Batches, ClipBatch, Draw, Window
 from flperf.data.prefetch import BadClip, Buffers, filled_buffers
-from flperf.data.preprocessing import Preprocessing, Size
+from flperf.data.preprocessing import Preprocessing
 from flperf.data.pyav import DECODE_ERRORS, describe, is_shown, open_video, read_clip, video_stream
 
 logger = logging.getLogger(__name__)
@@ -38,6 +35,7 @@ CPU_CODECS = ("vp8", "vp9", "mjpeg")
 GPU_CODECS = {"h264": (16, 48), "hevc": (144, 144), "vp8": (16, 48), "vp9": (128, 128), "av1": (128, 128)}
 GPU_FORMATS = ("yuv420p", "yuvj420p")  # what every NVDEC decodes of these
 DALI_ERRORS = (RuntimeError, IndexError, ValueError)
+RESIZED_BYTES = 2**24  # of frames resized by one call, which on a GPU are four times as many in fp32
 
 
 def read_batches(
@@ -53,17 +51,15 @@ def read_batches(
 ) -> Batches:
     """Yield the batches with their video as uint8 `b f h w c` on `device`, read by `threads` workers, `lanes` of them (null: all) with a
     DALI graph."""
-    graph = Graph(window, preprocessing.size, "mixed" if device.type == "cuda" else "cpu", device.index or 0)
+    graph = Graph(window, "mixed" if device.type == "cuda" else "cpu", device.index or 0)
     workers = Workers(graph, threads if lanes is None else lanes)
     buffers = DeviceBuffers((window.n_frames, *preprocessing.size, 3), torch.uint8, device)
 
     def fill(draw: Draw, slot: Tensor) -> None:
         path, lane = annotations.paths[draw.clip], workers.lane()
-        length, height, width, obstacle = probe(path, graph.backend)
+        length, obstacle = probe(path, graph.backend)
         if lane and obstacle is None:
-            geometry = preprocessing.geometry(height, width)
-            request = Request(path, window.start_frame(length, draw.uniform), geometry.roi_start, geometry.roi_end, draw.sample)
-            lane.read(request, slot)
+            lane.read(Request(path, window.start_frame(length, draw.uniform), draw.sample), preprocessing, slot)
         else:
             workers.say_once(obstacle, path)
             workers.read_on_cpu(slot, lambda out: read_clip(path, window, draw.uniform, preprocessing, out))
@@ -78,19 +74,12 @@ class Request:
 
     path: str
     start: int
-    roi_start: tuple[float, float]
-    roi_end: tuple[float, float]
     sample: int  # comes out with the frames
 
     def arrays(self) -> tuple[list, ...]:
-        """What the graph's source emits: path, start, region's start and end, sample."""
-        return (
-            [np.frombuffer(os.path.abspath(self.path).encode(), np.uint8)],
-            [np.int32(self.start)],
-            [np.float32(self.roi_start)],
-            [np.float32(self.roi_end)],
-            [np.int64(self.sample)],
-        )
+        """What the graph's source emits: path, start, sample."""
+        path = np.frombuffer(os.path.abspath(self.path).encode(), np.uint8)
+        return [path], [np.int32(self.start)], [np.int64(self.sample)]
 
 
 @dataclass(frozen=True)
@@ -98,21 +87,15 @@ class Graph:
     """The definition of a lane's pipeline. `backend` is "mixed" (NVDEC, on GPU `device_id`) or "cpu"."""
 
     window: Window
-    size: Size
     backend: str
     device_id: int
 
     def pipeline(self, source: Callable[[], tuple[list, ...]]) -> Pipeline:
-        """Path, start, region and sample go in; uint8 `1 f h w c` and the sample come out, one clip at a time."""
+        """Path, start and sample go in; uint8 `1 f h w c` of the file's size and the sample come out, one clip at a time."""
         device_id = self.device_id if self.backend == "mixed" and torch.cuda.is_available() else None
         pipeline = Pipeline(1, 1, device_id, prefetch_queue_depth=1, exec_dynamic=True)
         with pipeline:
-            path, start, roi_start, roi_end, sample = fn.external_source(
-                source,
-                num_outputs=5,
-                dtype=[types.UINT8, types.INT32, types.FLOAT, types.FLOAT, types.INT64],
-                ndim=[1, 0, 1, 1, 0],
-            )
+            path, start, sample = fn.external_source(source, num_outputs=3, dtype=[types.UINT8, types.INT32, types.INT64], ndim=[1, 0, 0])
             encoded = fn.io.file.read(path, dont_use_mmap=True)  # mapping leaks a file descriptor for each empty file
             frames = fn.decoders.video(
                 encoded,
@@ -123,10 +106,7 @@ class Graph:
                 sequence_length=self.window.n_frames,
                 pad_mode="edge",
             )
-            video = fn.resize(
-                frames, size=list(self.size), roi_start=roi_start, roi_end=roi_end, interp_type=types.INTERP_LINEAR, antialias=True
-            )
-            pipeline.set_outputs(video, sample)
+            pipeline.set_outputs(frames, sample)
         return pipeline
 
 
@@ -142,17 +122,20 @@ class Lane:
         """Never raises: an error in it would break the graph."""
         return self.request.arrays()
 
-    def read(self, request: Request, out: Tensor) -> None:
+    def read(self, request: Request, preprocessing: Preprocessing, out: Tensor) -> None:
         """Decode a clip into `out`, uint8 `f h w c`; raises `BadClip` where DALI fails, which then takes a new pipeline."""
         self.request = request
         try:
-            video, sample = self.pipeline.run()
+            frames, sample = self.pipeline.run()
         except DALI_ERRORS as error:
             self.pipeline = self.graph.pipeline(self._source)
             raise BadClip(request.path, _reason(error)) from None
         if sample.as_array().item() != request.sample:
             raise AssertionError(f"DALI returned sample {sample.as_array().item()} where {request.sample} was due")
-        out.copy_(torch.from_dlpack(video.as_tensor())[0])
+        decoded = torch.from_dlpack(frames.as_tensor())[0]
+        together = max(1, RESIZED_BYTES // decoded[0].nbytes)
+        for some, slots in zip(decoded.split(together), out.split(together), strict=True):
+            slots.copy_(preprocessing.apply(some))
         if out.is_cuda:
             torch.cuda.current_stream().synchronize()  # DALI's memory is its own again
 
@@ -220,9 +203,8 @@ class DeviceBuffers(Buffers):
 
 
 @cache
-def probe(path: str, backend: str) -> tuple[int, int, int, str | None]:
-    """(frames, height, width, why DALI can't decode it on this device) of a file from its header; the packets are counted where the header
-    doesn't tell."""
+def probe(path: str, backend: str) -> tuple[int, str | None]:
+    """(frames, why DALI can't decode it on this device) of a file from its header; where that doesn't tell, the packets are counted."""
     try:
         with open_video(path) as container:
             stream = video_stream(container)
@@ -230,7 +212,7 @@ def probe(path: str, backend: str) -> tuple[int, int, int, str | None]:
             length = stream.frames or sum(packet.size > 0 and is_shown(packet) for packet in container.demux(stream))
             if not length or not context.height or not context.width:
                 raise ValueError("no video frames")
-            return length, context.height, context.width, _obstacle(context, backend)
+            return length, _obstacle(context, backend)
     except DECODE_ERRORS as error:
         raise BadClip(path, describe(error)) from None
 

@@ -1,16 +1,13 @@
 """DALI's graph: the GPU's serialises without one, its CPU twin runs; on either device it agrees with PyAV and replaces the same clips.
 
 Levels measured against PyAV on these files, smooth textures: DALI's own conversion from YUV makes mean differences of 1.3 to 1.7
-levels and up to 18 at single pixels. The resize by itself, on equal frames of white noise, stays within 1 level of the processor's, but
-for the outermost pixels of a crop that reaches the frame's edge: there DALI repeats the edge, and the processor weighs what there is.
+levels and up to 18 at single pixels.
 """
 
 import threading
 
-import numpy as np
 import pytest
 import torch
-from nvidia.dali import Pipeline, fn, types
 
 from flperf import data
 from flperf.config import Backbone, Dataset, UserError
@@ -50,7 +47,7 @@ def take(batches, count):
 
 @pytest.mark.parametrize("backend", ["mixed", "cpu"])
 def test_the_graph_serialises_without_a_gpu(backend):
-    graph = dali.Graph(Window(6, 3, "random"), (48, 48), backend, 0)
+    graph = dali.Graph(Window(6, 3, "random"), backend, 0)
     assert b"decoders__Video" in graph.pipeline(lambda: None).serialize()
 
 
@@ -68,44 +65,6 @@ def test_agrees_with_pyav(videos, device, name, stride):
         assert a.video.device == device
         difference = levels(a, b)
         assert difference.mean() <= MEAN_LEVELS and difference.max() <= MAX_LEVELS
-
-
-RULES = {
-    "V-JEPA 2": Backbone(architecture={"crop_size": 48}),  # resizes to 54
-    "DINOv3": Backbone(kind="dinov3", architecture={"image_size": 48}),  # no crop: all four edges
-    "4DS": Backbone(kind="4ds", architecture={"image_size": 48}),  # the shorter axis isn't cropped
-}
-
-
-@pytest.mark.parametrize("size", [(96, 130), (130, 74), (256, 340), (60, 60), (57, 133), (30, 300)])
-@pytest.mark.parametrize("rule", RULES)
-def test_the_region_resize_is_the_processors_within_one_level(rule, size):
-    preprocessing = Preprocessing.of(RULES[rule])
-    geometry = preprocessing.geometry(*size)
-    frames = np.random.default_rng(0).integers(0, 256, (3, *size, 3), dtype=np.uint8)
-    pipeline = Pipeline(1, 1, None, exec_dynamic=True)
-    with pipeline:
-        source = fn.external_source(source=lambda: [frames], layout="FHWC")
-        roi = {"roi_start": list(geometry.roi_start), "roi_end": list(geometry.roi_end)}
-        pipeline.set_outputs(fn.resize(source, size=list(preprocessing.size), interp_type=types.INTERP_LINEAR, antialias=True, **roi))
-    resized = torch.from_numpy(pipeline.run()[0].as_array()[0].copy())
-    difference = (resized.int() - preprocessing.apply(torch.from_numpy(frames)).int()).abs()  # f h w c
-    assert difference[:, 1:-1, 1:-1].max() <= 1
-    assert rule != "V-JEPA 2" or difference.max() <= 1
-    assert (resized - _edges_repeated(frames, geometry, preprocessing.size)).abs().max() <= 1
-
-
-def _edges_repeated(frames: np.ndarray, geometry, size: tuple[int, int]) -> torch.Tensor:
-    """The resize and crop of frames `f h w c` if pixels beyond the frame were those of its edge, fp32."""
-    weights = []
-    for axis in (0, 1):
-        source, scale = frames.shape[1 + axis], frames.shape[1 + axis] / geometry.resized[axis]
-        centres = (geometry.offset[axis] + torch.arange(size[axis])[:, None] + 0.5) * scale
-        places = torch.arange(-source, 2 * source)
-        triangle = (1 - (places + 0.5 - centres).abs() / max(scale, 1)).clamp(min=0)  # of each place in each output position
-        triangle /= triangle.sum(1, keepdim=True)
-        weights.append(torch.zeros(size[axis], source).index_add_(1, places.clamp(0, source - 1), triangle))
-    return torch.einsum("yh,xw,fhwc->fyxc", *weights, torch.from_numpy(frames).float())
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -249,4 +208,4 @@ def test_probing_threads_end(videos):
 
 def test_probe_counts_the_frames(videos, decode_all):
     for name in ("vp9.webm", "vp8.webm", "mjpeg.avi", "vp9_short.webm"):
-        assert dali.probe(str(videos / name), "cpu") == (*decode_all(videos / name).shape[:3], None)
+        assert dali.probe(str(videos / name), "cpu") == (len(decode_all(videos / name)), None)

@@ -55,10 +55,18 @@ def test_sizes_and_offsets_are_those_of_transformers(size, monkeypatch):
         np.zeros((3, *size)), 292, default_to_square=False, input_data_format="channels_first"
     )
     assert geometry.offset == tuple(int((edge - 256) / 2.0) for edge in geometry.resized)
-    for axis in (0, 1):
-        scale = size[axis] / geometry.resized[axis]
-        assert geometry.roi_start[axis] == pytest.approx(geometry.offset[axis] * scale)
-        assert geometry.roi_end[axis] == pytest.approx((geometry.offset[axis] + 256) * scale)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("size", [(96, 130), (130, 74), (256, 340), (60, 60), (57, 133), (30, 300), (1080, 1920)])
+@pytest.mark.parametrize("backbone", [*RULES, Backbone(kind="4ds")], ids=lambda b: f"{b.kind}{b.architecture}")
+def test_what_a_gpu_computes_is_within_one_level(backbone, size, device):
+    """It resizes in fp32, in which a CPU can, too; the processor resizes bytes. At the frame's edges as well."""
+    preprocessing = Preprocessing.of(backbone)
+    frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, *size, 3), dtype=np.uint8))
+    of_gpu = preprocessing.apply(frames.float() if device == "cpu" else frames.to(device)).cpu()
+    assert torch.equal(of_gpu, of_gpu.round())
+    assert (of_gpu - preprocessing.apply(frames)).abs().max() <= 1
 
 
 def test_dinov3_in_bytes_is_within_rounding_of_its_float_path():
