@@ -1,5 +1,7 @@
 """Peaks: the vendor's, which MFU is a share of, and what a device here was measured to do."""
 
+import time
+
 import pytest
 import torch
 
@@ -24,3 +26,14 @@ def test_a_peak_is_measured_on_products_that_do_not_take_long(monkeypatch, rate,
     monkeypatch.setattr(devices, "best_seconds", lambda function, device: 2 * multiplied[-1] ** 3 / rate)
     assert devices.measured_flops(torch.device("cpu"), torch.bfloat16) == pytest.approx(rate)
     assert multiplied[-1] == largest
+
+
+def test_a_disturbance_of_a_tenth_of_a_second_is_not_measured(monkeypatch):
+    """Another process that takes a core makes each short product wait for it, sixteen times its own time."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def product() -> None:
+        now[0] += 16e-3 if now[0] < 0.1 else 1e-3
+
+    assert devices.best_seconds(product, torch.device("cpu")) == pytest.approx(1e-3)
