@@ -15,37 +15,39 @@ UPDATES = 2  # an order
 
 
 class Workers:
-    """A group of processes that train together."""
+    """A group of processes that train together, at each of some ZeRO stages."""
 
-    def __init__(self, count: int, *overrides: str):
+    def __init__(self, count: int, stages: tuple[int, ...]):
         # As many processes as cores on a machine get one thread each, so that is what they are told.
         common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": os.cpu_count(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         self.processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.scaling_worker", *overrides],
+                [sys.executable, "-m", "benchmarks.scaling_worker", *map(str, stages)],
                 env={**os.environ, **{name: str(value) for name, value in common.items()}, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL if rank else subprocess.PIPE, text=True,
             )
             for rank in range(count)
         ]  # fmt: skip
 
-    def update(self, *, profiled: bool = False) -> dict[str, float]:
+    def update(self, stage: int = 1, *, profiled: bool = False) -> dict[str, float]:
         """Take some updates: clips a second and, if they were profiled (which slows them), the share of communication."""
         first = self.processes[0]
-        print(UPDATES, int(profiled), file=first.stdin, flush=True)
+        print(stage, UPDATES, int(profiled), file=first.stdin, flush=True)
         return json.loads(next(line for line in first.stdout if line.startswith("{")))
 
     def stop(self) -> None:
-        print(0, 0, file=self.processes[0].stdin, flush=True)
+        print(0, 0, 0, file=self.processes[0].stdin, flush=True)
         for process in self.processes:
             process.communicate(timeout=60)
 
 
 @contextmanager
-def workers(count: int, *overrides: str) -> Iterator[Workers]:
-    group = Workers(count, *overrides)
+def workers(count: int, stages: tuple[int, ...] = (1,)) -> Iterator[Workers]:
+    """The stage that is the default, or others."""
+    group = Workers(count, stages)
     try:
-        group.update()  # the first ones allocate
+        for stage in stages:
+            group.update(stage)  # the first ones allocate
         yield group
         group.stop()
     finally:

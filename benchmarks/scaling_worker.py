@@ -1,7 +1,8 @@
-"""One of the processes of benchmarks/scaling.py: builds a run and takes updates when its first process is told to.
+"""One of the processes of benchmarks/scaling.py: builds a run for each ZeRO stage that it is given and takes updates when its first
+process is told to.
 
-Each line on the standard input of rank 0 is a number of updates, 0 for the end, and whether to profile them (0 or 1); the answer is
-one line of JSON.
+Each line on the standard input of rank 0 is a stage, a number of updates, 0 for the end, and whether to profile them (0 or 1); the
+answer is one line of JSON.
 """
 
 import json
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.sizes import BATCH, configuration
-from flperf.engine import set_schedule, start_process
+from flperf.engine import Process, set_schedule, start_process
 from flperf.latents import Normaliser
 from flperf.loop import Window, train_step
 from flperf.run import build_run
@@ -29,32 +30,44 @@ def seconds_of(profiler: profile, name: str) -> float:
     return sum(max(0.0, span.end - max(span.start, end)) for span, end in zip(spans, ends, strict=False)) / 1e6
 
 
+class Stage:
+    """A run at a ZeRO stage, and its batches."""
+
+    def __init__(self, stage: str, process: Process):
+        keys = [f"trainer.batch_size={BATCH * process.world_size}", f"engine.zero_stage={stage}"]
+        config = configuration("dit", "vjepa2", *keys, "engine.compile=false", "latents.embedding_norm=none")
+        self.run = build_run(config, process)
+        self.run.normaliser = Normaliser("none", self.run.dtype)
+        self.batches, self.window = self.run.dataset.train_batches(0, self.run.place, process.device), Window(self.run)
+        set_schedule(self.run.engine, 100, config.trainer, 1000)
+
+    def update(self) -> None:
+        train_step(self.run, self.batches, self.window)
+
+
 def main() -> None:
     process = start_process()
-    batch = f"trainer.batch_size={BATCH * process.world_size}"
-    run = build_run(configuration("dit", "vjepa2", batch, "engine.compile=false", "latents.embedding_norm=none", *sys.argv[1:]), process)
-    run.normaliser = Normaliser("none", run.dtype)
-    batches, window = run.dataset.train_batches(0, run.place, process.device), Window(run)
-    set_schedule(run.engine, 100, run.config.trainer, 1000)
-    order = torch.zeros(2, dtype=torch.int64)
+    stages = {int(stage): Stage(stage, process) for stage in sys.argv[1:]}
+    order = torch.zeros(3, dtype=torch.int64)
     while True:
         if process.is_main:
             order.copy_(torch.tensor([int(word) for word in sys.stdin.readline().split()]))
         dist.broadcast(order, src=0)
-        updates, profiled = order.tolist()
+        number, updates, profiled = order.tolist()
         if not updates:
             break
         start = time.perf_counter()
         with profile(activities=[ProfilerActivity.CPU]) if profiled else nullcontext() as profiler:
             for _ in range(updates):
-                train_step(run, batches, window)
+                stages[number].update()
             seconds = time.perf_counter() - start
-        reply = {"clips_per_s": updates * run.place.batch_size / seconds}
+        reply = {"clips_per_s": updates * BATCH * process.world_size / seconds}
         if profiled:
             reply["communication"] = seconds_of(profiler, "gloo:") / seconds
         if process.is_main:
             print(json.dumps(reply), flush=True)
-    batches.close()
+    for stage in stages.values():
+        stage.batches.close()
 
 
 if __name__ == "__main__":

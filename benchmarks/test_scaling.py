@@ -7,12 +7,16 @@ machine does touches both. The efficiency is the time of one over that of two, w
 which a collective is under way, waiting for the other process included.
 """
 
+from functools import partial
+
 import pytest
 
 from benchmarks.recording import LEAST
 from benchmarks.scaling import UPDATES, workers
 from benchmarks.sizes import BATCH, DTYPE, ON_GPU, configuration, encoder_of, head_of, layout_of
 from flperf.throughput import encoder_flops, head_flops
+
+STAGES = 1, 3  # the default, and the one that communicates most
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +35,18 @@ def one():
         yield group
 
 
+@pytest.fixture(scope="module")
+def two():
+    with workers(2, STAGES) as group:
+        yield group
+
+
 @pytest.mark.skipif(ON_GPU, reason="two processes share the cores of a CPU; GPUs need one each")
 @pytest.mark.benchmark(group="weak scaling, two processes")
-@pytest.mark.parametrize("stage", [1, 3])  # the default, and the one that communicates most
-def test_two_processes(benchmark, record, flops, one, stage):
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes(benchmark, record, flops, one, two, stage):
     clips = UPDATES * 2 * BATCH
-    with workers(2, f"engine.zero_stage={stage}") as two:
-        record(two.update, "clips", clips, flops=clips * flops, dtype=DTYPE, rounds=LEAST, beside={"one process": one.update})
-        communication = two.update(profiled=True)["communication"]
+    update = partial(two.update, stage)
+    record(update, "clips", clips, flops=clips * flops, dtype=DTYPE, rounds=LEAST, beside={"one process": one.update})
     benchmark.extra_info["efficiency"] = benchmark.extra_info["times as fast as one process"]
-    benchmark.extra_info["communication"] = communication
+    benchmark.extra_info["communication"] = update(profiled=True)["communication"]

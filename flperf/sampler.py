@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
 from flperf.config import Sampling
 
@@ -27,6 +26,8 @@ def time_grid(steps: int, shift: float) -> Tensor:
 def integrate(velocity: Velocity, noise: Tensor, sampling: Sampling) -> Tensor:
     """Integrate dx/dtau = velocity(x, tau) from noise at tau = 0 to tau = 1; x has the shape and dtype (fp32,
     fp64) of the noise."""
+    from torchdiffeq import odeint  # here, since it loads SciPy, which takes a second of every start
+
     method, evaluations = SOLVERS[sampling.solver]
     if evaluations is None:
         options, tolerances = {}, {"rtol": sampling.tolerance, "atol": sampling.tolerance}
