@@ -44,9 +44,10 @@ DALI_FORMATS = ("h264",) if ON_GPU else ("vp9", "mjpeg")
 
 
 def write_videos(folder: Path, name: str) -> list[str]:
-    """Clips of 150 frames of moving noise over a gradient, encoded as Kinetics usually is, or in another format."""
+    """The paths of a batch, each file as often as the other: 150 frames of moving noise over a gradient, encoded as Kinetics usually is,
+    or in another format."""
     extension, codec, pixels, options = FORMATS[name]
-    paths = [str(folder / f"{index}.{extension}") for index in range(BATCH)]
+    paths = [str(folder / f"{index}.{extension}") for index in range(min(2, BATCH))]
     for index, path in enumerate(paths):
         random = np.random.default_rng(index)
         texture = np.kron(random.integers(0, 160, (40, 60, 3), dtype=np.uint8), np.ones((16, 16, 1), np.uint8))
@@ -57,7 +58,7 @@ def write_videos(folder: Path, name: str) -> list[str]:
                 image = texture[frame : frame + 256, 2 * frame : 2 * frame + 340] + random.integers(0, 16, (256, 340, 1), dtype=np.uint8)
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
             container.mux(stream.encode(None))
-    return paths
+    return paths * (BATCH // len(paths))
 
 
 class UsualDataset(torch.utils.data.Dataset):

@@ -51,7 +51,7 @@ def settle(way: Step) -> None:
     if sizes.ON_GPU:
         torch.cuda.empty_cache()
         way()
-    time.sleep(0.3)
+    time.sleep(0.1)
 
 
 def that_fit(ways: dict[str, Step]) -> dict[str, Step]:
