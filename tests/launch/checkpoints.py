@@ -5,6 +5,7 @@ are paid for once. Reference states come from DeepSpeed's own accessors, not fro
 """
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -45,6 +46,7 @@ CONFIG = ""
 def fork_world(size: int, work: Callable, *arguments) -> list[int]:
     """Start `work(process, *arguments)` in forked processes that form a group; returns their ids."""
     port, started = free_port(), []
+    gc.freeze()  # a child that collected the imports' objects, too, would copy their pages: longer than a writer lives before its kill
     for rank in range(size):
         child = os.fork()
         if child == 0:
