@@ -6,7 +6,6 @@ of the step (so nothing about a schedule is stored); blocks are compiled before 
 """
 
 import atexit
-import ctypes
 import math
 import os
 from dataclasses import dataclass
@@ -56,7 +55,6 @@ def start_process(timeout: float = Engine.timeout) -> Process:
         # torchrun's name for it, then DeepSpeed's.
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
-        keep_freed_memory()
     deepspeed.utils.logger.setLevel("WARNING")
     # On a CPU DeepSpeed would first compile, for a minute or more, a shared-memory all-reduce that only its inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -65,14 +63,6 @@ def start_process(timeout: float = Engine.timeout) -> Process:
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout))
         atexit.register(dist.destroy_process_group)  # its threads must not be left to the interpreter's end, which may abort on them
     return Process(dist.get_rank(), local_rank, dist.get_world_size(), device)
-
-
-def keep_freed_memory() -> None:
-    """Have glibc use again what was freed. It would give back buffers of 32 MB and more, of which ZeRO takes some in every step, and get
-    them anew as pages that the kernel clears first."""
-    trim_threshold, mmap_threshold, never = -1, -3, -1  # malloc.h
-    for parameter in (trim_threshold, mmap_threshold):
-        ctypes.CDLL(None).mallopt(parameter, never)
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -1,6 +1,5 @@
 """In which precision a run computes, and how its learning rate goes."""
 
-import psutil
 import pytest
 import torch
 
@@ -30,12 +29,3 @@ def test_the_learning_rate_warms_up_then_falls_to_its_final_value():
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert all(later < earlier for earlier, later in zip(rates[4:], rates[5:], strict=False))
     assert rates[20] == pytest.approx(0.1)
-
-
-def test_a_cpu_s_process_keeps_what_it_freed():
-    """Else every step's large buffers come as new pages, which the kernel clears first."""
-    engine.keep_freed_memory()
-    held = torch.ones(2**26, dtype=torch.uint8)
-    resident = psutil.Process().memory_info().rss
-    del held
-    assert psutil.Process().memory_info().rss > resident - 2**24
