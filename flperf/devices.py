@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import psutil
 import torch
@@ -121,6 +122,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return measured_flops(device, dtype)
 
 
+@cache  # a start asks for it twice: which precision is faster, and what MFU is a share of
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a matrix product, the best of a few. On a CPU of growing ones, the last of which takes less than `PATIENCE`: one that
     emulates bf16 multiplies it a hundred times slower than fp32."""

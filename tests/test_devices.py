@@ -8,6 +8,14 @@ import torch
 from flperf import devices
 
 
+@pytest.fixture(autouse=True)
+def measured_anew():
+    """Nothing that was measured before counts in these tests, and nothing of theirs after them."""
+    devices.measured_flops.cache_clear()
+    yield
+    devices.measured_flops.cache_clear()
+
+
 def test_a_known_gpu_has_its_stated_peak_and_a_measured_one(monkeypatch):
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
