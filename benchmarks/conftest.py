@@ -17,8 +17,8 @@ from pytest_benchmark.utils import get_tag
 from benchmarks import sizes
 from benchmarks.recording import Recorder
 from benchmarks.sizes import DEVICE
-from flperf.devices import copy_rate, measured_flops
-from flperf.tracking import PACKAGES
+from flperf.engine.devices import copy_rate, measured_flops
+from flperf.training.tracking import PACKAGES
 
 FOLDER = Path(__file__).parent
 KEPT = ("min", "median", "mean", "stddev", "rounds")  # of each benchmark's statistics, in seconds

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import sizes
 from benchmarks.scaling import UPDATES, workers
-from flperf.encoder import encode_clip
+from flperf.models.encoder import encode_clip
 
 START = {"clips": 2, "frames": 8, "tokens a frame": 16, "depth": 4}
 SWEEPS = {

@@ -24,7 +24,7 @@ from benchmarks import sizes
 from benchmarks.recording import seconds_of
 from benchmarks.training_step import OurStep, configuration
 from benchmarks.usual_way import TransformersVJEPA2
-from flperf import backbones
+from flperf.models import backbones
 
 ROUNDS, BATCH = 7, 4
 Build = Callable[..., OurStep]  # of overrides

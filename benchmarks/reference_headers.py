@@ -11,11 +11,11 @@ import torch
 from benchmarks.sizes import REFERENCE
 from flperf.config import Config, load_config
 from flperf.data.preprocessing import Preprocessing
-from flperf.encoder import Encoder
-from flperf.heads import build_head
-from flperf.latents import latent_layout
-from flperf.throughput import count_parameters, encoder_flops, head_flops
-from flperf.zero import model_states
+from flperf.estimate.zero import model_states
+from flperf.models.encoder import Encoder
+from flperf.models.heads import build_head
+from flperf.models.latents import latent_layout
+from flperf.training.timing import count_parameters, encoder_flops, head_flops
 
 FOLDER = Path(__file__).parents[1] / "configs/references"
 PROCESSES, BF16 = 8, 2

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.sizes import BATCH, configuration
-from flperf.engine import Process, set_schedule, start_process
-from flperf.latents import Normaliser
-from flperf.loop import Window, train_step
+from flperf.engine.engine import Process, set_schedule, start_process
+from flperf.models.latents import Normaliser
 from flperf.run import build_run
+from flperf.training.loop import Window, train_step
 
 
 def seconds_of(profiler: profile, name: str) -> float:

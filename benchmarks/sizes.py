@@ -2,13 +2,13 @@
 
 import torch
 
-from flperf.compilation import compile_forward
 from flperf.config import Config, load_config
 from flperf.data.preprocessing import Preprocessing
-from flperf.encoder import Encoder, PixelNormalisation, build_encoder
-from flperf.engine import compute_dtype
-from flperf.heads import build_head
-from flperf.latents import Layout, latent_layout
+from flperf.engine.engine import compute_dtype
+from flperf.models.compile import compile_forward
+from flperf.models.encoder import Encoder, PixelNormalisation, build_encoder
+from flperf.models.heads import build_head
+from flperf.models.latents import Layout, latent_layout
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"

@@ -19,7 +19,7 @@ from transformers import VJEPA2Config, VJEPA2Model
 
 from flperf.config import load_config
 from flperf.data import Place, Preprocessing, open_dataset, prepare_dataset
-from flperf.encoder import PixelNormalisation
+from flperf.models.encoder import PixelNormalisation
 
 HIDDEN_SHARE = 0.75
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ import time
 import torch
 
 from benchmarks import sizes
-from flperf.encoder import Encoder
+from flperf.models.encoder import Encoder
 
 ARCHITECTURE = {"crop_size": 64, "hidden_size": 64, "num_attention_heads": 2}
 WAYS = ("per block", "whole model")

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.sizes import BATCH, DEVICE, DTYPE, ON_GPU, QUICK
-from flperf.attention import attention
+from flperf.models.attention import attention
 
 TOKENS = 64 if QUICK else 8192 if ON_GPU else 1024
 

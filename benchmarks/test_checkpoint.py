@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from benchmarks.sizes import QUICK
-from flperf.checkpoint import Checkpoints
 from flperf.config import load_config
-from flperf.engine import build_engine, place_among, set_schedule, start_process
-from flperf.heads import build_head
-from flperf.latents import latent_layout
+from flperf.engine.checkpoint import Checkpoints
+from flperf.engine.engine import build_engine, place_among, set_schedule, start_process
+from flperf.models.heads import build_head
+from flperf.models.latents import latent_layout
 
 DEMO = Path(__file__).parents[1] / "configs/demo.yaml"
 SIZE = [

@@ -18,15 +18,15 @@ import torch
 
 from benchmarks.recording import LEAST
 from benchmarks.sizes import QUICK
-from flperf import loop
-from flperf.baselines import LatentSample
+from flperf.commands.encoding import encode_dataset
 from flperf.config import Config, load_config
 from flperf.data import Place, latent_shards
-from flperf.data.clips import Annotations, ClipBatch, TrainingOrder
 from flperf.data.demo import write_demo
-from flperf.encoding import encode_dataset
-from flperf.engine import set_schedule, start_process
+from flperf.data.samplers import Annotations, ClipBatch, TrainingOrder
+from flperf.engine.engine import set_schedule, start_process
+from flperf.models.baselines import LatentSample
 from flperf.run import build_run, flops_per_clip
+from flperf.training import loop
 
 DEMO = Path(__file__).parents[1] / "configs/demo.yaml"
 STEPS = 1 if QUICK else 10

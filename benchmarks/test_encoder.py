@@ -13,9 +13,9 @@ import torch
 
 from benchmarks.sizes import BACKBONES, BATCH, DTYPE, configuration, encoder_of, layout_of, video_of
 from benchmarks.usual_way import TransformersVJEPA2
-from flperf import backbones
-from flperf.encoder import encode_clip
-from flperf.throughput import encoder_flops
+from flperf.models import backbones
+from flperf.models.encoder import encode_clip
+from flperf.training.timing import encoder_flops
 
 
 @pytest.mark.parametrize("mode", ["joint", "split"])

@@ -14,8 +14,8 @@ from shutil import rmtree
 import pytest
 
 from benchmarks.sizes import configuration
-from flperf.compile_cache import CACHE_VARIABLES
 from flperf.config import dump_config
+from flperf.engine.compile_cache import CACHE_VARIABLES
 
 CLIPS = ["dataset.shapes.train_clips=64", "dataset.shapes.validation_clips=0", "latents.statistics_clips=8"]
 

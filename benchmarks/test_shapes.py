@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from benchmarks.sizes import DEVICE
 from flperf.config import Shapes
-from flperf.data.shapes import BACKGROUND, DISK_COLOUR, SQUARE_COLOUR, Canvas, clip_centres
+from flperf.data.bouncing_shapes import BACKGROUND, DISK_COLOUR, SQUARE_COLOUR, Canvas, clip_centres
 
 SHAPES, FRAMES, SIZE, CLIPS = Shapes(), 64, 256, 4
 CENTRES = clip_centres(list(range(CLIPS)), SHAPES, 0, FRAMES, 1)

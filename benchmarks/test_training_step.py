@@ -19,9 +19,9 @@ import torch
 from benchmarks import sizes
 from benchmarks.recording import LEAST
 from benchmarks.training_step import USUAL, OurStep, Step, ours, usual, write_cache
-from flperf import loop
 from flperf.data.demo import write_demo
 from flperf.run import flops_per_clip
+from flperf.training import loop
 
 EMULATED = 0.1  # the rate of bf16 to that of fp32
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from benchmarks import sizes
 from benchmarks.memory import peak_memory_bytes
 from benchmarks.usual_way import UsualStep, latent_batches
-from flperf import loop
-from flperf.baselines import LatentSample
+from flperf.commands.encoding import encode_dataset
 from flperf.config import Config
-from flperf.encoding import encode_dataset
-from flperf.engine import set_schedule, start_process
+from flperf.engine.engine import set_schedule, start_process
+from flperf.models.baselines import LatentSample
 from flperf.run import Run, build_run
+from flperf.training import loop
 
 Step = Callable[[], object]
 USUAL = {"usual, fp32": False, "usual, bf16 autocast": True}  # name -> autocast

@@ -16,15 +16,15 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import VJEPA2Config, VJEPA2Model
 
-from flperf.backbones.pretrained import load_transformer
 from flperf.config import Backbone, Config
 from flperf.data.preprocessing import Preprocessing
-from flperf.heads import build_head
-from flperf.latents import Layout
+from flperf.models.backbones.pretrained import load_transformer
+from flperf.models.heads import build_head
+from flperf.models.latents import Layout
 
 
 class TransformersVJEPA2(nn.Module):
-    """transformers' own layers, behind the interface of `flperf.backbones.vjepa2.VJEPA2`."""
+    """transformers' own layers, behind the interface of `flperf.models.backbones.vjepa2.VJEPA2`."""
 
     def __init__(self, backbone: Backbone, crop: tuple[int, int]):
         super().__init__()

@@ -7,10 +7,31 @@ from collections.abc import Iterator
 from functools import cached_property
 
 MODULES = [
-    *("flperf.forecaster", "flperf.config", "flperf.latents", "flperf.encoder", "flperf.objective", "flperf.sampler", "flperf.baselines"),
-    *("flperf.heads", "flperf.heads.predictor", "flperf.heads.cross_attention", "flperf.heads.dit", "flperf.heads.layers"),
-    *("flperf.attention", "flperf.backbones.vjepa2", "flperf.backbones.dinov3", "flperf.backbones.four_ds"),
-    *("flperf.data", "flperf.data.clips", "flperf.data.preprocessing", "flperf.data.index", "flperf.evaluation", "flperf.visualise"),
+    *(
+        "flperf.forecaster",
+        "flperf.config.load",
+        "flperf.models.latents",
+        "flperf.models.encoder",
+        "flperf.objectives.build",
+        "flperf.objectives.solvers",
+        "flperf.models.baselines",
+    ),
+    *(
+        "flperf.models.heads",
+        "flperf.models.heads.predictor",
+        "flperf.models.heads.cross_attention",
+        "flperf.models.heads.dit",
+        "flperf.models.heads.layers",
+    ),
+    *("flperf.models.attention", "flperf.models.backbones.vjepa2", "flperf.models.backbones.dinov3", "flperf.models.backbones.four_ds"),
+    *(
+        "flperf.data.dataset",
+        "flperf.data.samplers",
+        "flperf.data.preprocessing",
+        "flperf.data.index",
+        "flperf.evaluation.evaluate",
+        "flperf.evaluation.visualise",
+    ),
     *("flperf_kernels.flow_matching", "flperf_kernels.adaln", "flperf_kernels.philox"),
 ]
 PROPERTIES = (property, cached_property)

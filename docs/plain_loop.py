@@ -10,10 +10,10 @@ import torch
 
 from flperf.config import Config, load_config
 from flperf.data import Place, Preprocessing, open_dataset, prepare_dataset
-from flperf.encoder import build_encoder, encode_clip
-from flperf.heads import build_head
-from flperf.latents import Normaliser, latent_layout
-from flperf.objective import build_objective
+from flperf.models.encoder import build_encoder, encode_clip
+from flperf.models.heads import build_head
+from flperf.models.latents import Normaliser, latent_layout
+from flperf.objectives.build import build_objective
 
 
 def train(config: Config, device: torch.device) -> list[float]:

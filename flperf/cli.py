@@ -3,8 +3,10 @@
 import difflib
 import sys
 
-from flperf import doctor, encode, estimate, forecasting, import_config, train
-from flperf.command import command_parser, run_command
+from flperf import train
+from flperf.commands import doctor, encode, estimate, import_config
+from flperf.commands import trained as forecasting
+from flperf.commands.common import command_parser, run_command
 
 
 def index(arguments: list[str]) -> None:
@@ -29,7 +31,7 @@ def index(arguments: list[str]) -> None:
 
 def import_weights(arguments: list[str]) -> None:
     """Loads torch, which the other commands' help need not wait for."""
-    from flperf.import_weights import import_weights
+    from flperf.commands.import_weights import import_weights
 
     import_weights(arguments)
 

@@ -1,4 +1,4 @@
-"""What is said to the user in one line; `flperf.command` prints it without a traceback."""
+"""What is said to the user in one line; `flperf.commands.common` prints it without a traceback."""
 
 
 class UserError(Exception):

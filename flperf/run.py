@@ -8,18 +8,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flperf.attention import attention_operator
-from flperf.baselines import Baselines
 from flperf.config import Config
 from flperf.data import WITHOUT_VIDEO, Dataset, open_dataset, prepare_dataset
-from flperf.data.clips import ClipBatch, Place
 from flperf.data.preprocessing import Preprocessing
-from flperf.encoder import Encoder, build_encoder, encode_clip
-from flperf.engine import Process, build_engine, compute_dtype, place_among
-from flperf.heads import build_head, use_initial_weights
-from flperf.latents import Layout, Normaliser, Statistics, latent_layout
-from flperf.objective import FlowMatching, Regression, build_objective
-from flperf.throughput import count_parameters, encoder_flops, head_flops, memory_gb
+from flperf.data.samplers import ClipBatch, Place
+from flperf.engine.engine import Process, build_engine, compute_dtype, place_among
+from flperf.models.attention import attention_operator
+from flperf.models.baselines import Baselines
+from flperf.models.encoder import Encoder, build_encoder, encode_clip
+from flperf.models.heads import build_head, use_initial_weights
+from flperf.models.latents import Layout, Normaliser, Statistics, latent_layout
+from flperf.objectives.build import FlowMatching, Regression, build_objective
+from flperf.training.timing import count_parameters, encoder_flops, head_flops, memory_gb
 
 
 @dataclass

@@ -3,9 +3,9 @@
 import argparse
 import time
 
-from flperf.command import command_parser, run_command
-from flperf.compile_cache import use_compile_cache
+from flperf.commands.common import command_parser, run_command
 from flperf.config import Config, dump_config, load_config
+from flperf.engine.compile_cache import use_compile_cache
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -42,13 +42,13 @@ def train(arguments: list[str]) -> None:
     use_compile_cache(config.experiment)
 
     # Imported late, so that a mistake in the configuration shows at once.
-    from flperf import loop
-    from flperf.dashboards import check_dashboards
-    from flperf.engine import start_process
-    from flperf.interruption import catch_stop_signals
-    from flperf.peers import Watch
+    from flperf.engine.engine import start_process
+    from flperf.engine.preemption import catch_stop_signals
+    from flperf.engine.watchdog import Watch
     from flperf.run import build_run, describe
-    from flperf.tracking import RunFolder
+    from flperf.training import loop
+    from flperf.training.dashboards import check_dashboards
+    from flperf.training.tracking import RunFolder
 
     check_dashboards(config)
     started = time.perf_counter()

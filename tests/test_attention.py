@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flperf.attention import _xformers_is_fastest, attention, attention_operator
+from flperf.models.attention import _xformers_is_fastest, attention, attention_operator
 
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])]
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from flperf.baselines import LatentSample, load_statistics, ridge_solution, save_statistics
 from flperf.config import UserError
-from flperf.latents import Layout, Normaliser
+from flperf.models.baselines import LatentSample, load_statistics, ridge_solution, save_statistics
+from flperf.models.latents import Layout, Normaliser
 
 LAYOUT = Layout(context_frames=2, target_frames=3, height=2, width=2, dim=5)
 CPU = torch.device("cpu")

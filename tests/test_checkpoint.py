@@ -14,9 +14,9 @@ import torch
 from runs import ROOT, TINY
 from safetensors.torch import load_file
 
-from flperf.checkpoint_files import Damaged, candidates, check, index_text, latest_checkpoint, read_index, read_weights
 from flperf.config import Trainer, UserError
-from flperf.engine import Process, place_among
+from flperf.engine.checkpoint_files import Damaged, candidates, check, index_text, latest_checkpoint, read_index, read_weights
+from flperf.engine.engine import Process, place_among
 
 NEWEST = "step_00000002"
 

@@ -17,7 +17,7 @@ from deepspeed.launcher.runner import fetch_hostfile
 from hosts import ADDRESSES, INTERFACE, NotPermitted, TwoHosts
 from runs import ROOT, TINY, launch
 
-from flperf.compile_cache import CACHE_VARIABLES
+from flperf.engine.compile_cache import CACHE_VARIABLES
 
 TRAIN = str(ROOT / "flperf/train.py")
 SBATCH = ROOT / "configs/cluster/train.sbatch"

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from flperf import cli
-from flperf.command import make_folder_of, run_command
+from flperf.commands.common import make_folder_of, run_command
 from flperf.config import UserError
 
 
@@ -54,7 +54,7 @@ def test_an_unknown_command_is_named_in_one_line(typed, hint, monkeypatch):
 
 
 def test_the_devices_of_an_estimate_are_listed(capsys, monkeypatch):
-    from flperf.devices import DEVICES
+    from flperf.engine.devices import DEVICES
 
     assert set(DEVICES) <= set(re.findall(r"\w+", printed(capsys, monkeypatch, "estimate", "--help")))
 

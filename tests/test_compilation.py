@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from flperf import compilation
+from flperf.models import compile as compilation
 
 
 class Terminal(io.StringIO):

@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from flperf.config import Config, UserError, differences, load_config
-from flperf.config_values import ALLOWED, BELOW_1, check_values, parse_interval
+from flperf.config.validate import ALLOWED, BELOW_1, check_values, parse_interval
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 REFERENCES = [  # those that FutureLatents' README names, and one of 4DS

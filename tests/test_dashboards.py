@@ -7,7 +7,7 @@ import wandb
 from wandb.sdk.lib import wbauth
 
 from flperf.config import Config, Tracking
-from flperf.dashboards import WandB, wandb_mode_and_project
+from flperf.training.dashboards import WandB, wandb_mode_and_project
 
 KEY = "x" * 40
 

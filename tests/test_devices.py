@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from flperf import devices
+from flperf.engine import devices
 
 
 @pytest.fixture(autouse=True)

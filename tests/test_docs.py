@@ -58,7 +58,7 @@ def test_documented_commands_can_be_typed(line, capsys, monkeypatch):
     """What they name exists: command, options, configuration, keys. Their data does not, so they are not run here."""
     monkeypatch.chdir(ROOT)
     line = line.replace("sbatch configs/cluster/train.sbatch", "flperf train")
-    words = shlex.split(line.partition("flperf")[2].replace("/train.py", "train").replace("/encode.py", "encode"))
+    words = shlex.split(line.partition("flperf")[2].replace("/train.py", "train").replace("/cli.py ", ""))
     monkeypatch.setattr("sys.argv", ["flperf", words[0], "--help"])
     with pytest.raises(SystemExit, match="0"):
         cli.main()

@@ -10,10 +10,11 @@ import pytest
 import torch
 from runs import ROOT
 
-from flperf import doctor, doctor_run
+from flperf.commands import doctor
+from flperf.commands import doctor_config as doctor_run
 from flperf.config import UserError, load_config
-from flperf.devices import DEVICES
-from flperf.estimation import memory, plan
+from flperf.engine.devices import DEVICES
+from flperf.estimate.plan import memory, plan
 
 REFERENCE = ROOT / "configs/references/vjepa2_kinetics_400.yaml"
 

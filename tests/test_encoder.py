@@ -3,9 +3,9 @@ import torch
 
 from flperf.config import Backbone, UserError
 from flperf.data.preprocessing import Preprocessing
-from flperf.encoder import Encoder, build_encoder, encode_clip
-from flperf.latents import Layout
-from flperf.throughput import encoder_flops
+from flperf.models.encoder import Encoder, build_encoder, encode_clip
+from flperf.models.latents import Layout
+from flperf.training.timing import encoder_flops
 
 CPU = torch.device("cpu")
 ARCHITECTURES = {

@@ -12,9 +12,9 @@ import pytest
 import torch
 from runs import ROOT, launch
 
-from flperf.compile_cache import CACHE_VARIABLES
 from flperf.config import UserError, load_config
 from flperf.data import latent_shards, open_dataset
+from flperf.engine.compile_cache import CACHE_VARIABLES
 
 CPU = torch.device("cpu")
 KILLED_AT_THE_SIXTH_FILE = """
@@ -56,8 +56,8 @@ tracking: {{log_every: 1}}
 
 def encode(folder, out, *overrides, as_files=False, shard_bytes=8 * 4 * 2 * 2 * 24 * 2):
     """Encode in this process, with shards of eight clips as in `encoded`."""
-    from flperf.encoding import encode_dataset
-    from flperf.engine import start_process
+    from flperf.commands.encoding import encode_dataset
+    from flperf.engine.engine import start_process
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latent_shards, "SHARD_BYTES", shard_bytes)
@@ -67,7 +67,7 @@ def encode(folder, out, *overrides, as_files=False, shard_bytes=8 * 4 * 2 * 2 * 
 @pytest.fixture(scope="module")
 def encoded(demo):
     """Two processes, killed once in the middle, then started again."""
-    command = [str(ROOT / "flperf/encode.py"), "--config", str(demo / "video.yaml"), "--out", str(demo / "latents")]
+    command = [str(ROOT / "flperf/cli.py"), "encode", "--config", str(demo / "video.yaml"), "--out", str(demo / "latents")]
     small = {"FLPERF_TEST_SHARD_BYTES": str(8 * 4 * 2 * 2 * 24 * 2)}  # eight clips a shard
     site = demo / "site"
     site.mkdir()
@@ -98,8 +98,8 @@ def test_a_kill_loses_and_doubles_no_clip(encoded):
 
 
 def test_cached_latents_are_the_encoders(encoded):
-    from flperf.encoder import build_encoder, encode_clip
-    from flperf.latents import latent_layout
+    from flperf.models.encoder import build_encoder, encode_clip
+    from flperf.models.latents import latent_layout
 
     folder, _ = encoded
     config = load_config(folder / "video.yaml")
@@ -172,7 +172,17 @@ def test_the_format_of_future_latents(demo):
     """Killed after five files, then started again with another batch size; then with what the folder does not hold."""
     (demo / "kill").mkdir()
     (demo / "kill/sitecustomize.py").write_text(KILLED_AT_THE_SIXTH_FILE)
-    command = ["-m", "flperf.encode", "--config", str(demo / "video.yaml"), "--out", str(demo / "files"), "--files", "dataset.limit=9"]
+    command = [
+        "-m",
+        "flperf.cli",
+        "encode",
+        "--config",
+        str(demo / "video.yaml"),
+        "--out",
+        str(demo / "files"),
+        "--files",
+        "dataset.limit=9",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(demo / "kill")}
     killed = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300, check=False)
     folder = demo / "files/train"
@@ -197,12 +207,12 @@ def test_the_format_of_future_latents(demo):
 
 
 def test_encoding_uses_the_compile_cache_of_training(demo, monkeypatch):
-    from flperf import encode as command
+    from flperf.commands import encode as command
 
     environment = {name: value for name, value in os.environ.items() if name not in CACHE_VARIABLES}
     monkeypatch.setattr(os, "environ", environment)
-    monkeypatch.setattr("flperf.engine.start_process", lambda: None)
-    monkeypatch.setattr("flperf.encoding.encode_dataset", lambda *_, **__: None)
+    monkeypatch.setattr("flperf.engine.engine.start_process", lambda: None)
+    monkeypatch.setattr("flperf.commands.encoding.encode_dataset", lambda *_, **__: None)
     command.encode(["--config", str(demo / "video.yaml"), "--out", str(demo / "unused")])
     for variable, folder in CACHE_VARIABLES.items():
         assert environment[variable] == str(demo / "experiment/compile_cache" / folder)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from flperf import engine
 from flperf.config import Trainer
+from flperf.engine import engine
 
 
 @pytest.mark.parametrize(

@@ -13,19 +13,19 @@ from runs import REGIMES, ROOT
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from transformers import VJEPA2Config
 
+from flperf.commands.estimate import estimate
 from flperf.config import UserError, load_config
-from flperf.costs import training_cost
 from flperf.data.preprocessing import Preprocessing
-from flperf.devices import DEVICES, find_device
-from flperf.encoder import Encoder, build_encoder, encode_clip
-from flperf.engine import start_process
-from flperf.estimate import estimate
-from flperf.estimate_report import report
-from flperf.estimation import Work, backbone_without_weights, memory, plan, step
-from flperf.heads import build_head
-from flperf.latents import Layout
-from flperf.throughput import encoder_flops
+from flperf.engine.devices import DEVICES, find_device
+from flperf.engine.engine import start_process
+from flperf.estimate.pass_cost import training_cost
+from flperf.estimate.plan import Work, backbone_without_weights, memory, plan, step
+from flperf.estimate.report import report
+from flperf.models.encoder import Encoder, build_encoder, encode_clip
+from flperf.models.heads import build_head
+from flperf.models.latents import Layout
 from flperf.train import train
+from flperf.training.timing import encoder_flops
 
 CPU = torch.device("cpu")
 REFERENCE = str(ROOT / "configs/references/vjepa2_kinetics_400_deterministic.yaml")

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from flperf.baselines import Baselines
 from flperf.config import Config, UserError
-from flperf.data.clips import ClipBatch
-from flperf.evaluation import ERRORS, Gaussian, Moments, Pooled, Sums, evaluate, frechet_distance, sample_scores, summary
-from flperf.latents import Layout
-from flperf.objective import build_objective, forecast
-from flperf.probe import probe_accuracies
+from flperf.data.samplers import ClipBatch
+from flperf.evaluation.evaluate import ERRORS, Gaussian, Moments, Pooled, Sums, evaluate, frechet_distance, sample_scores, summary
+from flperf.evaluation.probe import probe_accuracies
+from flperf.models.baselines import Baselines
+from flperf.models.latents import Layout
+from flperf.objectives.build import build_objective, forecast
 
 LAYOUT = Layout(context_frames=2, target_frames=3, height=1, width=2, dim=4)
 CPU = torch.device("cpu")

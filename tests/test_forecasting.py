@@ -11,9 +11,9 @@ import torch
 from runs import ROOT, launch
 from safetensors.torch import load_file, save_file
 
-from flperf import forecasting
+from flperf.commands import trained as forecasting
+from flperf.commands.forecast_files import frames_for, seconds_ahead
 from flperf.config import UserError
-from flperf.forecast_files import frames_for, seconds_ahead
 
 CONFIG = """
 inherits: [{root}/configs/demo.yaml]
@@ -123,8 +123,8 @@ def test_frames_reach_the_seconds_asked_for_and_no_further(seconds, rate, frames
 
 def test_forecasting_from_python(folder):
     """The same latents as the whole line gives, from a video in memory."""
-    from flperf.data.clips import Window
     from flperf.data.pyav import read_clip
+    from flperf.data.samplers import Window
     from flperf.forecaster import load_forecaster
 
     forecaster = load_forecaster(folder / "head.safetensors")

@@ -2,8 +2,8 @@
 
 import pytest
 
+from flperf.commands.import_config import import_config
 from flperf.config import UserError, load_config
-from flperf.import_config import import_config
 
 DATA = """
 datasets:

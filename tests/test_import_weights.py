@@ -10,10 +10,10 @@ from runs import ROOT
 from safetensors.torch import load_file
 from torch import Tensor
 
+from flperf.commands.import_weights import head_of, import_weights
 from flperf.config import UserError, load_config
 from flperf.forecaster import read_trained
-from flperf.heads import use_initial_weights
-from flperf.import_weights import head_of, import_weights
+from flperf.models.heads import use_initial_weights
 
 LATENT, WIDTH, TOKENS = 24, 32, 2 * 2 * 2  # of the tiny configuration; two target frames of 2 x 2
 

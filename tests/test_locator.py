@@ -7,14 +7,14 @@ import pytest
 import torch
 from runs import BACKBONES, FOUR_DS, REGIMES, ROOT, TINY
 
-from flperf import forecasting
+from flperf.commands import trained as forecasting
 from flperf.config import UserError, load_config
 from flperf.data import Place
-from flperf.data.clips import ClipBatch
-from flperf.data.shapes import patch_heatmaps
-from flperf.heads.locator import LOCATORS, Locator
-from flperf.latents import Layout, Normaliser, Statistics
-from flperf.locator import FrameLatents, PixelErrors, frame_centres, load_locator, save_locator, train_locator
+from flperf.data.bouncing_shapes import patch_heatmaps
+from flperf.data.samplers import ClipBatch
+from flperf.evaluation.locator import FrameLatents, PixelErrors, frame_centres, load_locator, save_locator, train_locator
+from flperf.evaluation.locator_heads import LOCATORS, Locator
+from flperf.models.latents import Layout, Normaliser, Statistics
 from flperf.train import train
 
 CPU = torch.device("cpu")

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from flperf_kernels import flow_matching as kernels
 
-from flperf import objective as objectives
 from flperf.config import Config, Engine, Model, Objective, UserError
-from flperf.heads import build_head
-from flperf.latents import Layout, Normaliser, Statistics
-from flperf.objective import build_objective, draw_tau, tau_shift
+from flperf.models.heads import build_head
+from flperf.models.latents import Layout, Normaliser, Statistics
+from flperf.objectives import build as objectives
+from flperf.objectives.build import build_objective, draw_tau, tau_shift
 
 LAYOUT = Layout(context_frames=2, target_frames=2, height=3, width=3, dim=12)
 MODEL = Model(head="dit", num_context_latents=2, hidden_dim=24, depth=2, num_heads=2)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from flperf.config import Config, Model, Objective, Sampling, UserError, load_config
-from flperf.heads import build_head
-from flperf.latents import Layout
-from flperf.objective import build_objective, forecast
-from flperf.sampler import guided, integrate, time_grid
+from flperf.models.heads import build_head
+from flperf.models.latents import Layout
+from flperf.objectives.build import build_objective, forecast
+from flperf.objectives.solvers import guided, integrate, time_grid
 
 
 def decay_error(sampling: Sampling) -> float:

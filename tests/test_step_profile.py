@@ -6,7 +6,7 @@ import pytest
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import EventList, FunctionEvent
 
-from flperf.step_profile import STAGES, WATCHED, stage_table
+from flperf.training.profiler import STAGES, WATCHED, stage_table
 
 
 def gpu_events() -> EventList:

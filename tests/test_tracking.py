@@ -16,11 +16,11 @@ from wandb.proto import wandb_internal_pb2
 
 from flperf.config import Config, UserError
 from flperf.data import Dataset
-from flperf.data.clips import Annotations
-from flperf.durable_files import write_durably
-from flperf.engine import start_process
-from flperf.tracking import RunFolder, Tracker
+from flperf.data.samplers import Annotations
+from flperf.engine.engine import start_process
+from flperf.files import write_durably
 from flperf.train import train
+from flperf.training.tracking import RunFolder, Tracker
 
 OPTIONS = ["trainer.max_steps=3", "evaluation.eval_every=3", "evaluation.dump_examples=1", "checkpoint.save_every=2"]
 NUMBERS = {"train/loss", "train/lr", "train/grad_norm", "train/clips_per_s", "train/mfu", "val/loss", "val/skill_l1"}

@@ -16,12 +16,13 @@ from unittest import mock
 import pytest
 from runs import BACKBONES, REGIMES, ROOT, curves, launch
 
-from flperf import interruption, loop
-from flperf.checkpoint_files import latest_checkpoint, read_index, read_weights
-from flperf.compile_cache import CACHE_VARIABLES
 from flperf.config import UserError, dump_config, load_config
-from flperf.objective import Regression
+from flperf.engine import preemption as interruption
+from flperf.engine.checkpoint_files import latest_checkpoint, read_index, read_weights
+from flperf.engine.compile_cache import CACHE_VARIABLES
+from flperf.objectives.build import Regression
 from flperf.train import train as train_here
+from flperf.training import loop
 
 STAGES = (0, 1, 2, 3)
 
@@ -165,7 +166,7 @@ def test_two_processes_with_compiled_blocks_at_zero_3(tiny):
 
 def test_nothing_recompiles_after_the_second_step(tiny):
     script = (
-        "import sys, torch, flperf.loop as loop\n"
+        "import sys, torch, flperf.training.loop as loop\n"
         "from flperf import train\n"
         "steps, original = [], loop.train_step\n"
         "def step(*arguments):\n"

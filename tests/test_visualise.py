@@ -15,12 +15,12 @@ import torch
 from nbclient import NotebookClient
 from runs import ROOT
 
-from flperf.baselines import Baselines
 from flperf.config import Config, Trainer, UserError
 from flperf.data.demo import write_demo
-from flperf.loop import Schedule
-from flperf.video import convert_video_tensor_to_mp4, save_mp4_video
-from flperf.visualise import Example, Projection, write_example
+from flperf.evaluation.video import convert_video_tensor_to_mp4, save_mp4_video
+from flperf.evaluation.visualise import Example, Projection, write_example
+from flperf.models.baselines import Baselines
+from flperf.training.loop import Schedule
 
 NAMES = {"video.pt", "video.mp4", "overview.png"} | {
     f"{part}_{what}" for part in ("context", "target", "prediction") for what in ("latents.pt", "pca.pt", "pca.mp4")
@@ -147,7 +147,7 @@ def test_a_run_leaves_a_folder_for_every_evaluation(dump):
 
 
 def test_matplotlib_stays_unloaded_where_nothing_is_drawn():
-    check = "import sys, flperf.loop; sys.exit('matplotlib' in sys.modules)"
+    check = "import sys, flperf.training.loop; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], capture_output=True, check=False).returncode == 0
 
 

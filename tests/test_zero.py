@@ -9,10 +9,10 @@ from launch.zero import measure
 from runs import ROOT, free_port, launch
 
 from flperf.config import load_config
-from flperf.devices import DEVICES
-from flperf.engine import start_process
-from flperf.estimation import memory, plan
-from flperf.zero import Collective, collectives, model_states
+from flperf.engine.devices import DEVICES
+from flperf.engine.engine import start_process
+from flperf.estimate.plan import memory, plan
+from flperf.estimate.zero import Collective, collectives, model_states
 
 BYTES = {"bf16": 2, "fp32": 4}
 WIDE = ["model.hidden_dim=320"]  # its matrices are above the 1e5 elements below which ZeRO 3 leaves a parameter whole

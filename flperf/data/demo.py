@@ -15,7 +15,7 @@ import av
 import numpy as np
 
 from flperf.config import UserError
-from flperf.data.shapes import bounce, circle
+from flperf.data.bouncing_shapes import bounce, circle
 
 CLASSES = ("bouncing square", "bouncing disk", "circling square", "circling disk")
 SPLITS = {"train": 96, "validation": 16}

@@ -18,9 +18,9 @@ import av
 from tqdm import tqdm
 
 from flperf.config import UserError
-from flperf.data.clips import CLIPS_FILE, Annotations, has_header, read_annotations, read_labels
 from flperf.data.pyav import DECODE_ERRORS, demux, describe, is_shown, open_video, video_stream
-from flperf.durable_files import complete_file
+from flperf.data.samplers import CLIPS_FILE, Annotations, has_header, read_annotations, read_labels
+from flperf.files import complete_file
 
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 FIRST_PACKETS = 32  # of which one must become a frame

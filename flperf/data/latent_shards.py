@@ -27,9 +27,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flperf.config import Config, UserError, differences
-from flperf.data.clips import Annotations, Batches, ClipBatch, Draw, has_header
 from flperf.data.prefetch import Buffers, filled_buffers
-from flperf.durable_files import complete_file
+from flperf.data.samplers import Annotations, Batches, ClipBatch, Draw, has_header
+from flperf.files import complete_file
 
 MANIFEST = "manifest.csv"
 COLUMNS = ["path", "label", "shard", "row"]

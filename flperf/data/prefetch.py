@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from flperf.config import UserError
-from flperf.data.clips import Draw, TrainingOrder, ValidationOrder
+from flperf.data.samplers import Draw, TrainingOrder, ValidationOrder
 
 logger = logging.getLogger(__name__)
 

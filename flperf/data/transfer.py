@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from flperf.data.clips import Batches, ClipBatch
+from flperf.data.samplers import Batches, ClipBatch
 
 
 def copied_ahead(batches: Batches, device: torch.device) -> Batches:

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from flperf.backbones.four_ds import POSITIONS, SIZES, FourDS, Size, blocks_before
 from flperf.config import Backbone, UserError
 from flperf.data.preprocessing import Preprocessing
-from flperf.encoder import Encoder
+from flperf.models.backbones.four_ds import POSITIONS, SIZES, FourDS, Size, blocks_before
+from flperf.models.encoder import Encoder
 
 SIZE = Size(hidden_size=24, num_hidden_layers=4, intermediate_size=40, num_attention_heads=3)
 ARCHITECTURE = {**vars(SIZE), "readout": 1.0}

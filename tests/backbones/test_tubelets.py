@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from flperf.backbones.tubelets import TubeletEmbedding
+from flperf.models.backbones.tubelets import TubeletEmbedding
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 3, 12, 8), (1, 5, 3, 15, 11)], ids=["whole", "with pixels left over"])  # b f c h w

@@ -5,7 +5,7 @@ import torch
 
 from flperf.config import Config, Dataset, UserError
 from flperf.data import Place, open_dataset
-from flperf.data.cache import _load as load
+from flperf.data.latent_files import _load as load
 
 CPU = torch.device("cpu")
 

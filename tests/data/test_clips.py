@@ -7,7 +7,7 @@ import torch
 
 from flperf.config import Config, Dataset, UserError
 from flperf.data import open_dataset, prepare_dataset
-from flperf.data.clips import Annotations, Place, TrainingOrder, ValidationOrder, Window, read_annotations, read_labels
+from flperf.data.samplers import Annotations, Place, TrainingOrder, ValidationOrder, Window, read_annotations, read_labels
 
 
 def samples(order, first_step, place, steps):

@@ -12,8 +12,8 @@ import torch
 from flperf import data
 from flperf.config import Backbone, Dataset, UserError
 from flperf.data import dali, pyav
-from flperf.data.clips import Annotations, Place, TrainingOrder, ValidationOrder, Window
 from flperf.data.preprocessing import Preprocessing
+from flperf.data.samplers import Annotations, Place, TrainingOrder, ValidationOrder, Window
 
 PREPROCESSING = Preprocessing.of(Backbone(architecture={"crop_size": 48}))
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

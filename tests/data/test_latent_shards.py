@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from flperf.config import Config, Dataset, Model, UserError
 from flperf.data import Place, latent_shards, open_dataset
-from flperf.data.clips import Annotations
+from flperf.data.samplers import Annotations
 
 CPU = torch.device("cpu")
 SHAPE = (4, 3, 2, 6)

@@ -11,9 +11,9 @@ import torch
 
 from flperf.config import Backbone, UserError
 from flperf.data import dali, pyav
-from flperf.data.clips import Annotations, Place, TrainingOrder, ValidationOrder, Window
 from flperf.data.prefetch import BadClip, read_ahead
 from flperf.data.preprocessing import Preprocessing
+from flperf.data.samplers import Annotations, Place, TrainingOrder, ValidationOrder, Window
 
 PREPROCESSING = Preprocessing.of(Backbone(architecture={"crop_size": 48}))
 CPU = torch.device("cpu")

@@ -6,8 +6,7 @@ import torch
 
 from flperf.config import Config, Dataset, Shapes, UserError
 from flperf.data import Place, open_dataset
-from flperf.data.preprocessing import Preprocessing
-from flperf.data.shapes import (
+from flperf.data.bouncing_shapes import (
     BACKGROUND,
     DISK_COLOUR,
     SQUARE_COLOUR,
@@ -22,6 +21,7 @@ from flperf.data.shapes import (
     to_unit,
     whole_frames,
 )
+from flperf.data.preprocessing import Preprocessing
 
 CPU = torch.device("cpu")
 SHAPES = Shapes(train_clips=10, validation_clips=4, image_size=64, square_size=12, disk_radius=5)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flperf.data.clips import ClipBatch
+from flperf.data.samplers import ClipBatch
 from flperf.data.transfer import copied_ahead
 
 

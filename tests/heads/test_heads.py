@@ -9,11 +9,11 @@ from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
 from flperf.config import Model, UserError
-from flperf.engine import is_decayed
-from flperf.heads import HEADS, build_head
-from flperf.heads.layers import rotary_table, rotate, token_coordinates
-from flperf.latents import Layout
-from flperf.throughput import count_parameters, head_flops
+from flperf.engine.engine import is_decayed
+from flperf.models.heads import HEADS, build_head
+from flperf.models.heads.layers import rotary_table, rotate, token_coordinates
+from flperf.models.latents import Layout
+from flperf.training.timing import count_parameters, head_flops
 
 LAYOUT = Layout(context_frames=3, target_frames=2, height=2, width=3, dim=20)
 

@@ -12,8 +12,8 @@ from flperf_kernels.launching import launch
 
 from benchmarks import kernel_report, norm_report
 from flperf.config import Model
-from flperf.heads import build_head
-from flperf.latents import Layout
+from flperf.models.heads import build_head
+from flperf.models.latents import Layout
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Of rows of one or two numbers a norm leaves nothing to differentiate: gradients are what rounding leaves of a difference, times 1,000.

@@ -28,13 +28,13 @@ from runs import free_port
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flperf.checkpoint import Checkpoints
-from flperf.checkpoint_files import Damaged, candidates, check, read_index, read_weights, stored_fragments
 from flperf.config import UserError, load_config
-from flperf.engine import build_engine, head_weights, place_among, set_schedule, start_process, unsharded_masters
-from flperf.engine_state import held_fragments, state_tensors
-from flperf.heads import build_head
-from flperf.latents import latent_layout
+from flperf.engine.checkpoint import Checkpoints
+from flperf.engine.checkpoint_files import Damaged, candidates, check, read_index, read_weights, stored_fragments
+from flperf.engine.engine import build_engine, head_weights, place_among, set_schedule, start_process, unsharded_masters
+from flperf.engine.sharded_state import held_fragments, state_tensors
+from flperf.models.heads import build_head
+from flperf.models.latents import latent_layout
 
 # One weight above 100,000 elements, which ZeRO 3 does not keep gathered; 37 divides into no number of processes.
 HEAD = ["model.hidden_dim=160", "model.depth=1", "model.num_heads=2", "trainer.batch_size=8"]

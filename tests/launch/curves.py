@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from flperf import loop
 from flperf.config import load_config
-from flperf.engine import start_process
+from flperf.engine.engine import start_process
 from flperf.run import build_run
-from flperf.tracking import RunFolder
+from flperf.training import loop
+from flperf.training.tracking import RunFolder
 
 
 def curve(config_path: str, name: str, overrides: list[str], process) -> dict:

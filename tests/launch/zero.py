@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flperf import engine as flperf_engine
 from flperf.config import load_config
-from flperf.engine import AdamWWithEMA, build_engine, compute_dtype, place_among, set_schedule, start_process
-from flperf.heads import build_head
-from flperf.latents import Layout
+from flperf.engine import engine as flperf_engine
+from flperf.engine.engine import AdamWWithEMA, build_engine, compute_dtype, place_among, set_schedule, start_process
+from flperf.models.heads import build_head
+from flperf.models.latents import Layout
 
 LAYOUT = Layout(context_frames=2, target_frames=2, height=2, width=2, dim=24)
 PERSISTENT = 100_000  # elements below which ZeRO 3 leaves a parameter whole, DeepSpeed's default

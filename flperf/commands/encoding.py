@@ -1,0 +1,159 @@
+"""Runs the frozen encoder over a dataset once and writes the latents down, as shards or in FutureLatents' format."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from einops import rearrange
+from torch import Tensor
+from tqdm import tqdm
+
+from flperf.config import Config, UserError, differences
+from flperf.data import WITHOUT_VIDEO, Dataset, latent_shards, open_dataset, prepare_dataset
+from flperf.data.preprocessing import Preprocessing
+from flperf.data.samplers import Annotations
+from flperf.engine.engine import Process, compute_dtype
+from flperf.files import complete_file, write_durably
+from flperf.models.encoder import Encoder, build_encoder, encode_clip
+from flperf.models.latents import Layout, latent_layout
+from flperf.run import evaluation_place
+
+IDENTITY = "encoding.json"  # in a split's folder: what is encoded there, which a later start must go on with
+
+
+def encode_dataset(config: Config, process: Process, out: Path, *, as_files: bool) -> None:
+    """Write `out/train` and `out/validation`, the clips shared out over all processes; what is there already is kept.
+
+    Raises `UserError` where the folder holds anything but latents of the same clips, encoder and format.
+    """
+    if config.dataset.kind in WITHOUT_VIDEO:
+        raise UserError(f"dataset.kind: {config.dataset.kind!r} holds latents already; encode takes a dataset of videos")
+    if process.local_rank == 0:
+        prepare_dataset(config)
+    dist.barrier()
+    preprocessing = Preprocessing.of(config.backbone)
+    dataset = open_dataset(config, preprocessing, config.seed)
+    dtype = compute_dtype(config.engine.precision, process.device)
+    encoder = build_encoder(config.backbone, preprocessing, dtype=dtype, device=process.device, compile=config.engine.compile)
+    layout = latent_layout(config, *encoder.latent_shape(config.dataset.n_frames))
+    for split, annotations in dataset.splits.items():
+        if len(annotations):
+            encoding = SplitEncoding(config, process, dataset, encoder, layout, out / split, split)
+            encoding.write_files() if as_files else encoding.write_shards()
+
+
+def clips_digest(config: Config, annotations: Annotations, split: str) -> str:
+    """Of the clips in their order, their labels, and what decides which frames are taken from them, or how they are drawn."""
+    dataset = config.dataset
+    start = dataset.start if split == "train" else dataset.validation_start
+    drawn = [config.seed, asdict(dataset.shapes)] if dataset.kind == "bouncing_shapes" else None
+    clips = [[os.path.abspath(path) for path in annotations.paths], annotations.labels, start, drawn]
+    return hashlib.sha256(json.dumps(clips).encode()).hexdigest()[:16]
+
+
+class SplitEncoding:
+    """Encodes this process's share of the clips of one split."""
+
+    def __init__(self, config: Config, process: Process, dataset: Dataset, encoder: Encoder, layout: Layout, folder: Path, split: str):
+        self.config, self.process, self.dataset, self.encoder, self.layout = config, process, dataset, encoder, layout
+        self.folder, self.split, self.annotations = folder, split, dataset.splits[split]
+        self.about = latent_shards.identity(config, layout.context_frames, layout.target_frames)
+        self.about |= {"clips": clips_digest(config, self.annotations, split)}
+
+    def write_shards(self) -> None:
+        """`shard_XXXXX.safetensors`, and `manifest.csv` when all are there; see `latent_shards`."""
+        size, layout = len(self.annotations), self.layout
+        shape = (layout.context_frames + layout.target_frames, layout.height, layout.width, layout.dim)
+        length = latent_shards.clips_per_shard(shape, torch.bfloat16)
+        self._claim_folder({"format": "shards", "clips_per_shard": length})
+        groups = {}
+        for number in range(self.process.rank, -(-size // length), self.process.world_size):
+            path = latent_shards.shard_path(self.folder, number)
+            if path.exists():
+                self._check(path, latent_shards.open_shard(path).identity, self.about)
+            else:
+                groups[path] = range(number * length, min((number + 1) * length, size))
+        for path, (clips, latents) in zip(groups, self._encode(list(groups.values())), strict=True):
+            latent_shards.write_shard(path, clips, latents, self.about)
+        dist.barrier()
+        if self.process.is_main:
+            self._report(latent_shards.write_manifest(self.folder, self.annotations, length))
+        dist.barrier()
+
+    def write_files(self) -> None:
+        """FutureLatents' format: `clips/XXXXXXXX.pt`, a tensor `d t h w` each, and `manifest.csv` with out_path and label."""
+        self._claim_folder({"format": "files"})
+        (self.folder / "clips").mkdir(exist_ok=True)
+        mine = range(self.process.rank, len(self.annotations), self.process.world_size)
+        batches = [mine[first : first + self._batch_size] for first in range(0, len(mine), self._batch_size)]
+        missing = [batch for batch in batches if not all(self._file(clip).exists() for clip in batch)]
+        for clips, latents in self._encode(missing):
+            for clip, clip_latents in zip(clips.tolist(), latents, strict=True):
+                with complete_file(self._file(clip)) as unfinished:
+                    torch.save(rearrange(clip_latents, "t h w d -> d t h w").contiguous(), unfinished)
+        dist.barrier()
+        if self.process.is_main:
+            rows = [(f"clips/{clip:08d}.pt", label) for clip, label in enumerate(self.annotations.labels) if self._file(clip).exists()]
+            latent_shards.write_csv(self.folder / latent_shards.MANIFEST, [("out_path", "label"), *rows])
+            self._report(len(rows))
+        dist.barrier()
+
+    def _claim_folder(self, form: dict) -> None:
+        """Go on with the folder of the same encoding, or begin an empty one; any other is refused."""
+        about, file = self.about | form, self.folder / IDENTITY
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out: {self.folder} can't be made a folder ({error.strerror})") from None
+        if file.exists():
+            self._check(file, json.loads(file.read_text()), about)
+        elif any(self.folder.iterdir()):
+            raise UserError(f"{self.folder}: holds files, but no {IDENTITY} to say of what; choose another --out or remove the folder")
+        dist.barrier()  # all have looked
+        if self.process.is_main:
+            write_durably(file, json.dumps(about, indent=1))
+        dist.barrier()
+
+    def _check(self, path: Path, found: dict, about: dict) -> None:
+        changed = differences(found, about)
+        if changed:
+            raise UserError(
+                f"{path}: was encoded with another configuration or from other clips ({'; '.join(changed)}); "
+                f"choose another --out or remove {self.folder}"
+            )
+
+    def _report(self, written: int) -> None:
+        size = len(self.annotations)
+        unreadable = f", {size - written} can't be read" if written < size else ""
+        print(f"{self.folder}: {written} of {size} clips{unreadable}", flush=True)
+
+    def _file(self, clip: int) -> Path:
+        return self.folder / "clips" / f"{clip:08d}.pt"
+
+    @property
+    def _batch_size(self) -> int:
+        return evaluation_place(self.config, self.process).micro_batch_size
+
+    @torch.no_grad()
+    def _encode(self, groups: list[range]) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each group of clips (clips int64 [n], latents bf16 [n t h w d]); clips that can't be read are left out."""
+        device = self.process.device
+        batches = self.dataset.chosen_batches(groups, self._batch_size, self.split, device)
+        total, quiet = sum(map(len, groups)), None if self.process.is_main else True
+        with tqdm(total=total, desc=f"encoding {self.split}", unit="clip", disable=quiet) as bar:
+            for group in groups:
+                parts = []
+                for _ in range(-(-len(group) // self._batch_size)):
+                    batch = next(batches)
+                    video = batch.video.to(device, non_blocking=True)
+                    latents = torch.cat(encode_clip(self.encoder, video, self.layout, self.config.backbone.encode), dim=1)
+                    parts.append((batch.clip[batch.valid], latents.to(torch.bfloat16).cpu()[batch.valid]))
+                    bar.update(len(parts[-1][0]))
+                clips, latents = (torch.cat(part) for part in zip(*parts, strict=True))
+                yield clips, latents
+        batches.close()

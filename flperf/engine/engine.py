@@ -1,0 +1,250 @@
+"""From typed options to a DeepSpeed engine: process group, device, precision, optimizer, ZeRO.
+
+Three things are ours: the optimizer keeps the moving average of the weights as one more optimizer state (so ZeRO shards it,
+checkpoints carry it, and it follows the fp32 master weights, not their bf16 copies); learning rate and decay are pure functions
+of the step (so nothing about a schedule is stored); blocks are compiled before DeepSpeed sees them.
+"""
+
+import atexit
+import math
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import lru_cache
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, set_z3_leaf_modules
+from torch import Tensor, nn
+
+from flperf.config import Config, Engine, Trainer, UserError
+from flperf.data.samplers import Place
+from flperf.engine.devices import peak_flops
+from flperf.estimate.zero import REDUCE_BUCKET
+from flperf.models.heads import REPEATED
+from flperf.training.timing import count_parameters
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among all; `device` is where its work runs."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start_process(timeout: float = Engine.timeout) -> Process:
+    """Join the process group that the launcher (deepspeed, torchrun, srun) describes in the environment, or be alone; collectives fail
+    after `timeout` seconds."""
+    for name, alone in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, alone)
+    os.environ.setdefault("MASTER_PORT", "29500" if int(os.environ["WORLD_SIZE"]) > 1 else "0")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        # torchrun's name for it, then DeepSpeed's.
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+    deepspeed.utils.logger.setLevel("WARNING")
+    # On a CPU DeepSpeed would first compile, for a minute or more, a shared-memory all-reduce that only its inference uses.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout))
+        atexit.register(dist.destroy_process_group)  # its threads must not be left to the interpreter's end, which may abort on them
+    return Process(dist.get_rank(), local_rank, dist.get_world_size(), device)
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """bf16 or fp32; "auto" is bf16 where the device multiplies it faster."""
+    if precision == "auto":
+        return torch.bfloat16 if bf16_is_faster(device) else torch.float32
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+@lru_cache
+def bf16_is_faster(device: torch.device) -> bool:
+    """A GPU with bf16 always is. Of CPUs with bf16 instructions some multiply twice as fast as in fp32, some half as fast: measured."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    native = torch.cpu._is_avx512_bf16_supported()  # what has to emulate it is not worth measuring
+    return native and peak_flops(device, torch.bfloat16) > peak_flops(device, torch.float32)
+
+
+def place_among(trainer: Trainer, process: Process) -> Place:
+    """How the clips of one update are shared out: batch_size = micro_batch_size * accumulation_steps * processes.
+
+    The batch is what is learnt from, so it stays whatever the number of processes; the micro-batch gives way.
+    """
+    share, rest = divmod(trainer.batch_size, process.world_size)
+    if rest or not share:
+        raise UserError(
+            f"trainer.batch_size: {trainer.batch_size} clips cannot be shared out evenly among {process.world_size} processes; "
+            "start a number of processes that divides it"
+        )
+    wanted = trainer.micro_batch_size or share
+    micro = max(size for size in range(1, min(wanted, share) + 1) if share % size == 0)
+    if micro != wanted and process.is_main:
+        print(f"trainer.micro_batch_size: {wanted} does not divide the {share} clips of a process: {micro} x {share // micro} instead")
+    return Place(process.rank, process.world_size, micro, trainer.batch_size)
+
+
+class AdamWWithEMA(torch.optim.AdamW):
+    """Fused AdamW that also keeps an exponential moving average of what it updates, under the state key "ema".
+
+    `group["ema_decay"]` is the decay of the coming step; None keeps no average. With `clip` it also clips the gradients' norm and
+    skips a non-finite update: DeepSpeed does both in its own wrappers but not for a bare fp32 optimizer (ZeRO 0).
+    """
+
+    def __init__(self, groups: list[dict], trainer: Trainer, clip: bool):
+        super().__init__(groups, lr=0.0, betas=(trainer.betas[0], trainer.betas[1]), fused=True)
+        self.max_grad_norm = trainer.max_grad_norm if clip else None
+        self.overflow = False
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if self.max_grad_norm is not None:
+            self._global_grad_norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+            self.overflow = not math.isfinite(self._global_grad_norm)
+            if self.overflow:
+                return
+        super().step()
+        for group in self.param_groups:
+            if group["ema_decay"] is not None:
+                self._average([p for p in group["params"] if p.grad is not None], 1.0 - group["ema_decay"])
+
+    def _average(self, parameters: list[Tensor], weight: float) -> None:
+        if not parameters:  # ZeRO 3 steps one group of parameters at a time, the others being empty
+            return
+        for parameter in parameters:
+            if "ema" not in self.state[parameter]:
+                self.state[parameter]["ema"] = parameter.detach().clone()
+        torch._foreach_lerp_([self.state[parameter]["ema"] for parameter in parameters], parameters, weight)
+
+
+def learning_rate(step: int, trainer: Trainer, total_steps: int) -> float:
+    """Linear warm-up, then cosine to `final_learning_rate` (or constant)."""
+    if step < trainer.warmup_steps:
+        return trainer.learning_rate * (step + 1) / trainer.warmup_steps
+    if trainer.schedule == "constant":
+        return trainer.learning_rate
+    progress = (step - trainer.warmup_steps) / max(1, total_steps - trainer.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return trainer.final_learning_rate + (trainer.learning_rate - trainer.final_learning_rate) * cosine
+
+
+def ema_decay(step: int, trainer: Trainer) -> float | None:
+    """The decay grows to its final value as (1 + step) / (10 + step), so that early averages forget the initial weights."""
+    return None if trainer.ema_decay is None else min(trainer.ema_decay, (1 + step) / (10 + step))
+
+
+def set_schedule(engine: deepspeed.DeepSpeedEngine, step: int, trainer: Trainer, total_steps: int) -> float:
+    """Set learning rate and EMA decay of the coming update; returns the learning rate."""
+    rate = learning_rate(step, trainer, total_steps)
+    for group in engine.optimizer.param_groups:
+        group["lr"], group["ema_decay"] = rate, ema_decay(step, trainer)
+    return rate
+
+
+def deepspeed_options(engine: Engine, trainer: Trainer, place: Place, parameters: int, dtype: torch.dtype, device: torch.device) -> dict:
+    """DeepSpeed's configuration for a head of so many parameters. Gradients accumulate in fp32 as soon as there is more than one
+    micro-batch to add, but for ZeRO 0 in bf16, where DeepSpeed has no such optimizer."""
+    bare = is_bare(engine, dtype)
+    options = {
+        "train_batch_size": place.batch_size,
+        "train_micro_batch_size_per_gpu": place.micro_batch_size,
+        "gradient_accumulation_steps": place.accumulation_steps,
+        "gradient_clipping": 0.0 if bare else trainer.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": engine.zero_stage,
+            "overlap_comm": device.type == "cuda",
+            "reduce_bucket_size": min(parameters, REDUCE_BUCKET),  # allocated in full, so a small head gets a small one
+        },
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "steps_per_print": 10**9,
+    }
+    if place.accumulation_steps > 1 and engine.zero_stage > 0:
+        options["data_types"] = {"grad_accum_dtype": "fp32"}
+    return options
+
+
+def is_bare(engine: Engine, dtype: torch.dtype) -> bool:
+    """Whether DeepSpeed steps our optimizer directly, without a wrapper that clips and checks."""
+    return engine.zero_stage == 0 and dtype == torch.float32
+
+
+def build_engine(head: nn.Module, config: Config, place: Place, dtype: torch.dtype, device: torch.device) -> deepspeed.DeepSpeedEngine:
+    """Wrap the head. Matrices decay; biases, norms and learned tokens don't."""
+    head = head.to(device)
+    if config.engine.zero_stage == 3:
+        # Parameters are gathered for a whole block at a time, outside its compiled forward.
+        set_z3_leaf_modules(head, list(REPEATED))
+    decayed = [p for n, p in head.named_parameters() if is_decayed(n, p)]
+    plain = [p for n, p in head.named_parameters() if not is_decayed(n, p)]
+    groups = [
+        {"params": decayed, "weight_decay": config.trainer.weight_decay, "ema_decay": None},
+        {"params": plain, "weight_decay": 0.0, "ema_decay": None},
+    ]
+    optimizer = AdamWWithEMA(groups, config.trainer, clip=is_bare(config.engine, dtype))
+    options = deepspeed_options(config.engine, config.trainer, place, count_parameters(head), dtype, device)
+    engine, *_ = deepspeed.initialize(model=head, optimizer=optimizer, config=options, dist_init_required=False)
+    for state in optimizer.state.values():
+        state["step"].zero_()  # DeepSpeed's ZeRO 0 allocates the moments by a step with zero gradients, which must not count
+    if config.engine.zero_stage in (1, 2):
+        # In bf16 it would ask each tensor whether all of it is finite and wait for the answer, though the norm that follows tells as much.
+        engine.optimizer.check_overflow = lambda partition_gradients: None
+    return engine
+
+
+def is_decayed(name: str, parameter: nn.Parameter) -> bool:
+    return name.endswith("weight") and parameter.ndim >= 2
+
+
+def head_weights(engine: deepspeed.DeepSpeedEngine, *, average: bool) -> dict[str, Tensor]:
+    """Full fp32 weights of the head, or their moving average, by parameter name, on every process (a collective under ZeRO)."""
+    average = average and engine.global_steps > engine.skipped_steps  # before the first update there is none
+    if average and hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        # DeepSpeed 0.19 links optimizer states to parameters once, after the first group's first step, when the others have none.
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    masters = unsharded_masters(engine)
+    return {name: _full_weight(engine, parameter, masters, average) for name, parameter in engine.module.named_parameters()}
+
+
+def unsharded_masters(engine: deepspeed.DeepSpeedEngine) -> dict[nn.Parameter, Tensor]:
+    """ZeRO 0: what the optimizer updates for each parameter of the head: the parameter itself in fp32, a master copy in bf16."""
+    if engine.zero_optimization_stage() > 0:
+        return {}
+    if engine.optimizer is engine.basic_optimizer:
+        return {parameter: parameter for parameter in engine.module.parameters()}
+    wrapper = engine.optimizer
+    groups = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
+    return {low: high for lows, highs in groups for low, high in zip(lows, highs, strict=True)}
+
+
+def _full_weight(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter, masters: dict, average: bool) -> Tensor:
+    if parameter in masters:
+        master = masters[parameter]
+        full = engine.basic_optimizer.state[master]["ema"] if average else master
+    else:
+        full = safe_get_full_optimizer_state(parameter, "ema") if average else safe_get_full_fp32_param(parameter)
+    return full.detach()
+
+
+def load_weights(head: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Fill a plain head with `weights` in the compute dtype; its tables (buffers) stay fp32."""
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            parameter.data = weights[name].to(dtype).clone()

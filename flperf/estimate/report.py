@@ -1,0 +1,134 @@
+"""An estimate as text: sizes, memory by ZeRO stage, time of an update by number of nodes, and what all of it assumes."""
+
+from collections.abc import Iterator
+
+from flperf.engine.devices import Device
+from flperf.estimate import plan as estimation
+from flperf.estimate.plan import SOURCE_SIZE, STATED_SIZE, Memory, Step, Work, decode_rate, memory, step
+from flperf.estimate.zero import collectives
+
+STAGES = (0, 1, 2, 3)
+
+
+def report(work: Work, device: Device, nodes: list[int], per_node: int) -> str:
+    """Everything, several sections of lines. nodes: `work` is the share of one process among the first of them."""
+    places = [(count, stage) for count in nodes for stage in STAGES]
+    first = step(work, device, work.config.engine.zero_stage, nodes[0], per_node)
+    stars = f"* the configured stage; activations by checkpointing, in all: {work.config.model.activation_checkpointing}"
+    memories = [_place(work, *place) | _memory_row(work, device, *place, per_node) for place in places]
+    steps = [_place(work, *place) | _step_row(work, device, *place, per_node) for place in places]
+    sections = (
+        [f"An ESTIMATE of {work.config.name} on {device.name}: computed from the sizes below, no step was taken"],
+        _sizes(work, nodes[0] * per_node),
+        [f"Estimated memory of one device, GB of its {device.memory / 1e9:.0f} ({stars})", *_table(memories)],
+        ["Estimated time of one update", *_table(steps)],
+        [_input(work, device, first)],
+        _assumptions(work, device),
+    )
+    return "\n\n".join("\n".join(lines) for lines in sections)
+
+
+def _sizes(work: Work, processes: int) -> Iterator[str]:
+    config, layout, place = work.config, work.layout, work.place
+    encoder = f"{work.encoder_parameters / 1e6:.1f} M parameters, {config.backbone.kind}, encode: {config.backbone.encode}"
+    trained = work.flops - work.encoder_flops
+    yield f"encoder   {encoder if work.encoder_parameters else 'none: latents are cached'}"
+    yield f"head      {work.head_parameters / 1e6:.1f} M parameters, {config.model.head}"
+    yield f"latents   {layout.context_frames} + {layout.target_frames} frames of {layout.height} x {layout.width} x {layout.dim}"
+    yield f"FLOPs     a clip: {_flops(work.encoder_flops)} encoder forward + {_flops(trained)} head forward and backward"
+    yield f"bytes     a process and update: {work.moved / 1e9:.2f} GB read and written in memory, the optimizer apart"
+    shared = f"{place.micro_batch_size} x {place.accumulation_steps} accumulation x {processes} processes"
+    yield f"batch     {place.batch_size} = {shared}, {str(work.dtype).removeprefix('torch.')}; it grows with the nodes"
+
+
+def _flops(count: float) -> str:
+    return f"{count / 1e12:.3g} T" if count >= 1e11 else f"{count / 1e9:.3g} G"
+
+
+def _place(work: Work, nodes: int, stage: int) -> dict[str, str]:
+    return {"nodes": str(nodes), "ZeRO": f"{stage}{'*' if stage == work.config.engine.zero_stage else ' '}"}
+
+
+def _memory_row(work: Work, device: Device, nodes: int, stage: int, per_node: int) -> dict[str, str]:
+    held: Memory = memory(work, device, stage, nodes * per_node)
+    states, mode = held.states, work.config.model.activation_checkpointing
+    row = {
+        "weights": states.weights + states.gathered,
+        "gradients": states.gradients + states.buckets,
+        "optimizer": states.master + states.moments,
+        "EMA": states.average,
+        "encoder": held.encoder,
+        "eval copy": held.copy,
+        "clips": held.clips,
+        "activations": held.activations["none"],
+        "selective": held.activations["selective"],
+        "full": held.activations["full"],
+        "in all": held.total(mode),
+    }
+    fits = held.total(mode) <= device.memory
+    return {name: f"{value / 1e9:.2f}" for name, value in row.items()} | {"fits": "yes" if fits else "NO"}
+
+
+def _step_row(work: Work, device: Device, nodes: int, stage: int, per_node: int) -> dict[str, str]:
+    result = step(work, device, stage, nodes, per_node)
+    volumes = collectives(work.head_parameters, stage, work.dtype.itemsize, work.place.accumulation_steps)
+    row = {
+        "sending ms": result.hidden + result.exposed,
+        "(hidden)": result.hidden,
+        "arithmetic ms": result.arithmetic,
+        "memory ms": result.memory,
+        "decode ms": result.decode,
+        "step ms": result.seconds,
+    }
+    return {
+        "sent GB": f"{sum(collective.sent(nodes * per_node) for collective in volumes) / 1e9:.2f}",
+        **{name: f"{seconds * 1e3:.1f}" for name, seconds in row.items()},
+        "bound by": result.bound,
+        "clips/s": f"{result.clips / result.seconds:.1f}",
+        "efficiency": f"{result.efficiency:.1%}",
+    }
+
+
+def _table(rows: list[dict[str, str]]) -> Iterator[str]:
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    for row in ({name: name for name in rows[0]}, *rows):
+        yield "  ".join(f"{value:>{widths[name]}}" for name, value in row.items())
+
+
+def _input(work: Work, device: Device, result: Step) -> str:
+    """What has to be read or decoded for a device to compute as fast as it can."""
+    computed = work.clips / max(result.arithmetic, result.memory)
+    needed = f"input     a device computes {computed:.1f} clips/s, which takes"
+    if not work.encoder_parameters:
+        return f"{needed} {computed * work.clip_bytes / 1e9:.2g} GB/s of cached latents"
+    if not work.frames:
+        return f"{needed} as many drawn; drawing is not estimated"
+    needed = f"{needed} {computed * work.frames:.0f} decoded frames/s"
+    if not device.decode_rate:
+        return f"{needed}; what this machine decodes is not estimated"
+    rates = f"{decode_rate(device):.0f} of {_size(SOURCE_SIZE)} (assumed), {device.decode_rate:.0f} of {_size(STATED_SIZE)} (stated)"
+    return f"{needed}; {device.decoders} NVDEC engines give {rates}"
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[1]} x {size[0]}"
+
+
+def _assumptions(work: Work, device: Device) -> Iterator[str]:
+    peak, small = device.peaks[work.dtype] / 1e12, estimation.SMALLEST_PICTURE
+    yield "Assumed"
+    yield f"- {estimation.COMPUTED:.0%} of the peak of {peak:.4g} TFLOP/s, {estimation.COPIED:.0%} of {device.bandwidth / 1e12:.3g} TB/s"
+    if work.config.engine.compile:
+        yield "- compiled: what stands between two products (matrix products, attention) is one kernel"
+    else:
+        yield "- eager: every operator reads and writes memory"
+    yield "- bounds overlap one another, but for collectives that nothing hides; each process keeps its clips as nodes are added"
+    if device.is_gpu:
+        links = f"{device.link / 1e9:.0f} GB/s in a node, {device.network / 1e9:.0f} GB/s a device between nodes"
+        yield f"- {estimation.SENT:.0%} of links of {links}; rings, without latency and stragglers"
+    if work.frames and device.decode_rate:
+        yield f"- H.264 of {_size(SOURCE_SIZE)}, a keyframe every {estimation.KEYFRAME_INTERVAL} frames"
+        yield f"- a small picture takes a decoder at least {small:.0%} of the time of one of {_size(STATED_SIZE)}"
+        yield "- engines as busy as can be; an H100's, by DALI, were not (benchmarks/NOTES.md), and the CPU's cores decode beside them"
+    yield "- activations of eager operators (compiled ones keep less); no CUDA context, no NCCL buffers, no fragments of memory"
+    yield f"- facts of the device: {device.source}"

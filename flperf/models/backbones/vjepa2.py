@@ -1,0 +1,97 @@
+"""V-JEPA 2 (arXiv:2506.09985): bidirectional attention over tubelets of 2 x 16 x 16, the whole of what it is given at once.
+
+transformers' weights in blocks of our own: queries, keys and values come from one product, and the angles of the rotary embedding are
+computed once a clip, not once in every block, which took a quarter of the encoder's time on a CPU.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from flperf.config import Backbone, UserError
+from flperf.models.attention import attention
+from flperf.models.backbones.pretrained import load_transformer
+from flperf.models.backbones.tubelets import TubeletEmbedding
+
+
+class VJEPA2(nn.Module):
+    """transformers' encoder without the predictor of its pre-training."""
+
+    def __init__(self, backbone: Backbone, crop: tuple[int, int]):
+        super().__init__()
+        from transformers import VJEPA2Config, VJEPA2Model
+
+        if crop[0] != crop[1]:
+            raise UserError(f"backbone.processor: V-JEPA 2 takes square clips, not {crop[0]} x {crop[1]}")
+        # Its rotary positions are laid out on crop_size, so the configuration follows the preprocessing.
+        model: Any = load_transformer(VJEPA2Model, VJEPA2Config, backbone, crop_size=crop[0])
+        encoder = model.encoder  # the masked-token predictor of pre-training is not kept
+        self.embedding, self.norm = TubeletEmbedding(encoder.embeddings.patch_embeddings.proj), encoder.layernorm
+        self.blocks = nn.ModuleList(Block(layer) for layer in encoder.layer)
+        self.frames_per_latent = self.frames_covered = model.config.tubelet_size
+        self.patch_size = model.config.patch_size
+        self.dim = model.config.hidden_size
+        self.head_dim = self.dim // model.config.num_attention_heads
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels: normalised, b f c h w -> b t h w d."""
+        x = self.embedding(pixels)
+        _, t, h, w, _ = x.shape
+        cosine, sine = rotary_table(t, h, w, self.head_dim, x.device)
+        x = rearrange(x, "b t h w d -> b (t h w) d")
+        for block in self.blocks:
+            x = block(x, cosine, sine)
+        return rearrange(self.norm(x), "b (t h w) d -> b t h w d", t=t, h=h)
+
+
+class Block(nn.Module):
+    """One of transformers' layers: x + attention(norm(x)), then x + MLP(norm(x)).
+
+    It rotates the channels 2i and 2i + 1 of a head, which no vector instruction reads well, so the rows of the query and key weights
+    are reordered, even channels first: a product of queries and keys doesn't see the order.
+    """
+
+    def __init__(self, layer: Any):
+        super().__init__()
+        theirs = layer.attention
+        self.num_heads = theirs.num_attention_heads
+        self.norm1, self.norm2, self.mlp, self.out = layer.norm1, layer.norm2, layer.mlp, theirs.proj
+        dim, bias = theirs.hidden_size, theirs.query.bias is not None
+        self.query_key_value = nn.Linear(dim, 3 * dim, bias=bias)
+        for name in ("weight", "bias") if bias else ("weight",):
+            query, key, value = (getattr(part, name).detach() for part in (theirs.query, theirs.key, theirs.value))
+            query, key = (rearrange(x, "(a k two) ... -> (a two k) ...", a=self.num_heads, two=2) for x in (query, key))
+            setattr(self.query_key_value, name, nn.Parameter(torch.cat([query, key, value])))
+
+    def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """b n d -> b n d; cosine, sine: [n, 1, k]."""
+        query, key, value = rearrange(
+            self.query_key_value(self.norm1(x)), "b n (three a k) -> three b n a k", three=3, a=self.num_heads
+        ).unbind()
+        mixed = attention(rotate(query, cosine, sine), rotate(key, cosine, sine), value)
+        x = x + self.out(rearrange(mixed, "b n a k -> b n (a k)"))
+        return x + self.mlp(self.norm2(x))
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + k/2) of `b n a k` by cosine and sine [n, 1, k], in fp32."""
+    first, second = x.float().chunk(2, dim=-1)
+    return (x.float() * cosine + torch.cat([-second, first], dim=-1) * sine).to(x.dtype)
+
+
+def rotary_table(frames: int, height: int, width: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine for every token and channel of a head, even channels first, fp32 [t h w, 1, k].
+
+    As published, which the weights expect: each of t, h and w has a third of the channels (rounded down to pairs), the frequencies of
+    that third repeat one after another, so the two channels of a pair turn by different angles, and what is left over stays.
+    """
+    count = head_dim // 3 // 2
+    frequencies = 10_000.0 ** (-torch.arange(count, device=device) / count)
+    places = torch.cartesian_prod(*(torch.arange(size, device=device) for size in (frames, height, width)))
+    angles = (places[:, :, None] * frequencies.repeat(2)).flatten(1)  # [t h w, 3 * 2 * count]
+    angles = F.pad(angles, (0, head_dim - angles.shape[1]))
+    angles = rearrange(angles, "n (k two) -> n 1 (two k)", two=2)
+    return angles.cos(), angles.sin()

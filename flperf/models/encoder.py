@@ -1,0 +1,98 @@
+"""The frozen encoder behind one function: uint8 video `b f h w c` in, latents `b t h w d` out.
+
+Pixels are normalised inside the compiled graph, so that what crosses the bus and fills the prefetch buffers is one byte a channel.
+The backbones themselves stand in flperf/backbones.
+"""
+
+from typing import Any
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from flperf.config import Backbone, UserError
+from flperf.data.preprocessing import Preprocessing
+from flperf.models.backbones import BACKBONES
+from flperf.models.compile import compile_forward
+from flperf.models.latents import Layout
+
+
+class PixelNormalisation(nn.Module):
+    """(x * rescale - mean) / std as one multiply and add: uint8 b f h w c -> b f c h w in `dtype`.
+
+    Whole rows of pixels at once: a loop over three channels, which lie side by side, would fill no vector of a CPU.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+        mean, std, width = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std), preprocessing.size[1]
+        self.register_buffer("scale", repeat(preprocessing.rescale / std, "c -> (w c)", w=width), persistent=False)
+        self.register_buffer("shift", repeat(-mean / std, "c -> (w c)", w=width), persistent=False)
+
+    def forward(self, video: Tensor) -> Tensor:
+        """uint8 `b f h w c` to `b f c h w`, whose channels stay side by side in memory."""
+        rows = rearrange(video, "b f h w c -> b f h (w c)").float() * self.scale + self.shift
+        return rearrange(rows.to(self.dtype), "b f h (w c) -> b f c h w", c=3)
+
+
+class Encoder(nn.Module):
+    """Normalisation and backbone, frozen, in eval mode."""
+
+    backbone: Any  # a class of BACKBONES
+
+    def __init__(self, backbone: Backbone, preprocessing: Preprocessing, dtype: torch.dtype):
+        super().__init__()
+        if backbone.kind not in BACKBONES:
+            raise UserError(f"backbone.kind: {backbone.kind!r} is unknown; known: {', '.join(BACKBONES)}")
+        self.resolution = preprocessing.size
+        self.backbone = BACKBONES[backbone.kind](backbone, self.resolution).to(dtype)
+        self.normalise = PixelNormalisation(preprocessing, dtype)
+        self.requires_grad_(False).eval()
+
+    @property
+    def frames_per_latent(self) -> int:
+        """Video frames from one latent frame to the next."""
+        return self.backbone.frames_per_latent
+
+    @property
+    def frames_covered(self) -> int:
+        """How many of these a latent frame is computed from: the first ones."""
+        return self.backbone.frames_covered
+
+    def latent_shape(self, frames: int) -> tuple[int, int, int, int]:
+        """(t, h, w, d) of the latents of `frames` video frames."""
+        height, width = (size // self.backbone.patch_size for size in self.resolution)
+        return frames // self.frames_per_latent, height, width, self.backbone.dim
+
+    def forward(self, video: Tensor) -> Tensor:
+        """video: uint8 b f h w c -> latents b t h w d in the encoder's dtype."""
+        return self.backbone(self.normalise(video)).contiguous()
+
+
+def build_encoder(backbone: Backbone, preprocessing: Preprocessing, *, dtype: torch.dtype, device: torch.device, compile: bool) -> Encoder:
+    """The frozen encoder on `device`, its blocks and its pixel normalisation compiled."""
+    encoder = Encoder(backbone, preprocessing, dtype).to(device)
+    if compile:
+        compile_forward(encoder.normalise, "the encoder's pixel normalisation")
+        for number, block in enumerate(encoder.backbone.blocks, start=1):
+            compile_forward(block, f"encoder block {number}/{len(encoder.backbone.blocks)}")
+    return encoder
+
+
+@torch.no_grad()
+def encode_clip(encoder: Encoder, video: Tensor, layout: Layout, mode: str) -> tuple[Tensor, Tensor]:
+    """Raw context and target latents, `b t h w d` each, of uint8 video `b f h w c`.
+
+    mode "split" encodes the context frames by themselves, so that nothing of the target can reach the context; "joint" encodes the
+    clip as a whole and splits the latents, as FutureLatents does: an encoder that attends over time then leaks the future.
+    """
+    context_frames = layout.context_frames * encoder.frames_per_latent
+    last_frame = context_frames + layout.target_frames * encoder.frames_per_latent
+    if mode == "joint":
+        latents = encoder(video[:, :last_frame])
+        return latents[:, : layout.context_frames], latents[:, layout.context_frames :]
+    context, target = video[:, :context_frames], video[:, context_frames:last_frame]
+    if context.shape == target.shape:  # one call on a double batch, one compilation
+        return encoder(torch.cat([context, target])).chunk(2)
+    return encoder(context), encoder(target)

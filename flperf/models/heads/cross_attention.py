@@ -1,0 +1,38 @@
+"""Cross-attention predictor: one learned query for each target place reads the context, which is never updated.
+
+Cheaper than the predictor where the context is long: the context tokens are projected, not attended from.
+"""
+
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from flperf.config import Model
+from flperf.models.heads.layers import Block, ContextEmbedding, KeysValues, Positions, initialise, learned_token
+from flperf.models.latents import Layout
+
+
+class CrossAttentionPredictor(nn.Module):
+    """Learned queries that read the context in every block; needs regression."""
+
+    def __init__(self, model: Model, layout: Layout):
+        super().__init__()
+        self.layout = layout
+        self.positions = Positions(model.positions, layout, model.hidden_dim, model.num_heads)
+        self.context = ContextEmbedding(layout.dim, model.hidden_dim)
+        self.target_queries = learned_token(layout.target_tokens, model.hidden_dim)
+        self.memory = nn.ModuleList(KeysValues(model.hidden_dim, model.num_heads) for _ in range(model.depth))
+        self.blocks = nn.ModuleList(
+            Block(model.hidden_dim, model.num_heads, model.mlp_ratio, cross_attention=True) for _ in range(model.depth)
+        )
+        self.norm = nn.LayerNorm(model.hidden_dim, eps=1e-6)
+        self.out = nn.Linear(model.hidden_dim, layout.dim)
+        initialise(self, zero=[self.out])
+
+    def forward(self, context: Tensor) -> Tensor:
+        """Context latents `b t h w c` to forecast target latents `b t' h w c`."""
+        tokens = self.positions.add(self.context(context), "context")  # b m d
+        # Contiguous, so that the first block has the strides of the others and shares their compilation.
+        x = self.positions.add(repeat(self.target_queries, "n d -> b n d", b=len(tokens)), "target").contiguous()
+        for block, keys_values in zip(self.blocks, self.memory, strict=True):
+            x = block(x, self.positions.rotary("target"), keys_values(tokens, self.positions.rotary("context")))
+        return rearrange(self.out(self.norm(x)), "b (t h w) c -> b t h w c", h=self.layout.height, w=self.layout.width)

@@ -1,0 +1,57 @@
+"""Diffusion transformer (DiT, arXiv:2212.09748): noised target latents and tau to a velocity, with cross-attention to the context.
+
+Gates and output start at zero, so a fresh DiT predicts zero velocity.
+"""
+
+from typing import cast
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from flperf.config import Model
+from flperf.models.heads.layers import Block, ContextEmbedding, KeysValues, Positions, TauEmbedding, initialise
+from flperf.models.latents import Layout
+
+Memory = list[tuple[Tensor, Tensor]]
+
+
+class DiT(nn.Module):
+    """Noised target tokens, modulated by tau, that read the context in every block; needs flow matching."""
+
+    def __init__(self, model: Model, layout: Layout):
+        super().__init__()
+        self.layout = layout
+        self.positions = Positions(model.positions, layout, model.hidden_dim, model.num_heads)
+        self.context = ContextEmbedding(layout.dim, model.hidden_dim)
+        self.noised = nn.Linear(layout.dim, model.hidden_dim)
+        self.tau = TauEmbedding(model.hidden_dim)
+        self.memory = nn.ModuleList(KeysValues(model.hidden_dim, model.num_heads) for _ in range(model.depth))
+        self.blocks = nn.ModuleList(
+            Block(model.hidden_dim, model.num_heads, model.mlp_ratio, cross_attention=True, modulated=True, fused=model.fused_adaln)
+            for _ in range(model.depth)
+        )
+        self.norm = nn.LayerNorm(model.hidden_dim, eps=1e-6, elementwise_affine=False)
+        self.modulation = nn.Linear(model.hidden_dim, 2 * model.hidden_dim)
+        self.out = nn.Linear(model.hidden_dim, layout.dim)
+        initialise(self, zero=[self.out, self.modulation, *(cast(Block, block).modulation for block in self.blocks)])
+
+    def remember(self, context: Tensor) -> Memory:
+        """Every block's keys and values of the context `b t h w c`; a sampler computes them once for all its steps."""
+        tokens = self.positions.add(self.context(context), "context")  # b m d
+        return [keys_values(tokens, self.positions.rotary("context")) for keys_values in self.memory]
+
+    def velocity(self, noised: Tensor, tau: Tensor, memory: Memory) -> Tensor:
+        """noised: b t' h w c at time tau [b] to the velocity data - noise, b t' h w c."""
+        condition = self.tau(tau)  # b d
+        x = self.noised(rearrange(noised, "b t h w c -> b (t h w) c"))
+        x = self.positions.add(x, "target")  # b n d
+        for block, keys_values in zip(self.blocks, memory, strict=True):
+            x = block(x, self.positions.rotary("target"), keys_values, condition)
+        shift, scale = rearrange(self.modulation(F.silu(condition)), "b (two d) -> two b 1 d", two=2).unbind()
+        x = self.out(self.norm(x) * (1 + scale) + shift)
+        return rearrange(x, "b (t h w) c -> b t h w c", h=self.layout.height, w=self.layout.width)
+
+    def forward(self, context: Tensor, noised: Tensor, tau: Tensor) -> Tensor:
+        """context `b t h w c`, noised `b t' h w c` at tau [b] to the velocity `b t' h w c`."""
+        return self.velocity(noised, tau, self.remember(context))

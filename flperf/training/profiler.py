@@ -1,0 +1,92 @@
+"""`--profile`: where the time of a step goes, as a trace for chrome://tracing or Perfetto and as a table.
+
+Stages are timed as in every run (on CUDA by events); what happens inside them (copies, collectives, an idle device) comes from
+PyTorch's profiler, which watches a few steps after the first ones have compiled.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from flperf.engine.engine import Process
+from flperf.training.timing import StageTimer
+
+WAITED, WARM_UP, WATCHED = 3, 1, 5  # steps
+PROFILED_STEPS = WAITED + WARM_UP + WATCHED
+STAGES = {"data": "wait for data", "encode": "encoder", "forward": "head, forward", "backward": "head, backward", "optim": "optimizer"}
+COLLECTIVES = ("nccl", "gloo:", "c10d::")
+COPIES = ("Memcpy HtoD",)
+
+
+class StepProfile:
+    """A context; call `step` after every step. Every process watches itself, the main one writes."""
+
+    def __init__(self, folder: Path, process: Process):
+        self.folder, self.process, self.timer, self.table, self.steps = folder, process, StageTimer(process.device), "", 0
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (process.device.type == "cuda")
+        steps = schedule(wait=WAITED, warmup=WARM_UP, active=WATCHED, repeat=1)
+        self.profiler = profile(activities=activities, schedule=steps, on_trace_ready=self._write, acc_events=True)
+
+    def __enter__(self) -> "StepProfile":
+        self.profiler.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.profiler.__exit__(*error)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        with torch.profiler.record_function(f"flperf {name}"), self.timer.stage(name, host=name == "data"):
+            yield
+
+    def step(self) -> bool:
+        """Whether this was the last step to be watched: `table` is there now."""
+        self.steps += 1
+        if self.steps == WAITED + WARM_UP:
+            self.timer.spans.clear()
+        self.profiler.step()  # calls `_write` after the last one
+        return self.steps == PROFILED_STEPS
+
+    def _write(self, profiler: profile) -> None:
+        self.table = stage_table(self.timer.read(WATCHED), profiler.events(), self.process.device.type == "cuda")
+        if self.process.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(self.folder / "trace.json.gz"))
+            (self.folder / "table.txt").write_text(self.table + "\n")
+
+
+def stage_table(stages: dict[str, float], events: Iterable[FunctionEvent], on_gpu: bool) -> str:
+    """Milliseconds a step and its share, as text. stages: `StageTimer`'s; events: those of a profile of `WATCHED` steps."""
+    # Of a GPU only what ran on it: a kernel's time stands again at the operator that launched it and in every range around it.
+    worked = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation] if on_gpu else events
+
+    def milliseconds(parts: tuple[str, ...]) -> float:
+        """Of the events with one of these in their name, without what they called."""
+        chosen = [event for event in worked if any(part in event.name for part in parts)]
+        return sum(event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in chosen) / 1e3 / WATCHED
+
+    step = sum(event.cpu_time_total for event in events if event.name.startswith("ProfilerStep")) / 1e3 / WATCHED
+    rows = {label: stages[f"{name}_ms"] for name, label in STAGES.items()}
+    # A CPU is idle in no stage; a GPU while nothing runs on any of its streams.
+    idle = step - (busy(worked) / 1e3 / WATCHED if on_gpu else sum(rows.values()))
+    rows |= {
+        "of it copies": milliseconds(COPIES),
+        "of it collectives": milliseconds(COLLECTIVES),
+        "idle": max(0.0, idle),
+        "whole step": step,
+    }
+    return "\n".join(f"{label:>18} {value:9.2f} ms {value / step:7.1%}" for label, value in rows.items())
+
+
+def busy(events: Iterable[FunctionEvent]) -> float:
+    """Microseconds in which at least one of the events ran."""
+    total = reached = 0.0
+    for start, end in sorted((event.time_range.start, event.time_range.end) for event in events):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
