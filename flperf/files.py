@@ -1,12 +1,18 @@
-"""Files that are whole at any moment, whatever is killed and however full the disk: a start must be able to read what the one
-before it left."""
+"""Files that are whole at any moment, whatever is killed and however full the disk; and safetensors files that say what they are."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError, safe_open
 
 from flperf.errors import UserError
+
+if TYPE_CHECKING:  # commands that only look at files need not wait for torch
+    import torch
+    from torch import Tensor
 
 
 @contextmanager
@@ -46,3 +52,16 @@ def writing(path: Path) -> Iterator[None]:
             f"{error.filename or path}: cannot be written: {error.strerror}; "
             "mend that and start again: what was complete before is still there"
         ) from error
+
+
+def read_tensor_file(path: str | Path, file_format: str, writer: str, device: "torch.device") -> tuple[dict[str, "Tensor"], dict[str, str]]:
+    """Tensors by name and metadata of a file of `file_format`, which `writer` writes. Raises `UserError` that names the file."""
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: is not a safetensors file that can be read ({error})") from None
+    if metadata.get("format") != file_format:
+        raise UserError(f"{path}: was not written by `{writer}` (format {metadata.get('format')!r}, expected {file_format!r})")
+    return tensors, metadata

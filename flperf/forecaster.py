@@ -12,17 +12,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flperf.config import Config, UserError, parse_config
+from flperf.config import Config, parse_config
 from flperf.data.preprocessing import Preprocessing
 from flperf.engine.checkpoint_files import latest_checkpoint, read_weights
 from flperf.engine.engine import compute_dtype, load_weights
-from flperf.files import complete_file
+from flperf.errors import UserError
+from flperf.files import complete_file, read_tensor_file
 from flperf.models.baselines import Baselines, load_statistics, split_statistics
 from flperf.models.encoder import build_encoder
 from flperf.models.heads import build_head
 from flperf.models.latents import Layout, Normaliser, Statistics
 from flperf.objectives.build import build_objective, forecast
-from flperf.tensor_file import read_tensor_file
 
 FORMAT = "flperf forecaster 1"
 CPU = torch.device("cpu")

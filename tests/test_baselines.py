@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flperf.config import UserError
+from flperf.errors import UserError
 from flperf.models.baselines import LatentSample, load_statistics, ridge_solution, save_statistics
 from flperf.models.latents import Layout, Normaliser
 

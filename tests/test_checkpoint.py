@@ -14,9 +14,10 @@ import torch
 from runs import ROOT, TINY
 from safetensors.torch import load_file
 
-from flperf.config import Trainer, UserError
+from flperf.config import Trainer
 from flperf.engine.checkpoint_files import Damaged, candidates, check, index_text, latest_checkpoint, read_index, read_weights
 from flperf.engine.engine import Process, place_among
+from flperf.errors import UserError
 
 NEWEST = "step_00000002"
 

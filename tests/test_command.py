@@ -7,7 +7,7 @@ import pytest
 
 from flperf import cli
 from flperf.commands.common import make_folder_of, run_command
-from flperf.config import UserError
+from flperf.errors import UserError
 
 
 def printed(capsys, monkeypatch, *arguments: str) -> str:

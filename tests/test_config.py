@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from flperf.config import Config, UserError, differences, load_config
+from flperf.config import Config, differences, load_config
 from flperf.config.validate import ALLOWED, BELOW_1, check_values, parse_interval
+from flperf.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 REFERENCES = [  # those that FutureLatents' README names, and one of 4DS

@@ -12,8 +12,9 @@ from runs import ROOT
 
 from flperf.commands import doctor
 from flperf.commands import doctor_config as doctor_run
-from flperf.config import UserError, load_config
+from flperf.config import load_config
 from flperf.engine.devices import DEVICES
+from flperf.errors import UserError
 from flperf.estimate.plan import memory, plan
 
 REFERENCE = ROOT / "configs/references/vjepa2_kinetics_400.yaml"

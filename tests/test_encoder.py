@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from flperf.config import Backbone, UserError
+from flperf.config import Backbone
 from flperf.data.preprocessing import Preprocessing
+from flperf.errors import UserError
 from flperf.models.encoder import Encoder, build_encoder, encode_clip
 from flperf.models.latents import Layout
 from flperf.training.timing import encoder_flops

@@ -12,9 +12,10 @@ import pytest
 import torch
 from runs import ROOT, launch
 
-from flperf.config import UserError, load_config
+from flperf.config import load_config
 from flperf.data import latent_shards, open_dataset
 from flperf.engine.compile_cache import CACHE_VARIABLES
+from flperf.errors import UserError
 
 CPU = torch.device("cpu")
 KILLED_AT_THE_SIXTH_FILE = """

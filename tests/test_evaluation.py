@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from flperf.config import Config, UserError
+from flperf.config import Config
 from flperf.data.samplers import ClipBatch
+from flperf.errors import UserError
 from flperf.evaluation.evaluate import ERRORS, Gaussian, Moments, Pooled, Sums, evaluate, frechet_distance, sample_scores, summary
 from flperf.evaluation.probe import probe_accuracies
 from flperf.models.baselines import Baselines

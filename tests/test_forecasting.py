@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from flperf.commands import trained as forecasting
 from flperf.commands.forecast_files import frames_for, seconds_ahead
-from flperf.config import UserError
+from flperf.errors import UserError
 
 CONFIG = """
 inherits: [{root}/configs/demo.yaml]

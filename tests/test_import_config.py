@@ -3,7 +3,8 @@
 import pytest
 
 from flperf.commands.import_config import import_config
-from flperf.config import UserError, load_config
+from flperf.config import load_config
+from flperf.errors import UserError
 
 DATA = """
 datasets:

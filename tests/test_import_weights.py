@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flperf.commands.import_weights import head_of, import_weights
-from flperf.config import UserError, load_config
+from flperf.config import load_config
+from flperf.errors import UserError
 from flperf.forecaster import read_trained
 from flperf.models.heads import use_initial_weights
 

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from flperf.config import Config, UserError
+from flperf.config import Config
+from flperf.errors import UserError
 from flperf.models.latents import Layout, Normaliser, latent_layout
 
 LAYOUT = Layout(context_frames=2, target_frames=3, height=2, width=2, dim=5)

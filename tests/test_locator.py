@@ -8,10 +8,11 @@ import torch
 from runs import BACKBONES, FOUR_DS, REGIMES, ROOT, TINY
 
 from flperf.commands import trained as forecasting
-from flperf.config import UserError, load_config
+from flperf.config import load_config
 from flperf.data import Place
 from flperf.data.bouncing_shapes import patch_heatmaps
 from flperf.data.samplers import ClipBatch
+from flperf.errors import UserError
 from flperf.evaluation.locator import FrameLatents, PixelErrors, frame_centres, load_locator, save_locator, train_locator
 from flperf.evaluation.locator_heads import LOCATORS, Locator
 from flperf.models.latents import Layout, Normaliser, Statistics

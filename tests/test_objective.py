@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from flperf_kernels import flow_matching as kernels
 
-from flperf.config import Config, Engine, Model, Objective, UserError
+from flperf.config import Config, Engine, Model, Objective
+from flperf.errors import UserError
 from flperf.models.heads import build_head
 from flperf.models.latents import Layout, Normaliser, Statistics
 from flperf.objectives import build as objectives

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from flperf.config import Config, Model, Objective, Sampling, UserError, load_config
+from flperf.config import Config, Model, Objective, Sampling, load_config
+from flperf.errors import UserError
 from flperf.models.heads import build_head
 from flperf.models.latents import Layout
 from flperf.objectives.build import build_objective, forecast

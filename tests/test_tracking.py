@@ -14,10 +14,11 @@ import pytest
 from runs import ROOT
 from wandb.proto import wandb_internal_pb2
 
-from flperf.config import Config, UserError
+from flperf.config import Config
 from flperf.data import Dataset
 from flperf.data.samplers import Annotations
 from flperf.engine.engine import start_process
+from flperf.errors import UserError
 from flperf.files import write_durably
 from flperf.train import train
 from flperf.training.tracking import RunFolder, Tracker

@@ -16,10 +16,11 @@ from unittest import mock
 import pytest
 from runs import BACKBONES, REGIMES, ROOT, curves, launch
 
-from flperf.config import UserError, dump_config, load_config
+from flperf.config import dump_config, load_config
 from flperf.engine import preemption as interruption
 from flperf.engine.checkpoint_files import latest_checkpoint, read_index, read_weights
 from flperf.engine.compile_cache import CACHE_VARIABLES
+from flperf.errors import UserError
 from flperf.objectives.build import Regression
 from flperf.train import train as train_here
 from flperf.training import loop

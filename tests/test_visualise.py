@@ -15,8 +15,9 @@ import torch
 from nbclient import NotebookClient
 from runs import ROOT
 
-from flperf.config import Config, Trainer, UserError
+from flperf.config import Config, Trainer
 from flperf.data.demo import write_demo
+from flperf.errors import UserError
 from flperf.evaluation.video import convert_video_tensor_to_mp4, save_mp4_video
 from flperf.evaluation.visualise import Example, Projection, write_example
 from flperf.models.baselines import Baselines

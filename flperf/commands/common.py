@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-from flperf.config import UserError
+from flperf.errors import UserError
 
 
 def command_parser(name: str, description: str, *examples: str, debug: str = "show tracebacks") -> argparse.ArgumentParser:

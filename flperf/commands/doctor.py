@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from flperf.commands.common import command_parser
-from flperf.config import UserError
+from flperf.errors import UserError
 
 DRIVER = Path("/proc/driver/nvidia/version")
 NEEDED_DISK_GB, NEEDED_SHARED_GB = 20, 1

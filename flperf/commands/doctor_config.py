@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from flperf.commands.doctor import Finding, cached_weights
-from flperf.config import Config, UserError, load_config
+from flperf.config import Config, load_config
+from flperf.errors import UserError
 
 CLIPS = 10
 AGAIN = "mend what this line names, then run the same command again"

@@ -13,11 +13,12 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from flperf.config import Config, UserError, differences
+from flperf.config import Config, differences
 from flperf.data import WITHOUT_VIDEO, Dataset, latent_shards, open_dataset, prepare_dataset
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.samplers import Annotations
 from flperf.engine.engine import Process, compute_dtype
+from flperf.errors import UserError
 from flperf.files import complete_file, write_durably
 from flperf.models.encoder import Encoder, build_encoder, encode_clip
 from flperf.models.latents import Layout, latent_layout

@@ -3,7 +3,8 @@
 import argparse
 
 from flperf.commands.common import command_parser
-from flperf.config import UserError, load_config
+from flperf.config import load_config
+from flperf.errors import UserError
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:

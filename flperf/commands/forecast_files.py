@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flperf.config import UserError
 from flperf.data.prefetch import BadClip
+from flperf.errors import UserError
 from flperf.evaluation.visualise import Example, write_example
 from flperf.files import complete_file
 from flperf.objectives.build import forecast

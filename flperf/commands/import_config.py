@@ -14,10 +14,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flperf.commands.common import command_parser, make_folder_of
-from flperf.config import UserError, parse_config
+from flperf.config import parse_config
 from flperf.config.files import layers
 from flperf.config.futurelatents import DROPPED, MEANT_NULL, SAME, TRANSLATED, known
-from flperf.errors import first_line
+from flperf.errors import UserError, first_line
 
 HEADS = {
     "deterministic": ("predictor", "regression"),

@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flperf.commands.common import command_parser, make_folder_of
-from flperf.config import Config, Model, UserError, load_config
+from flperf.config import Config, Model, load_config
 from flperf.data import WITHOUT_VIDEO, Preprocessing, open_dataset
-from flperf.errors import first_line
+from flperf.errors import UserError, first_line
 from flperf.files import complete_file
 from flperf.models.encoder import build_encoder
 from flperf.models.heads import build_head

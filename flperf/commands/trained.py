@@ -8,8 +8,9 @@ import argparse
 from pathlib import Path
 
 from flperf.commands.common import command_parser, make_folder_of
-from flperf.config import Config, UserError, differences, dump_config, load_config
+from flperf.config import Config, differences, dump_config, load_config
 from flperf.engine.compile_cache import use_compile_cache
+from flperf.errors import UserError
 from flperf.files import writing
 
 DATA_SECTIONS = ("dataset", "evaluation", "engine", "trainer", "tracking", "checkpoint")  # another --config may differ in these

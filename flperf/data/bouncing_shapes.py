@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flperf.config import Shapes, UserError
+from flperf.config import Shapes
 from flperf.data.prefetch import Buffers
 from flperf.data.preprocessing import Size
 from flperf.data.samplers import Batches, ClipBatch, Draw
+from flperf.errors import UserError
 
 SQUARE_COLOUR = (230, 60, 50)
 DISK_COLOUR = (60, 110, 235)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flperf.config import Config, UserError
+from flperf.config import Config
 from flperf.config import Dataset as DatasetConfig
 from flperf.data import latent_files as cache
 from flperf.data import latent_shards
@@ -30,6 +30,7 @@ from flperf.data.samplers import (
     read_annotations,
     read_labels,
 )
+from flperf.errors import UserError
 
 __all__ = ["DATASETS", "ClipBatch", "Dataset", "Place", "Preprocessing", "WITHOUT_VIDEO", "open_dataset", "prepare_dataset"]
 

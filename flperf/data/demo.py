@@ -14,8 +14,8 @@ from typing import cast
 import av
 import numpy as np
 
-from flperf.config import UserError
 from flperf.data.bouncing_shapes import bounce, circle
+from flperf.errors import UserError
 
 CLASSES = ("bouncing square", "bouncing disk", "circling square", "circling disk")
 SPLITS = {"train": 96, "validation": 16}

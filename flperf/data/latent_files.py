@@ -12,10 +12,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from flperf.config import UserError
 from flperf.data.prefetch import Buffers, filled_buffers
 from flperf.data.samplers import Annotations, Batches, ClipBatch, Draw, existing_file
-from flperf.errors import first_line
+from flperf.errors import UserError, first_line
 
 LABEL_COLUMN = "label"  # of the manifest, where it has one
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what heads and kernels read

@@ -26,9 +26,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flperf.config import Config, UserError, differences
+from flperf.config import Config, differences
 from flperf.data.prefetch import Buffers, filled_buffers
 from flperf.data.samplers import Annotations, Batches, ClipBatch, Draw, has_header
+from flperf.errors import UserError
 from flperf.files import complete_file
 
 MANIFEST = "manifest.csv"

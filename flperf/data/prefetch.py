@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flperf.config import UserError
 from flperf.data.samplers import Draw, TrainingOrder, ValidationOrder
+from flperf.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from flperf.config import Backbone, UserError
-from flperf.errors import first_line
+from flperf.config import Backbone
+from flperf.errors import UserError, first_line
 
 Size = tuple[int, int]  # (height, width)
 

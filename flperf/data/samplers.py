@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flperf.config import UserError
+from flperf.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from flperf.config import UserError, differences
+from flperf.config import differences
 from flperf.engine import checkpoint_files as files
 from flperf.engine.sharded_state import (
     allocate_states,
@@ -30,6 +30,7 @@ from flperf.engine.sharded_state import (
     use_masters,
     written_fragments,
 )
+from flperf.errors import UserError
 
 T = TypeVar("T")
 

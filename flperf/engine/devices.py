@@ -8,7 +8,7 @@ from functools import cache
 import psutil
 import torch
 
-from flperf.config import UserError
+from flperf.errors import UserError
 
 PATIENCE = 0.1  # seconds of one product that is measured on a CPU
 LOOK = 0.2  # seconds over which the best is sought: longer than other processes keep a core at a time

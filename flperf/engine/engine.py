@@ -18,9 +18,10 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, set_z3_leaf_modules
 from torch import Tensor, nn
 
-from flperf.config import Config, Engine, Trainer, UserError
+from flperf.config import Config, Engine, Trainer
 from flperf.data.samplers import Place
 from flperf.engine.devices import peak_flops
+from flperf.errors import UserError
 from flperf.estimate.zero import REDUCE_BUCKET
 from flperf.models.heads import REPEATED
 from flperf.training.timing import count_parameters

@@ -10,12 +10,13 @@ from typing import get_args, get_type_hints
 
 import torch
 
-from flperf.config import Backbone, Config, Model, UserError
+from flperf.config import Backbone, Config, Model
 from flperf.data import WITHOUT_VIDEO
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.samplers import Place
 from flperf.engine.devices import Device
 from flperf.engine.engine import Process, compute_dtype, place_among
+from flperf.errors import UserError
 from flperf.estimate.pass_cost import PassCost, encoding_cost, training_cost
 from flperf.estimate.zero import MASTER, States, collectives, model_states
 from flperf.models.encoder import Encoder

@@ -17,8 +17,8 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from flperf.config import UserError
 from flperf.data.samplers import ClipBatch
+from flperf.errors import UserError
 from flperf.models.baselines import BASELINES, Baselines
 from flperf.objectives.build import FlowMatching, Regression, forecast
 from flperf.run import Run

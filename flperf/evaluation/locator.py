@@ -11,17 +11,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from flperf.config import Config, UserError
+from flperf.config import Config
 from flperf.data import Place, Preprocessing, open_dataset
 from flperf.data.samplers import ClipBatch
 from flperf.engine.engine import compute_dtype
+from flperf.errors import UserError
 from flperf.evaluation.evaluate import Sums
 from flperf.evaluation.locator_heads import LOCATORS, Locator
-from flperf.files import complete_file
+from flperf.files import complete_file, read_tensor_file
 from flperf.models.encoder import Encoder, build_encoder, encode_clip
 from flperf.models.latents import EPSILON, Normaliser, latent_layout
 from flperf.run import Run
-from flperf.tensor_file import read_tensor_file
 
 FORMAT = "flperf locator 1"
 BATCH_SIZE, LEARNING_RATE = 32, 2e-3

@@ -12,7 +12,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from flperf.config import UserError
+from flperf.errors import UserError
 from flperf.evaluation.video import FRAMES_PER_SECOND, convert_video_tensor_to_mp4, save_mp4_video
 from flperf.models.baselines import Baselines
 from flperf.objectives.build import forecast

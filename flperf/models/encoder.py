@@ -10,8 +10,9 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from flperf.config import Backbone, UserError
+from flperf.config import Backbone
 from flperf.data.preprocessing import Preprocessing
+from flperf.errors import UserError
 from flperf.models.backbones import BACKBONES
 from flperf.models.compile import compile_forward
 from flperf.models.latents import Layout

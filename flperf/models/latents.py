@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flperf.config import Config, UserError
+from flperf.config import Config
+from flperf.errors import UserError
 
 EPSILON = 1e-6
 

@@ -13,7 +13,8 @@ from einops import rearrange, repeat
 from flperf_kernels.flow_matching import flow_matching_loss, flow_matching_noise, philox_normal
 from torch import Tensor, nn
 
-from flperf.config import Config, Objective, UserError
+from flperf.config import Config, Objective
+from flperf.errors import UserError
 from flperf.models.latents import Layout, Normaliser
 from flperf.objectives.solvers import Velocity, guided, integrate
 

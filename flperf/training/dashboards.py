@@ -11,7 +11,8 @@ from typing import Literal, Protocol, cast
 
 import yaml
 
-from flperf.config import Config, Tracking, UserError, dump_config
+from flperf.config import Config, Tracking, dump_config
+from flperf.errors import UserError
 
 Rows = Sequence[Sequence[str | float]]
 

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from flperf.config import UserError
 from flperf.config.validate import parse_interval
 from flperf.data.samplers import ClipBatch
 from flperf.data.transfer import copied_ahead
@@ -23,6 +22,7 @@ from flperf.engine.compile_cache import compile_cache_state
 from flperf.engine.devices import peak_flops
 from flperf.engine.engine import head_weights, load_weights, set_schedule
 from flperf.engine.preemption import Interrupted, StopVote
+from flperf.errors import UserError
 from flperf.evaluation.evaluate import evaluate_run, summary, table
 from flperf.models.baselines import LatentSample, load_statistics, save_statistics
 from flperf.run import Run, flops_per_clip

@@ -24,9 +24,10 @@ import torch.distributed as dist
 import yaml
 from tqdm import tqdm
 
-from flperf.config import Config, UserError, differences, dump_config
+from flperf.config import Config, differences, dump_config
 from flperf.data import Dataset
 from flperf.engine.engine import Process
+from flperf.errors import UserError
 from flperf.files import write_durably, writing
 from flperf.training.dashboards import Dashboard, Rows, open_dashboards
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from flperf.config import Backbone, UserError
+from flperf.config import Backbone
 from flperf.data.preprocessing import Preprocessing
+from flperf.errors import UserError
 from flperf.models.backbones.four_ds import POSITIONS, SIZES, FourDS, Size, blocks_before
 from flperf.models.encoder import Encoder
 

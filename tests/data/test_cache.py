@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from flperf.config import Config, Dataset, UserError
+from flperf.config import Config, Dataset
 from flperf.data import Place, open_dataset
 from flperf.data.latent_files import _load as load
+from flperf.errors import UserError
 
 CPU = torch.device("cpu")
 

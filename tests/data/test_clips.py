@@ -5,9 +5,10 @@ import itertools
 import pytest
 import torch
 
-from flperf.config import Config, Dataset, UserError
+from flperf.config import Config, Dataset
 from flperf.data import open_dataset, prepare_dataset
 from flperf.data.samplers import Annotations, Place, TrainingOrder, ValidationOrder, Window, read_annotations, read_labels
+from flperf.errors import UserError
 
 
 def samples(order, first_step, place, steps):

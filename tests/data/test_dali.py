@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from flperf import data
-from flperf.config import Backbone, Dataset, UserError
+from flperf.config import Backbone, Dataset
 from flperf.data import dali, pyav
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.samplers import Annotations, Place, TrainingOrder, ValidationOrder, Window
+from flperf.errors import UserError
 
 PREPROCESSING = Preprocessing.of(Backbone(architecture={"crop_size": 48}))
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

@@ -8,8 +8,9 @@ import av
 import pytest
 import torch
 
-from flperf.config import Backbone, Config, Dataset, UserError
+from flperf.config import Backbone, Config, Dataset
 from flperf.data import DATASETS, Place, Preprocessing, demo, open_dataset, prepare_dataset
+from flperf.errors import UserError
 
 CPU = torch.device("cpu")
 PREPROCESSING = Preprocessing.of(Backbone(architecture={"crop_size": 32}))

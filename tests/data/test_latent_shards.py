@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flperf.config import Config, Dataset, Model, UserError
+from flperf.config import Config, Dataset, Model
 from flperf.data import Place, latent_shards, open_dataset
 from flperf.data.samplers import Annotations
+from flperf.errors import UserError
 
 CPU = torch.device("cpu")
 SHAPE = (4, 3, 2, 6)

@@ -9,8 +9,9 @@ import torch
 from torch.nn import functional as F
 from transformers.image_transforms import get_resize_output_image_size
 
-from flperf.config import Backbone, UserError
+from flperf.config import Backbone
 from flperf.data.preprocessing import Preprocessing
+from flperf.errors import UserError
 
 RULES = [
     Backbone(),

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from flperf.config import Backbone, UserError
+from flperf.config import Backbone
 from flperf.data import dali, pyav
 from flperf.data.prefetch import BadClip, read_ahead
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.samplers import Annotations, Place, TrainingOrder, ValidationOrder, Window
+from flperf.errors import UserError
 
 PREPROCESSING = Preprocessing.of(Backbone(architecture={"crop_size": 48}))
 CPU = torch.device("cpu")

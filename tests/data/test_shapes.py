@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from flperf.config import Config, Dataset, Shapes, UserError
+from flperf.config import Config, Dataset, Shapes
 from flperf.data import Place, open_dataset
 from flperf.data.bouncing_shapes import (
     BACKGROUND,
@@ -22,6 +22,7 @@ from flperf.data.bouncing_shapes import (
     whole_frames,
 )
 from flperf.data.preprocessing import Preprocessing
+from flperf.errors import UserError
 
 CPU = torch.device("cpu")
 SHAPES = Shapes(train_clips=10, validation_clips=4, image_size=64, square_size=12, disk_radius=5)

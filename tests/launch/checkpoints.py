@@ -28,11 +28,12 @@ from runs import free_port
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flperf.config import UserError, load_config
+from flperf.config import load_config
 from flperf.engine.checkpoint import Checkpoints
 from flperf.engine.checkpoint_files import Damaged, candidates, check, read_index, read_weights, stored_fragments
 from flperf.engine.engine import build_engine, head_weights, place_among, set_schedule, start_process, unsharded_masters
 from flperf.engine.sharded_state import held_fragments, state_tensors
+from flperf.errors import UserError
 from flperf.models.heads import build_head
 from flperf.models.latents import latent_layout
 

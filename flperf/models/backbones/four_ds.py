@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from flperf.config import Backbone, UserError
+from flperf.config import Backbone
+from flperf.errors import UserError
 from flperf.models.attention import attention
 from flperf.models.backbones.tubelets import TubeletEmbedding
 

@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from flperf.config import Backbone, UserError
+from flperf.config import Backbone
+from flperf.errors import UserError
 
 
 def load_transformer(model_class, config_class, backbone: Backbone, **geometry) -> nn.Module:

@@ -5,7 +5,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from flperf.config import Model, UserError
+from flperf.config import Model
+from flperf.errors import UserError
 from flperf.models.activation_checkpointing import recompute_in_backward
 from flperf.models.compile import compile_forward
 from flperf.models.heads.cross_attention import CrossAttentionPredictor
