@@ -15,8 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from flperf.commands.common import command_parser, make_folder_of
 from flperf.config import parse_config
-from flperf.config.files import layers
 from flperf.config.futurelatents import DROPPED, MEANT_NULL, SAME, TRANSLATED, known
+from flperf.config.load import layers
 from flperf.errors import UserError, first_line
 
 HEADS = {

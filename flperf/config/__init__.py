@@ -1,6 +1,7 @@
 """The typed configuration: what the rest of the package reads of it."""
 
-from flperf.config.load import (
+from flperf.config.load import differences, dump_config, load_config, parse_config
+from flperf.config.schema import (
     Backbone,
     Checkpoint,
     Config,
@@ -14,9 +15,5 @@ from flperf.config.load import (
     Shapes,
     Tracking,
     Trainer,
-    differences,
-    dump_config,
-    load_config,
-    parse_config,
 )
 from flperf.errors import UserError

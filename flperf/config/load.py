@@ -1,201 +1,24 @@
-"""The one typed configuration tree, and how a YAML file becomes it.
+"""How a YAML file, with those that it inherits and the command line, becomes the typed configuration.
 
-A file may inherit others (`inherits`: paths relative to the file; later beats earlier, own keys win, mappings merge, lists
-replace). Every layer is merged into the typed tree by itself, so that a bad key or value is reported with the file it stands in.
+`inherits` lists paths relative to the file; later beats earlier, own keys win, mappings merge, lists replace. Every layer is merged
+into the typed tree by itself, so that a bad key or value is reported with the file it stands in. Keys are read in lower case, as
+FutureLatents' older files write them in upper case.
 """
 
 import difflib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Optional, cast
+from typing import cast
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flperf.config.files import layers, lower_references, parse_yaml
 from flperf.config.futurelatents import former_key, recomputation
+from flperf.config.schema import Config
 from flperf.config.validate import check_values
 from flperf.errors import UserError, first_line
-
-
-@dataclass
-class Backbone:
-    """The frozen encoder. `weights` is a hub name, a folder or (4DS) an npz file; null draws seeded random ones for `architecture`."""
-
-    kind: str = "vjepa2"  # a key of flperf.models.backbones.BACKBONES
-    weights: Optional[str] = None
-    architecture: dict[str, Any] = field(default_factory=dict)  # of the transformers configuration (null: its default), or of FourDS
-    processor: dict[str, Any] = field(default_factory=dict)  # keys that replace those of the weights' preprocessor configuration
-    frame_stride: int = 1  # DINOv3: every frame_stride-th frame is encoded
-    encode: Literal["split", "joint"] = "split"  # joint encodes the whole clip at once: V-JEPA 2 then leaks the future into the context
-
-
-@dataclass
-class Shapes:
-    """Bouncing shapes: a square that bounces off the walls and a disk on a circle. Lengths in pixels, velocities in pixels a frame."""
-
-    train_clips: int = 10_000
-    validation_clips: int = 256
-    visualisation_clips: int = 8  # a split of its own, of which dumps show the first
-    image_size: int = 256  # of the canvas that the lengths below refer to; clips are drawn at the resolution of the backbone
-    square_size: int = 40
-    square_init: Optional[list[float]] = None  # (x, y) of the centre; null: seeded random
-    square_vel: Optional[list[float]] = None  # null: seeded random
-    disk_radius: int = 20
-    splice_at: Optional[int] = None  # from this frame on another clip goes on, so that nothing tells what follows; to show leaks
-
-
-@dataclass
-class Dataset:
-    """Where clips come from. CSV paths are relative to the working directory, the paths inside a CSV to the CSV."""
-
-    kind: str = "kinetics_400"  # a key of flperf.data.DATASETS
-    train: Optional[str] = None
-    validation: Optional[str] = None
-    labels: Optional[str] = None
-    out_path_column: str = "out_path"  # cached latents: the manifest's path column
-    n_frames: int = 64
-    stride: int = 2
-    start: Literal["first", "random", "center"] = "random"
-    validation_start: Literal["first", "random", "center"] = "center"
-    decoder: Literal["auto", "dali", "pyav"] = "auto"
-    threads: Optional[int] = None  # decoding threads a process; null: its share of the cores
-    prefetch: int = 2  # batches decoded ahead, and at least two clips for every thread
-    limit: Optional[int] = None  # only the first clips of each split
-    shapes: Shapes = field(default_factory=Shapes)
-
-
-@dataclass
-class Latents:
-    """Normalisation of the latents before they reach a head."""
-
-    embedding_norm: Literal["none", "l1", "l2", "layer", "standardize"] = "standardize"
-    statistics_clips: int = 256  # training clips from which mean and standard deviation are measured, once a run
-
-
-@dataclass
-class Model:
-    """The head. Sizes are those of the transformer; the latents' width comes from the backbone."""
-
-    head: str = "predictor"  # a key of flperf.models.heads.HEADS
-    num_context_latents: int = 16  # latent frames (V-JEPA 2: 2 video frames each)
-    num_target_latents: Optional[int] = None  # null: all that follow the context
-    hidden_dim: int = 1024
-    depth: int = 12
-    num_heads: int = 8
-    mlp_ratio: float = 4.0
-    initial_weights: Optional[str] = None  # safetensors by parameter name (an export's, or import-weights'); what it lacks starts fresh
-    positions: Literal["rope3d", "sincos", "none"] = "rope3d"
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # less memory; selective: no product is computed again
-    fused_adaln: bool = False  # DiT on CUDA: gated residual, norm and modulation as one Triton kernel each way
-
-
-@dataclass
-class Objective:
-    """What a head is trained for. flow_matching predicts data - noise at x_tau = (1 - tau) noise + tau data."""
-
-    kind: str = "regression"  # a key of flperf.objectives.build.OBJECTIVES
-    loss: Literal["mse", "l1", "smooth_l1", "cosine"] = "mse"
-    tau_distribution: Literal["uniform", "logit_normal"] = "uniform"
-    tau_mean: float = 0.0  # of the logit, logit_normal only
-    tau_std: float = 1.0
-    tau_shift: Optional[float] = 1.0  # above 1: more noise; null: sqrt(n d / 4096), the dimension shift
-    context_dropout: float = 0.0  # share of the clips trained without their context, for guidance
-
-
-@dataclass
-class Sampling:
-    """How a flow-matching head forecasts during evaluation."""
-
-    solver: Literal["euler", "midpoint", "heun", "dopri5"] = "euler"  # dopri5 chooses its own steps
-    steps: int = 20
-    shift: float = 1.0  # above 1: shorter steps near the noise
-    tolerance: float = 1e-3  # relative and absolute, of dopri5
-    samples: int = 4  # drawn for each clip; the forecast is their mean
-    guidance: float = 1.0  # above 1: further away from what is likely without the context; needs objective.context_dropout in training
-    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # of tau
-
-
-@dataclass
-class Trainer:
-    """Optimisation. `batch_size` counts the clips of one update over all processes and accumulation steps."""
-
-    batch_size: int = 32
-    micro_batch_size: Optional[int] = None  # at most so many clips in one forward pass on one process; null: batch_size / processes
-    max_steps: Optional[int] = None
-    max_epochs: Optional[float] = None
-    stop_after: Optional[int] = None  # leave after this many steps of this launch, with a checkpoint; the schedule is unchanged
-    learning_rate: float = 3e-4
-    weight_decay: float = 0.05
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    warmup_steps: int = 500
-    schedule: Literal["cosine", "constant"] = "cosine"
-    final_learning_rate: float = 0.0
-    max_grad_norm: float = 1.0
-    ema_decay: Optional[float] = 0.999
-    max_skipped_updates: int = 20  # non-finite updates in a row that end the run
-
-
-@dataclass
-class Engine:
-    """How the work is laid out over devices; none of it changes what is learnt."""
-
-    zero_stage: int = 1
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device multiplies it faster
-    compile: bool = True
-    timeout: float = 600  # seconds a collective may take (cold compilation, first decode); a process silent for a tenth of it is lost
-
-
-@dataclass
-class Evaluation:
-    """Cadences are steps (`500`) or epochs (`1 epoch`)."""
-
-    eval_every: str = "1 epoch"
-    eval_first: bool = False
-    max_clips: Optional[int] = 512
-    batch_size: Optional[int] = None  # clips a process; null: the training micro-batch
-    sampling: Sampling = field(default_factory=Sampling)
-    dump_examples: int = 2  # clips of which tensors, videos and a picture are written at every evaluation
-    probe_clips: int = 2000  # training clips on which `flperf evaluate` trains its linear probe
-
-
-@dataclass
-class Checkpoint:
-    """When checkpoints are written (steps or epochs), and how many are kept."""
-
-    save_every: str = "1 epoch"
-    keep: int = 2
-
-
-@dataclass
-class Tracking:
-    """What is logged, how often (in steps), and where to."""
-
-    log_every: int = 10
-    wandb: Literal["auto", "offline", "none"] = "auto"  # auto: online where a key is set, else offline
-    project: str = "flperf"  # of W&B
-    tensorboard: bool = False  # event files in the run's folder; needs `pip install tensorboard`
-
-
-@dataclass
-class Config:
-    """The whole tree; every section is a dataclass above."""
-
-    name: str = "???"  # the run's folder under `experiment`; the configuration file's stem unless set
-    experiment: str = "experiment"
-    seed: int = 0
-    backbone: Backbone = field(default_factory=Backbone)
-    dataset: Dataset = field(default_factory=Dataset)
-    latents: Latents = field(default_factory=Latents)
-    model: Model = field(default_factory=Model)
-    objective: Objective = field(default_factory=Objective)
-    trainer: Trainer = field(default_factory=Trainer)
-    engine: Engine = field(default_factory=Engine)
-    evaluation: Evaluation = field(default_factory=Evaluation)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    tracking: Tracking = field(default_factory=Tracking)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -294,3 +117,63 @@ def _hint(full_key: str, prefix: str, known: Sequence[str]) -> str:
         return former
     nearest = difflib.get_close_matches(full_key.removeprefix(prefix), known, n=1)
     return f"did you mean {prefix}{nearest[0]}?" if nearest else f"known here: {', '.join(known)}"
+
+
+class _Loader(yaml.SafeLoader):
+    """Lowers keys, and refuses a key that stands twice in a mapping: YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                key.value = key.value.lower()
+                if key.value in seen:
+                    problem = f"line {key.start_mark.line + 1}: the key {key.value} stands twice in one mapping"
+                    raise yaml.constructor.ConstructorError(problem=problem)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str, source: str) -> dict:
+    """The mapping that `text` holds, {} if it is empty; `source` names it in a `UserError`."""
+    try:
+        mapping = yaml.load(lower_references(text), _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+    if mapping is None:
+        return {}
+    if not isinstance(mapping, dict):
+        raise UserError(f"{source}: a configuration file must be a mapping of keys to values")
+    return mapping
+
+
+def lower_references(text: str) -> str:
+    """`${TRAINER.BATCH_SIZE}` names a key, so it is lowered with the keys; `${oc.env:HOME}` is not one."""
+    return re.sub(r"\$\{[\w.]+\}", lambda reference: reference[0].lower(), text)
+
+
+def layers(path: Path, open_files: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict]]:
+    """Yield (file, mapping) from the most distant ancestor to the file itself."""
+    resolved = path.resolve()
+    if resolved in open_files:
+        chain = " -> ".join(file.name for file in (*open_files, resolved))
+        raise UserError(f"{open_files[-1]}: inherits: circular: {chain}")
+    mapping = parse_yaml(_read(path, open_files), str(path))
+    parents = mapping.pop("inherits", [])
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise UserError(f"{path}: inherits: must be a list of paths, is {parents!r}")
+    for parent in parents:
+        yield from layers(path.parent / parent, (*open_files, resolved))
+    yield path, mapping
+
+
+def _read(path: Path, open_files: tuple[Path, ...]) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        where = f"{open_files[-1]}: inherits" if open_files else "--config"
+        raise UserError(f"{where}: there is no file {path}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from flperf.errors import UserError
 
 if TYPE_CHECKING:
-    from flperf.config import Config
+    from flperf.config.schema import Config
 
 
 @dataclass(frozen=True)
