@@ -21,8 +21,9 @@ from benchmarks.sizes import QUICK
 from flperf.commands.encoding import encode_dataset
 from flperf.config import Config, load_config
 from flperf.data import Place, latent_shards
+from flperf.data.annotations import Annotations
 from flperf.data.demo import write_demo
-from flperf.data.samplers import Annotations, ClipBatch, TrainingOrder
+from flperf.data.samplers import ClipBatch, TrainingOrder
 from flperf.engine.engine import set_schedule, start_process
 from flperf.models.baselines import LatentSample
 from flperf.run import build_run, flops_per_clip

@@ -26,8 +26,9 @@ from benchmarks.sizes import DEVICE, ON_GPU, QUICK, compiled_normalisation
 from benchmarks.usual_way import PROCESSORS, processed
 from flperf.config import Backbone
 from flperf.data import NVDEC_LANES, Place, dali, pyav
+from flperf.data.annotations import Annotations
 from flperf.data.preprocessing import Preprocessing
-from flperf.data.samplers import Annotations, Batches, TrainingOrder, Window
+from flperf.data.samplers import Batches, TrainingOrder, Window
 
 WORKERS, CPU = len(os.sched_getaffinity(0)), torch.device("cpu")
 WINDOW, BATCH = Window(64, 2, "first"), 1 if QUICK else 8

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from flperf.config import Config, differences
 from flperf.data import WITHOUT_VIDEO, Dataset, latent_shards, open_dataset, prepare_dataset
+from flperf.data.annotations import Annotations
 from flperf.data.preprocessing import Preprocessing
-from flperf.data.samplers import Annotations
 from flperf.engine.engine import Process, compute_dtype
 from flperf.errors import UserError
 from flperf.files import complete_file, write_durably

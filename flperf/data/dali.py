@@ -23,10 +23,11 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 
+from flperf.data.annotations import Annotations
 from flperf.data.prefetch import BadClip, Buffers, filled_buffers
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.pyav import DECODE_ERRORS, describe, is_shown, open_video, read_clip, video_stream
-from flperf.data.samplers import Annotations, Batches, ClipBatch, Draw, Window
+from flperf.data.samplers import Batches, ClipBatch, Draw, Window
 
 logger = logging.getLogger(__name__)
 

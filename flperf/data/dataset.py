@@ -15,21 +15,9 @@ from flperf.config import Config
 from flperf.config import Dataset as DatasetConfig
 from flperf.data import latent_files as cache
 from flperf.data import latent_shards
+from flperf.data.annotations import CLIPS_FILE, LABELS_FILE, Annotations, existing_file, read_annotations, read_labels
 from flperf.data.preprocessing import Preprocessing
-from flperf.data.samplers import (
-    CLIPS_FILE,
-    LABELS_FILE,
-    Annotations,
-    Batches,
-    ClipBatch,
-    Place,
-    TrainingOrder,
-    ValidationOrder,
-    Window,
-    existing_file,
-    read_annotations,
-    read_labels,
-)
+from flperf.data.samplers import Batches, ClipBatch, Place, TrainingOrder, ValidationOrder, Window
 from flperf.errors import UserError
 
 __all__ = ["DATASETS", "ClipBatch", "Dataset", "Place", "Preprocessing", "WITHOUT_VIDEO", "open_dataset", "prepare_dataset"]

@@ -17,8 +17,8 @@ from typing import Any
 import av
 from tqdm import tqdm
 
+from flperf.data.annotations import CLIPS_FILE, Annotations, has_header, read_annotations, read_labels
 from flperf.data.pyav import DECODE_ERRORS, demux, describe, is_shown, open_video, video_stream
-from flperf.data.samplers import CLIPS_FILE, Annotations, has_header, read_annotations, read_labels
 from flperf.errors import UserError
 from flperf.files import complete_file
 

@@ -12,8 +12,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from flperf.data.annotations import Annotations, existing_file
 from flperf.data.prefetch import Buffers, filled_buffers
-from flperf.data.samplers import Annotations, Batches, ClipBatch, Draw, existing_file
+from flperf.data.samplers import Batches, ClipBatch, Draw
 from flperf.errors import UserError, first_line
 
 LABEL_COLUMN = "label"  # of the manifest, where it has one

@@ -27,8 +27,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flperf.config import Config, differences
+from flperf.data.annotations import Annotations, has_header
 from flperf.data.prefetch import Buffers, filled_buffers
-from flperf.data.samplers import Annotations, Batches, ClipBatch, Draw, has_header
+from flperf.data.samplers import Batches, ClipBatch, Draw
 from flperf.errors import UserError
 from flperf.files import complete_file
 

@@ -18,9 +18,10 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
+from flperf.data.annotations import Annotations
 from flperf.data.prefetch import BadClip, Buffers, filled_buffers
 from flperf.data.preprocessing import Preprocessing
-from flperf.data.samplers import Annotations, Batches, ClipBatch, Draw, Window
+from flperf.data.samplers import Batches, ClipBatch, Draw, Window
 
 # What a damaged file makes FFmpeg, PyAV, NumPy and torch raise: PyAV looks streams up by their number, also those that turn up late.
 DECODE_ERRORS = (av.error.FFmpegError, OSError, ValueError, RuntimeError, LookupError)

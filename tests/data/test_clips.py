@@ -7,7 +7,8 @@ import torch
 
 from flperf.config import Config, Dataset
 from flperf.data import open_dataset, prepare_dataset
-from flperf.data.samplers import Annotations, Place, TrainingOrder, ValidationOrder, Window, read_annotations, read_labels
+from flperf.data.annotations import Annotations, read_annotations, read_labels
+from flperf.data.samplers import Place, TrainingOrder, ValidationOrder, Window
 from flperf.errors import UserError
 
 

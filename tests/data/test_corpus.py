@@ -13,8 +13,9 @@ import torch
 
 from flperf.config import Backbone
 from flperf.data import Place, index, pyav
+from flperf.data.annotations import Annotations
 from flperf.data.preprocessing import Preprocessing
-from flperf.data.samplers import Annotations, TrainingOrder, Window
+from flperf.data.samplers import TrainingOrder, Window
 
 CPU = torch.device("cpu")
 PREPROCESSING = Preprocessing.of(Backbone(architecture={"crop_size": 32}))

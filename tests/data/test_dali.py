@@ -12,8 +12,9 @@ import torch
 from flperf import data
 from flperf.config import Backbone, Dataset
 from flperf.data import dali, pyav
+from flperf.data.annotations import Annotations
 from flperf.data.preprocessing import Preprocessing
-from flperf.data.samplers import Annotations, Place, TrainingOrder, ValidationOrder, Window
+from flperf.data.samplers import Place, TrainingOrder, ValidationOrder, Window
 from flperf.errors import UserError
 
 PREPROCESSING = Preprocessing.of(Backbone(architecture={"crop_size": 48}))

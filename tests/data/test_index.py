@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flperf.data import index
-from flperf.data.samplers import read_annotations
+from flperf.data.annotations import read_annotations
 from flperf.errors import UserError
 
 BROKEN = ["empty.webm", "text.mp4", "truncated.mp4", "audio.mp4", "missing.mp4", "stray.ts", "no_frames.mp4"]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from flperf.config import Config, Dataset, Model
 from flperf.data import Place, latent_shards, open_dataset
-from flperf.data.samplers import Annotations
+from flperf.data.annotations import Annotations
 from flperf.errors import UserError
 
 CPU = torch.device("cpu")

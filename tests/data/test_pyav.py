@@ -11,9 +11,10 @@ import torch
 
 from flperf.config import Backbone
 from flperf.data import dali, pyav
+from flperf.data.annotations import Annotations
 from flperf.data.prefetch import BadClip, read_ahead
 from flperf.data.preprocessing import Preprocessing
-from flperf.data.samplers import Annotations, Place, TrainingOrder, ValidationOrder, Window
+from flperf.data.samplers import Place, TrainingOrder, ValidationOrder, Window
 from flperf.errors import UserError
 
 PREPROCESSING = Preprocessing.of(Backbone(architecture={"crop_size": 48}))
