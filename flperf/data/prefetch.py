@@ -15,7 +15,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from threading import Thread
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flperf.data.samplers import Draw, TrainingOrder, ValidationOrder
+from flperf.data.samplers import Batches, ClipBatch, Draw, TrainingOrder, ValidationOrder
 from flperf.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -186,3 +186,36 @@ def filled_buffers(
             skipped = [fault for _, _, faults_of_one in results for fault in faults_of_one]
             faults.count(draws, skipped)
             yield draws, buffers.hand_over(buffer), skipped
+
+
+def copied_ahead(batches: Batches, device: torch.device) -> Batches:
+    """The same batches with `video` or `latents` on the device; on a CPU they pass as they are. Closing it closes `batches`."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream = torch.cuda.Stream(device)
+    with closing(batches):
+        copies = (_copy(batch, device, stream) for batch in batches)
+        current = next(copies, None)
+        while current is not None:
+            following = next(copies, None)
+            yield _arrived(*current)
+            current = following
+
+
+def _copy(batch: ClipBatch, device: torch.device, stream: torch.cuda.Stream) -> tuple[ClipBatch, torch.cuda.Event]:
+    """Begin to copy: the batch as it will be, and the event after which it is."""
+    found = {name: getattr(batch, name) for name in ("video", "latents") if getattr(batch, name) is not None}
+    with torch.cuda.stream(stream):
+        copied = {name: tensor.to(device, non_blocking=True) for name, tensor in found.items()}
+        return replace(batch, **copied), stream.record_event()
+
+
+def _arrived(batch: ClipBatch, event: torch.cuda.Event) -> ClipBatch:
+    """Have the stream that computes wait for the copy, and the copy's memory stay until that stream is done with it."""
+    computing = torch.cuda.current_stream()
+    computing.wait_event(event)
+    for tensor in (batch.video, batch.latents):
+        if tensor is not None:
+            tensor.record_stream(computing)
+    return batch

@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flperf.config.validate import parse_interval
+from flperf.data.prefetch import copied_ahead
 from flperf.data.samplers import ClipBatch
-from flperf.data.transfer import copied_ahead
 from flperf.engine.checkpoint import Checkpoints
 from flperf.engine.compile_cache import compile_cache_state
 from flperf.engine.devices import peak_flops

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from flperf.data.prefetch import copied_ahead
 from flperf.data.samplers import ClipBatch
-from flperf.data.transfer import copied_ahead
 
 
 class Source:
