@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.sizes import BATCH, configuration
-from flperf.engine.engine import Process, set_schedule, start_process
+from flperf.engine.engine import set_schedule
+from flperf.engine.process import Process, start_process
 from flperf.models.latents import Normaliser
 from flperf.run import build_run
 from flperf.training.loop import Window, train_step

@@ -4,7 +4,7 @@ import torch
 
 from flperf.config import Config, load_config
 from flperf.data.preprocessing import Preprocessing
-from flperf.engine.engine import compute_dtype
+from flperf.engine.process import compute_dtype
 from flperf.models.compile import compile_forward
 from flperf.models.encoder import Encoder, PixelNormalisation, build_encoder
 from flperf.models.heads import build_head

@@ -15,7 +15,8 @@ from torch import Tensor
 from flperf.config import Config, parse_config
 from flperf.data.preprocessing import Preprocessing
 from flperf.engine.checkpoint_files import latest_checkpoint, read_weights
-from flperf.engine.engine import compute_dtype, load_weights
+from flperf.engine.engine import load_weights
+from flperf.engine.process import compute_dtype
 from flperf.errors import UserError
 from flperf.files import complete_file, read_tensor_file
 from flperf.models.baselines import Baselines, load_statistics, split_statistics

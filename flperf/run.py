@@ -12,7 +12,8 @@ from flperf.config import Config
 from flperf.data import WITHOUT_VIDEO, Dataset, open_dataset, prepare_dataset
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.samplers import ClipBatch, Place
-from flperf.engine.engine import Process, build_engine, compute_dtype, place_among
+from flperf.engine.engine import build_engine
+from flperf.engine.process import Process, compute_dtype, place_among
 from flperf.models.attention import attention_operator
 from flperf.models.baselines import Baselines
 from flperf.models.encoder import Encoder, build_encoder, encode_clip

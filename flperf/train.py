@@ -42,8 +42,8 @@ def train(arguments: list[str]) -> None:
     use_compile_cache(config.experiment)
 
     # Imported late, so that a mistake in the configuration shows at once.
-    from flperf.engine.engine import start_process
     from flperf.engine.preemption import catch_stop_signals
+    from flperf.engine.process import start_process
     from flperf.engine.watchdog import Watch
     from flperf.run import build_run, describe
     from flperf.training import loop

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from flperf.config import Trainer
 from flperf.engine.checkpoint_files import Damaged, candidates, check, index_text, latest_checkpoint, read_index, read_weights
-from flperf.engine.engine import Process, place_among
+from flperf.engine.process import Process, place_among
 from flperf.errors import UserError
 
 NEWEST = "step_00000002"

@@ -17,7 +17,7 @@ from flperf.commands.estimate import estimate
 from flperf.config import load_config
 from flperf.data.preprocessing import Preprocessing
 from flperf.engine.devices import DEVICES, find_device
-from flperf.engine.engine import start_process
+from flperf.engine.process import start_process
 from flperf.errors import UserError
 from flperf.estimate.pass_cost import training_cost
 from flperf.estimate.plan import Work, backbone_without_weights, memory, plan, step

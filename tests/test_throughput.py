@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backwa
 
 from flperf.config import Model, parse_config
 from flperf.data.preprocessing import Preprocessing
-from flperf.engine.engine import start_process
+from flperf.engine.process import start_process
 from flperf.models.encoder import build_encoder, encode_clip
 from flperf.models.heads import build_head
 from flperf.models.latents import Layout

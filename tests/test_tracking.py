@@ -17,7 +17,7 @@ from wandb.proto import wandb_internal_pb2
 from flperf.config import Config
 from flperf.data import Dataset
 from flperf.data.annotations import Annotations
-from flperf.engine.engine import start_process
+from flperf.engine.process import start_process
 from flperf.errors import UserError
 from flperf.files import write_durably
 from flperf.train import train

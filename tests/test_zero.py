@@ -10,7 +10,7 @@ from runs import ROOT, free_port, launch
 
 from flperf.config import load_config
 from flperf.engine.devices import DEVICES
-from flperf.engine.engine import start_process
+from flperf.engine.process import start_process
 from flperf.estimate.plan import memory, plan
 from flperf.estimate.zero import Collective, collectives, model_states
 

@@ -137,7 +137,7 @@ def engine() -> Iterator[Finding]:
     import torch
     from deepspeed.accelerator import get_accelerator
 
-    from flperf.engine.engine import compute_dtype
+    from flperf.engine.process import compute_dtype
 
     accelerator = get_accelerator()
     device, backend = accelerator.device_name(), accelerator.communication_backend_name()

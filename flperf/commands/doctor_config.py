@@ -36,7 +36,7 @@ def fit(config: Config) -> Iterator[Finding]:
     import torch
 
     from flperf.engine.devices import DEVICES
-    from flperf.engine.engine import compute_dtype
+    from flperf.engine.process import compute_dtype
     from flperf.estimate.plan import plan
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -93,7 +93,7 @@ def gated_weights(config: Config) -> Iterator[Finding]:
 
 def opened(config: Config) -> Iterator[Finding]:
     """Sizes of the run on all devices of this machine, and clips of every split that are read."""
-    from flperf.engine.engine import place_among, start_process
+    from flperf.engine.process import place_among, start_process
     from flperf.run import build_run, describe
 
     process = start_process()

@@ -34,6 +34,6 @@ def encode(arguments: list[str]) -> None:
 
     # Imported late, so that a mistake in the configuration shows at once.
     from flperf.commands.encoding import encode_dataset
-    from flperf.engine.engine import start_process
+    from flperf.engine.process import start_process
 
     encode_dataset(config, start_process(), Path(options.out), as_files=options.files)

@@ -17,7 +17,7 @@ from flperf.config import Config, differences
 from flperf.data import WITHOUT_VIDEO, Dataset, latent_shards, open_dataset, prepare_dataset
 from flperf.data.annotations import Annotations
 from flperf.data.preprocessing import Preprocessing
-from flperf.engine.engine import Process, compute_dtype
+from flperf.engine.process import Process, compute_dtype
 from flperf.errors import UserError
 from flperf.files import complete_file, write_durably
 from flperf.models.encoder import Encoder, build_encoder, encode_clip

@@ -144,7 +144,8 @@ def locator(arguments: list[str]) -> None:
 def _trained_run(options: argparse.Namespace):
     """The head of `options.checkpoint` and a run without an engine that holds its weights and statistics."""
     _compile_beside(options.checkpoint)
-    from flperf.engine.engine import load_weights, start_process
+    from flperf.engine.engine import load_weights
+    from flperf.engine.process import start_process
     from flperf.forecaster import read_trained
     from flperf.run import build_run
 

@@ -16,8 +16,8 @@ from typing import NoReturn
 import psutil
 import torch.distributed as dist
 
-from flperf.engine.engine import Process
 from flperf.engine.preemption import Interrupted
+from flperf.engine.process import Process
 
 BEATS = 5  # in the time after which a silent process counts as lost
 LOST = "lost"  # the key under which rank 0 publishes

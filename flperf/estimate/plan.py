@@ -15,7 +15,7 @@ from flperf.data import WITHOUT_VIDEO
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.samplers import Place
 from flperf.engine.devices import Device
-from flperf.engine.engine import Process, compute_dtype, place_among
+from flperf.engine.process import Process, compute_dtype, place_among
 from flperf.errors import UserError
 from flperf.estimate.pass_cost import PassCost, encoding_cost, training_cost
 from flperf.estimate.zero import MASTER, States, collectives, model_states

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from flperf.config import Config
 from flperf.data import Place, Preprocessing, open_dataset
 from flperf.data.samplers import ClipBatch
-from flperf.engine.engine import compute_dtype
+from flperf.engine.process import compute_dtype
 from flperf.errors import UserError
 from flperf.evaluation.evaluate import Sums
 from flperf.evaluation.locator_heads import LOCATORS, Locator

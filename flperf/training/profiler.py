@@ -13,7 +13,7 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from flperf.engine.engine import Process
+from flperf.engine.process import Process
 from flperf.training.timing import StageTimer
 
 WAITED, WARM_UP, WATCHED = 3, 1, 5  # steps

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from flperf.config import Config, differences, dump_config
 from flperf.data import Dataset
-from flperf.engine.engine import Process
+from flperf.engine.process import Process
 from flperf.errors import UserError
 from flperf.files import write_durably, writing
 from flperf.training.dashboards import Dashboard, Rows, open_dashboards

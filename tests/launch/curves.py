@@ -11,7 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from flperf.config import load_config
-from flperf.engine.engine import start_process
+from flperf.engine.process import start_process
 from flperf.run import build_run
 from flperf.training import loop
 from flperf.training.tracking import RunFolder
