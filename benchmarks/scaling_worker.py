@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.sizes import BATCH, configuration
-from flperf.engine.engine import set_schedule
+from flperf.engine.optimizer import set_schedule
 from flperf.engine.process import Process, start_process
 from flperf.models.latents import Normaliser
 from flperf.run import build_run

@@ -14,7 +14,8 @@ import torch
 from benchmarks.sizes import QUICK
 from flperf.config import load_config
 from flperf.engine.checkpoint import Checkpoints
-from flperf.engine.engine import build_engine, set_schedule
+from flperf.engine.engine import build_engine
+from flperf.engine.optimizer import set_schedule
 from flperf.engine.process import place_among, start_process
 from flperf.models.heads import build_head
 from flperf.models.latents import latent_layout

@@ -24,7 +24,7 @@ from flperf.data import Place, latent_shards
 from flperf.data.annotations import Annotations
 from flperf.data.demo import write_demo
 from flperf.data.samplers import ClipBatch, TrainingOrder
-from flperf.engine.engine import set_schedule
+from flperf.engine.optimizer import set_schedule
 from flperf.engine.process import start_process
 from flperf.models.baselines import LatentSample
 from flperf.run import build_run, flops_per_clip

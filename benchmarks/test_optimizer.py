@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.sizes import DTYPE, configuration, encoder_of, head_of, layout_of
 from flperf.config import Trainer
-from flperf.engine.engine import AdamWWithEMA
+from flperf.engine.optimizer import AdamWWithEMA
 
 TRAINER = Trainer(max_steps=1)
 

@@ -13,7 +13,7 @@ from benchmarks.memory import peak_memory_bytes
 from benchmarks.usual_way import UsualStep, latent_batches
 from flperf.commands.encoding import encode_dataset
 from flperf.config import Config
-from flperf.engine.engine import set_schedule
+from flperf.engine.optimizer import set_schedule
 from flperf.engine.process import start_process
 from flperf.models.baselines import LatentSample
 from flperf.run import Run, build_run

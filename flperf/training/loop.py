@@ -20,7 +20,8 @@ from flperf.data.samplers import ClipBatch
 from flperf.engine.checkpoint import Checkpoints
 from flperf.engine.compile_cache import compile_cache_state
 from flperf.engine.devices import peak_flops
-from flperf.engine.engine import head_weights, load_weights, set_schedule
+from flperf.engine.engine import head_weights, load_weights
+from flperf.engine.optimizer import set_schedule
 from flperf.engine.preemption import Interrupted, StopVote
 from flperf.errors import UserError
 from flperf.evaluation.evaluate import evaluate_run, summary, table

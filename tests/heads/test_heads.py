@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
 from flperf.config import Model
-from flperf.engine.engine import is_decayed
+from flperf.engine.optimizer import is_decayed
 from flperf.errors import UserError
 from flperf.models.heads import HEADS, build_head
 from flperf.models.heads.layers import rotary_table, rotate, token_coordinates

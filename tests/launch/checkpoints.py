@@ -31,7 +31,8 @@ from torch import Tensor
 from flperf.config import load_config
 from flperf.engine.checkpoint import Checkpoints
 from flperf.engine.checkpoint_files import Damaged, candidates, check, read_index, read_weights, stored_fragments
-from flperf.engine.engine import build_engine, head_weights, set_schedule, unsharded_masters
+from flperf.engine.engine import build_engine, head_weights, unsharded_masters
+from flperf.engine.optimizer import set_schedule
 from flperf.engine.process import place_among, start_process
 from flperf.engine.sharded_state import held_fragments, state_tensors
 from flperf.errors import UserError

@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from flperf.config import load_config
 from flperf.engine import engine as flperf_engine
-from flperf.engine.engine import AdamWWithEMA, build_engine, set_schedule
+from flperf.engine.engine import build_engine
+from flperf.engine.optimizer import AdamWWithEMA, set_schedule
 from flperf.engine.process import compute_dtype, place_among, start_process
 from flperf.models.heads import build_head
 from flperf.models.latents import Layout
