@@ -12,6 +12,7 @@ from flperf.config import Config
 from flperf.data import WITHOUT_VIDEO, Dataset, open_dataset, prepare_dataset
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.samplers import ClipBatch, Place
+from flperf.engine.devices import memory_gb
 from flperf.engine.engine import build_engine
 from flperf.engine.process import Process, compute_dtype, place_among
 from flperf.models.attention import attention_operator
@@ -20,7 +21,7 @@ from flperf.models.encoder import Encoder, build_encoder, encode_clip
 from flperf.models.heads import build_head, use_initial_weights
 from flperf.models.latents import Layout, Normaliser, Statistics, latent_layout
 from flperf.objectives.build import FlowMatching, Regression, build_objective
-from flperf.training.timing import count_parameters, encoder_flops, head_flops, memory_gb
+from flperf.training.timing import count_parameters, encoder_flops, head_flops
 
 
 @dataclass

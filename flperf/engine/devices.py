@@ -1,5 +1,6 @@
 """What devices can do: one table of facts with their sources, and the peaks of a device at hand, measured on the spot."""
 
+import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -153,3 +154,10 @@ def best_seconds(function: Callable[[], object], device: torch.device) -> float:
             torch.cuda.synchronize(device)
         taken.append(time.perf_counter() - start)
     return min(taken)
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory of this process in GB (10^9 bytes): allocated on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

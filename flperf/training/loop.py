@@ -19,7 +19,7 @@ from flperf.data.prefetch import copied_ahead
 from flperf.data.samplers import ClipBatch
 from flperf.engine.checkpoint import Checkpoints
 from flperf.engine.compile_cache import compile_cache_state
-from flperf.engine.devices import peak_flops
+from flperf.engine.devices import memory_gb, peak_flops
 from flperf.engine.engine import head_weights, load_weights
 from flperf.engine.optimizer import set_schedule
 from flperf.engine.preemption import Interrupted, StopVote
@@ -28,7 +28,7 @@ from flperf.evaluation.evaluate import evaluate_run, summary, table
 from flperf.models.baselines import LatentSample, load_statistics, save_statistics
 from flperf.run import Run, flops_per_clip
 from flperf.training.profiler import PROFILED_STEPS, StepProfile
-from flperf.training.timing import StageTimer, memory_gb, process_seconds
+from flperf.training.timing import StageTimer, process_seconds
 from flperf.training.tracking import RunFolder, Tracker
 
 

@@ -1,7 +1,6 @@
 """What a step costs: stage timers without host synchronisation, FLOP counts, memory."""
 
 import copy
-import resource
 import time
 from collections import defaultdict
 from contextlib import contextmanager
@@ -81,10 +80,3 @@ def head_flops(head: nn.Module, layout: Layout, flow_matching: bool) -> int:
 def process_seconds() -> float:
     """Seconds since this process was started, imports included."""
     return time.time() - psutil.Process().create_time()
-
-
-def memory_gb(device: torch.device) -> float:
-    """Peak memory of this process in GB (10^9 bytes): allocated on the GPU, or resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
