@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from flperf.config import Config, Engine, Trainer
 from flperf.data.samplers import Place
 from flperf.engine.optimizer import AdamWWithEMA, is_decayed
-from flperf.estimate.zero import REDUCE_BUCKET
 from flperf.models.heads import REPEATED
 from flperf.training.timing import count_parameters
 
@@ -105,3 +104,6 @@ def load_weights(head: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype
     with torch.no_grad():
         for name, parameter in head.named_parameters():
             parameter.data = weights[name].to(dtype).clone()
+
+
+REDUCE_BUCKET = 500_000_000  # elements, at most, of the buffer in which DeepSpeed collects gradients

@@ -9,7 +9,8 @@ for Psi parameters and many processes):
 
 from dataclasses import dataclass
 
-REDUCE_BUCKET = 500_000_000  # elements, at most, of the buffer in which DeepSpeed collects gradients
+from flperf.engine.engine import REDUCE_BUCKET
+
 LIVE_PARAMETERS = 1_000_000_000  # elements of gathered weights that stage 3 keeps, its default
 MASTER = 4  # bytes of an fp32 element: master weights, each moment, the moving average, gradients that accumulate
 
