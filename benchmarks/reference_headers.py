@@ -13,9 +13,9 @@ from flperf.config import Config, load_config
 from flperf.data.preprocessing import Preprocessing
 from flperf.estimate.zero import model_states
 from flperf.models.encoder import Encoder
+from flperf.models.flops import count_parameters, encoder_flops, head_flops
 from flperf.models.heads import build_head
 from flperf.models.latents import latent_layout
-from flperf.training.timing import count_parameters, encoder_flops, head_flops
 
 FOLDER = Path(__file__).parents[1] / "configs/references"
 PROCESSES, BF16 = 8, 2

@@ -15,7 +15,7 @@ from benchmarks.sizes import BACKBONES, BATCH, DTYPE, configuration, encoder_of,
 from benchmarks.usual_way import TransformersVJEPA2
 from flperf.models import backbones
 from flperf.models.encoder import encode_clip
-from flperf.training.timing import encoder_flops
+from flperf.models.flops import encoder_flops
 
 
 @pytest.mark.parametrize("mode", ["joint", "split"])

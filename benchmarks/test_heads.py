@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from benchmarks.sizes import BATCH, DEVICE, DTYPE, HEADS, ON_GPU, configuration, encoder_of, head_of, latents_of, layout_of
+from flperf.models.flops import head_flops
 from flperf.models.latents import Layout
-from flperf.training.timing import head_flops
 
 EAGER = {"eager fp32": torch.float32, "eager": DTYPE}
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks.sizes import BATCH, DEVICE, DTYPE, ON_GPU, configuration, encoder_of, head_of, latents_of, layout_of
+from flperf.models.flops import count_flops, head_flops
 from flperf.objectives.build import build_objective, forecast
-from flperf.training.timing import count_flops, head_flops
 
 SAMPLES, STEPS = (4, 20) if ON_GPU else (2, 5)
 

@@ -14,7 +14,7 @@ import pytest
 from benchmarks.recording import LEAST
 from benchmarks.scaling import UPDATES, workers
 from benchmarks.sizes import BATCH, DTYPE, ON_GPU, configuration, encoder_of, head_of, layout_of
-from flperf.training.timing import encoder_flops, head_flops
+from flperf.models.flops import encoder_flops, head_flops
 
 STAGES = 1, 3  # the default, and the one that communicates most
 

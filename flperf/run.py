@@ -18,10 +18,10 @@ from flperf.engine.process import Process, compute_dtype, place_among
 from flperf.models.attention import attention_operator
 from flperf.models.baselines import Baselines
 from flperf.models.encoder import Encoder, build_encoder, encode_clip
+from flperf.models.flops import count_parameters, encoder_flops, head_flops
 from flperf.models.heads import build_head, use_initial_weights
 from flperf.models.latents import Layout, Normaliser, Statistics, latent_layout
 from flperf.objectives.build import FlowMatching, Regression, build_objective
-from flperf.training.timing import count_parameters, encoder_flops, head_flops
 
 
 @dataclass

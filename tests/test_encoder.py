@@ -5,8 +5,8 @@ from flperf.config import Backbone
 from flperf.data.preprocessing import Preprocessing
 from flperf.errors import UserError
 from flperf.models.encoder import Encoder, build_encoder, encode_clip
+from flperf.models.flops import encoder_flops
 from flperf.models.latents import Layout
-from flperf.training.timing import encoder_flops
 
 CPU = torch.device("cpu")
 ARCHITECTURES = {

@@ -23,10 +23,10 @@ from flperf.estimate.pass_cost import training_cost
 from flperf.estimate.plan import Work, backbone_without_weights, memory, plan, step
 from flperf.estimate.report import report
 from flperf.models.encoder import Encoder, build_encoder, encode_clip
+from flperf.models.flops import encoder_flops
 from flperf.models.heads import build_head
 from flperf.models.latents import Layout
 from flperf.train import train
-from flperf.training.timing import encoder_flops
 
 CPU = torch.device("cpu")
 REFERENCE = str(ROOT / "configs/references/vjepa2_kinetics_400_deterministic.yaml")

@@ -10,10 +10,10 @@ from flperf.config import Model, parse_config
 from flperf.data.preprocessing import Preprocessing
 from flperf.engine.process import start_process
 from flperf.models.encoder import build_encoder, encode_clip
+from flperf.models.flops import encoder_flops, head_flops
 from flperf.models.heads import build_head
 from flperf.models.latents import Layout
 from flperf.run import build_run, flops_per_clip
-from flperf.training.timing import encoder_flops, head_flops
 
 # Wide enough that what is not three times its forward weighs little: the first layers' inputs need no gradient.
 WIDER = ["model.depth=8", "model.hidden_dim=96", "trainer.batch_size=2", "trainer.ema_decay=null"]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from flperf.config import Config, Engine, Trainer
 from flperf.data.samplers import Place
 from flperf.engine.optimizer import AdamWWithEMA, is_decayed
+from flperf.models.flops import count_parameters
 from flperf.models.heads import REPEATED
-from flperf.training.timing import count_parameters
 
 
 def deepspeed_options(engine: Engine, trainer: Trainer, place: Place, parameters: int, dtype: torch.dtype, device: torch.device) -> dict:

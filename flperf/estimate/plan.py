@@ -20,10 +20,10 @@ from flperf.errors import UserError
 from flperf.estimate.pass_cost import PassCost, encoding_cost, training_cost
 from flperf.estimate.zero import MASTER, States, collectives, model_states
 from flperf.models.encoder import Encoder
+from flperf.models.flops import count_parameters, encoder_flops, head_flops
 from flperf.models.heads import build_head
 from flperf.models.latents import Layout, latent_layout
 from flperf.objectives.build import FlowMatching, build_objective
-from flperf.training.timing import count_parameters, encoder_flops, head_flops
 
 # What is assumed of every device: shares of its peaks that a run reaches.
 COMPUTED, COPIED, SENT = 0.5, 0.8, 0.8

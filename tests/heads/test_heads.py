@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from flperf.config import Model
 from flperf.engine.optimizer import is_decayed
 from flperf.errors import UserError
+from flperf.models.flops import count_parameters, head_flops
 from flperf.models.heads import HEADS, build_head
 from flperf.models.heads.layers import rotary_table, rotate, token_coordinates
 from flperf.models.latents import Layout
-from flperf.training.timing import count_parameters, head_flops
 
 LAYOUT = Layout(context_frames=3, target_frames=2, height=2, width=3, dim=20)
 
