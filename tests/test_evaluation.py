@@ -8,8 +8,10 @@ import torch
 from flperf.config import Config
 from flperf.data.samplers import ClipBatch
 from flperf.errors import UserError
-from flperf.evaluation.evaluate import ERRORS, Gaussian, Moments, Pooled, Sums, evaluate, frechet_distance, sample_scores, summary
-from flperf.evaluation.probe import probe_accuracies
+from flperf.evaluation.evaluate import evaluate
+from flperf.evaluation.metrics import ERRORS, Gaussian, Moments, Sums, frechet_distance, sample_scores
+from flperf.evaluation.probe import Pooled, probe_accuracies
+from flperf.evaluation.report import summary
 from flperf.models.baselines import Baselines
 from flperf.models.latents import Layout
 from flperf.objectives.build import build_objective, forecast

@@ -61,9 +61,10 @@ def evaluate(arguments: list[str]) -> None:
     if options.out:  # before all the work, as a file that can't be written should show at once
         make_folder_of(options.out)
     trained, run = _trained_run(options)
-    from flperf.evaluation.evaluate import Pooled, evaluate_run, summary
+    from flperf.evaluation.evaluate import evaluate_run
     from flperf.evaluation.locator import PixelErrors, load_locator, locator_summary
-    from flperf.evaluation.probe import has_classes, probe_accuracies, probe_summary, training_features
+    from flperf.evaluation.probe import Pooled, has_classes, probe_accuracies, probe_summary, training_features
+    from flperf.evaluation.report import summary
     from flperf.training.tracking import cut_torn_line, json_line
 
     probed = run.config.evaluation.probe_clips > 0 and has_classes(run.dataset.splits["train"].labels)

@@ -16,8 +16,8 @@ from flperf.data import Place, Preprocessing, open_dataset
 from flperf.data.samplers import ClipBatch
 from flperf.engine.process import compute_dtype
 from flperf.errors import UserError
-from flperf.evaluation.evaluate import Sums
 from flperf.evaluation.locator_heads import LOCATORS, Locator
+from flperf.evaluation.metrics import Sums
 from flperf.files import complete_file, read_tensor_file
 from flperf.models.encoder import Encoder, build_encoder, encode_clip
 from flperf.models.latents import EPSILON, Normaliser, latent_layout

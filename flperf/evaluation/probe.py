@@ -4,12 +4,16 @@ It is trained on the true target latents of training clips, averaged over frames
 and of their forecasts. Accuracy on the true ones is the upper bound; on the copied last context latent, what needs no forecast.
 """
 
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from flperf.evaluation.evaluate import Pooled
+from flperf.data.samplers import ClipBatch
 from flperf.run import Run
 
 
@@ -41,3 +45,28 @@ def probe_summary(accuracies: dict[str, float]) -> str:
 
 def has_classes(labels: list[int]) -> bool:
     return len(set(labels)) > 1
+
+
+@dataclass
+class Pooled:
+    """Latents of every valid clip averaged over places and frames, by whose forecast they are ("target": the truth), for probes."""
+
+    labels: list[Tensor] = field(default_factory=list)
+    features: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def add(self, latents: dict[str, Tensor], batch: ClipBatch) -> None:
+        """latents by whose forecast they are, `b t h w d` each."""
+        valid = batch.valid.cpu()
+        self.labels.append(batch.label[valid])
+        for name, values in latents.items():
+            self.features.setdefault(name, []).append(values.mean((1, 2, 3)).float().cpu()[valid])
+
+    def gathered(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """labels [n] and features [n d] by name, of all processes."""
+        mine = torch.cat(self.labels), {name: torch.cat(parts) for name, parts in self.features.items()}
+        everyone = [mine]
+        if dist.is_initialized():
+            everyone = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, mine)
+        labels = torch.cat([labels for labels, _ in everyone])
+        return labels, {name: torch.cat([features[name] for _, features in everyone]) for name in mine[1]}

@@ -24,7 +24,8 @@ from flperf.engine.engine import head_weights, load_weights
 from flperf.engine.optimizer import set_schedule
 from flperf.engine.preemption import Interrupted, StopVote
 from flperf.errors import UserError
-from flperf.evaluation.evaluate import evaluate_run, summary, table
+from flperf.evaluation.evaluate import evaluate_run
+from flperf.evaluation.report import summary, table
 from flperf.models.baselines import LatentSample, load_statistics, save_statistics
 from flperf.run import Run, flops_per_clip
 from flperf.training.profiler import PROFILED_STEPS, StepProfile
