@@ -13,8 +13,7 @@ from flperf.data import Place
 from flperf.data.bouncing_shapes import patch_heatmaps
 from flperf.data.samplers import ClipBatch
 from flperf.errors import UserError
-from flperf.evaluation.locator import FrameLatents, PixelErrors, frame_centres, load_locator, save_locator, train_locator
-from flperf.evaluation.locator_heads import LOCATORS, Locator
+from flperf.evaluation.locator import LOCATORS, FrameLatents, Locator, PixelErrors, frame_centres, load_locator, save_locator, train_locator
 from flperf.models.latents import Layout, Normaliser, Statistics
 from flperf.train import train
 
