@@ -18,8 +18,7 @@ from runs import ROOT
 from flperf.config import Config, Trainer
 from flperf.data.demo import write_demo
 from flperf.errors import UserError
-from flperf.evaluation.video import convert_video_tensor_to_mp4, save_mp4_video
-from flperf.evaluation.visualise import Example, Projection, write_example
+from flperf.evaluation.visualise import Example, Projection, convert_video_tensor_to_mp4, save_mp4_video, write_example
 from flperf.models.baselines import Baselines
 from flperf.training.loop import Schedule
 
