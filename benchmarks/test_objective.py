@@ -16,7 +16,7 @@ from flperf_kernels.flow_matching import flow_matching_loss, flow_matching_noise
 
 from benchmarks.recording import LEAST
 from benchmarks.sizes import DEVICE, ON_GPU, QUICK, configuration
-from flperf.objectives.build import Regression
+from flperf.objectives.regression import Regression
 
 SIZE = (2, 64, 64) if QUICK else (8, 4096, 1024)
 

@@ -21,7 +21,9 @@ from flperf.models.encoder import Encoder, build_encoder, encode_clip
 from flperf.models.flops import count_parameters, encoder_flops, head_flops
 from flperf.models.heads import build_head, use_initial_weights
 from flperf.models.latents import Layout, Normaliser, Statistics, latent_layout
-from flperf.objectives.build import FlowMatching, Regression, build_objective
+from flperf.objectives.build import build_objective
+from flperf.objectives.flow_matching import FlowMatching
+from flperf.objectives.regression import Regression
 
 
 @dataclass

@@ -13,7 +13,8 @@ from flperf.errors import UserError
 from flperf.models.heads import build_head
 from flperf.models.latents import Layout, Normaliser, Statistics
 from flperf.objectives import build as objectives
-from flperf.objectives.build import build_objective, draw_tau, tau_shift
+from flperf.objectives.build import build_objective
+from flperf.objectives.flow_matching import draw_tau, tau_shift
 
 LAYOUT = Layout(context_frames=2, target_frames=2, height=3, width=3, dim=12)
 MODEL = Model(head="dit", num_context_latents=2, hidden_dim=24, depth=2, num_heads=2)

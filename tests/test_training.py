@@ -21,7 +21,7 @@ from flperf.engine import preemption as interruption
 from flperf.engine.checkpoint_files import latest_checkpoint, read_index, read_weights
 from flperf.engine.compile_cache import CACHE_VARIABLES
 from flperf.errors import UserError
-from flperf.objectives.build import Regression
+from flperf.objectives.regression import Regression
 from flperf.train import train as train_here
 from flperf.training import loop
 

@@ -23,7 +23,8 @@ from flperf.models.encoder import Encoder
 from flperf.models.flops import count_parameters, encoder_flops, head_flops
 from flperf.models.heads import build_head
 from flperf.models.latents import Layout, latent_layout
-from flperf.objectives.build import FlowMatching, build_objective
+from flperf.objectives.build import build_objective
+from flperf.objectives.flow_matching import FlowMatching
 
 # What is assumed of every device: shares of its peaks that a run reaches.
 COMPUTED, COPIED, SENT = 0.5, 0.8, 0.8

@@ -16,7 +16,9 @@ from flperf.data.samplers import ClipBatch
 from flperf.errors import UserError
 from flperf.evaluation.metrics import ERRORS, SMALLEST, Moments, Sums, _spread, frechet_distance, sample_scores
 from flperf.models.baselines import BASELINES, Baselines
-from flperf.objectives.build import FlowMatching, Regression, forecast
+from flperf.objectives.build import forecast
+from flperf.objectives.flow_matching import FlowMatching
+from flperf.objectives.regression import Regression
 from flperf.run import Run
 
 
