@@ -18,7 +18,7 @@ from benchmarks import sizes
 from benchmarks.recording import Recorder
 from benchmarks.sizes import DEVICE
 from flperf.engine.devices import copy_rate, measured_flops
-from flperf.training.tracking import PACKAGES
+from flperf.training.run_folder import PACKAGES
 
 FOLDER = Path(__file__).parent
 KEPT = ("min", "median", "mean", "stddev", "rounds")  # of each benchmark's statistics, in seconds

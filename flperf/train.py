@@ -48,7 +48,7 @@ def train(arguments: list[str]) -> None:
     from flperf.run import build_run, describe
     from flperf.training import loop
     from flperf.training.dashboards import check_dashboards
-    from flperf.training.tracking import RunFolder
+    from flperf.training.run_folder import RunFolder
 
     check_dashboards(config)
     started = time.perf_counter()

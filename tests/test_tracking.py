@@ -21,7 +21,8 @@ from flperf.engine.process import start_process
 from flperf.errors import UserError
 from flperf.files import write_durably
 from flperf.train import train
-from flperf.training.tracking import RunFolder, Tracker
+from flperf.training.run_folder import RunFolder
+from flperf.training.tracking import Tracker
 
 OPTIONS = ["trainer.max_steps=3", "evaluation.eval_every=3", "evaluation.dump_examples=1", "checkpoint.save_every=2"]
 NUMBERS = {"train/loss", "train/lr", "train/grad_norm", "train/clips_per_s", "train/mfu", "val/loss", "val/skill_l1"}

@@ -29,8 +29,9 @@ from flperf.evaluation.report import summary, table
 from flperf.models.baselines import LatentSample, load_statistics, save_statistics
 from flperf.run import Run, flops_per_clip
 from flperf.training.profiler import PROFILED_STEPS, StepProfile
+from flperf.training.run_folder import RunFolder
 from flperf.training.timing import StageTimer, process_seconds
-from flperf.training.tracking import RunFolder, Tracker
+from flperf.training.tracking import Tracker
 
 
 class Schedule:

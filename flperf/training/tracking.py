@@ -4,144 +4,22 @@ A folder is never silently reused: a run resumes the earlier one of the same nam
 shapes the result, and stops with the differences otherwise.
 """
 
-import hashlib
 import json
 import math
 import os
-import platform
-import shutil
-import subprocess
-import sys
 import time
-import uuid
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-import yaml
 from tqdm import tqdm
 
-from flperf.config import Config, differences, dump_config
-from flperf.data import Dataset
-from flperf.engine.process import Process
-from flperf.errors import UserError
-from flperf.files import write_durably, writing
+from flperf.config import Config
+from flperf.files import writing
 from flperf.training.dashboards import Dashboard, Rows, open_dashboards
+from flperf.training.run_folder import RunFolder
 
-PACKAGES = ("torch", "deepspeed", "xformers", "transformers", "nvidia-dali-cuda130", "triton", "av", "numpy")
-# Keys that may change when a run is resumed: none of them alters what is learnt.
-FREE_SECTIONS = {"engine", "evaluation", "checkpoint", "tracking"}
-FREE_KEYS = {
-    "dataset.decoder",
-    "dataset.threads",
-    "dataset.prefetch",
-    "dataset.validation",
-    "trainer.micro_batch_size",
-    "trainer.stop_after",
-    "trainer.max_skipped_updates",
-    "model.activation_checkpointing",
-    "model.fused_adaln",
-}
-START_ANEW = "set name=... for a new run, or --overwrite to put the old one aside and start anew"
 PROGRESS_SECONDS = 10  # at least, between two lines of progress where there is no terminal
-
-
-class RunFolder:
-    """`experiment/<name>`; debugging runs share `experiment/debug/<name>`, which each of them replaces."""
-
-    def __init__(self, config: Config, debug: bool):
-        self.debug = debug
-        self.path = Path(config.experiment, "debug", config.name) if debug else Path(config.experiment, config.name)
-        self.checkpoints = self.path / "checkpoints"
-        self.statistics = self.path / "latent_statistics.safetensors"
-        self.metrics = self.path / "metrics.jsonl"
-
-    def check(self, config: Config) -> None:
-        """Raise `UserError` if an earlier run of this name had another configuration."""
-        path = self.path / "config.yaml"
-        if self.debug or not path.exists():
-            return
-        try:
-            earlier = yaml.safe_load(path.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError):
-            earlier = None
-        now = yaml.safe_load(dump_config(config))
-        if not isinstance(earlier, dict) or now.keys() - earlier.keys():  # what is cut off after a section is YAML still
-            raise UserError(f"{path}: is damaged; remove it to go on with the run as it is configured now, or start anew with --overwrite")
-        changed = [line for line in differences(earlier, now) if not _is_free(line.split(":")[0])]
-        if changed:
-            raise UserError(f"{path}: is that of a run with another configuration ({'; '.join(changed)}); {START_ANEW}")
-
-    def open(self, config: Config, process: Process, dataset: Dataset, *, overwrite: bool) -> None:
-        """Make the folder and describe the run in it; with `overwrite`, put an earlier run aside under another name. Raises `UserError` if
-        an earlier run of this name had other training clips."""
-        clips = training_clips(dataset)
-        if not (self.debug or overwrite):
-            self._check_clips(clips)
-        if process.is_main:
-            with writing(self.path):
-                if self.debug:
-                    shutil.rmtree(self.path, ignore_errors=True)
-                elif overwrite and self.path.exists():
-                    count = 1 + len(list(self.path.parent.glob(f"{self.path.name}.replaced-*")))
-                    self.path.rename(self.path.with_name(f"{self.path.name}.replaced-{count}"))
-                self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_durably(self.path / "config.yaml", dump_config(config))
-            self.describe(**describe_run(process), training=clips)
-        dist.barrier()
-
-    def _check_clips(self, clips: dict) -> None:
-        earlier = self._described().get("training", clips)
-        if earlier["order"] != clips["order"]:
-            raise UserError(
-                f"dataset.train: names other clips ({clips['clips']}), or in another order, than the run in {self.path} was trained on "
-                f"({earlier['clips']}); {START_ANEW}"
-            )
-
-    def describe(self, **facts) -> None:
-        """Write facts about this launch into `run.json`, beside or in place of those that stand there."""
-        write_durably(self.path / "run.json", json.dumps(self._described() | facts, indent=2) + "\n")
-
-    def run_id(self) -> str:
-        """What dashboards know the run by: drawn at its first start and kept, so that every later start goes on with the same one."""
-        if "run_id" not in self._described():
-            self.describe(run_id=uuid.uuid4().hex[:8])
-        return self._described()["run_id"]
-
-    def _described(self) -> dict:
-        try:
-            return json.loads((self.path / "run.json").read_text())
-        except (OSError, ValueError):  # not there yet, or damaged: the run goes on without what it said
-            return {}
-
-
-def _is_free(key: str) -> bool:
-    return key in FREE_KEYS or key.split(".")[0] in FREE_SECTIONS
-
-
-def training_clips(dataset: Dataset) -> dict:
-    """How many training clips there are, and a digest of their order, on which every sample of a run depends."""
-    paths = dataset.splits["train"].paths
-    return {"clips": len(paths), "order": hashlib.sha256("\n".join(paths).encode()).hexdigest()}
-
-
-def describe_run(process: Process) -> dict:
-    """Versions, commit, devices and command: what is needed to say later what ran."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    name = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else f"{platform.processor() or platform.machine()}"
-    return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
-        "commit": commit or None,
-        "versions": {"python": platform.python_version(), "flperf": version("flperf")} | {name: version(name) for name in PACKAGES},
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "world_size": process.world_size,
-    }
 
 
 class Tracker:

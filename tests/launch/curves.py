@@ -14,7 +14,7 @@ from flperf.config import load_config
 from flperf.engine.process import start_process
 from flperf.run import build_run
 from flperf.training import loop
-from flperf.training.tracking import RunFolder
+from flperf.training.run_folder import RunFolder
 
 
 def curve(config_path: str, name: str, overrides: list[str], process) -> dict:
