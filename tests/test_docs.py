@@ -86,7 +86,7 @@ def test_the_guide_expects_what_the_command_estimates(capsys, monkeypatch):
     rows = re.findall(r"^\| [a-zA-Z ]+ \| `(--[^`]+)` \| ([\d.]+) \| ([\d.]+) \|$", (DOCS / "guide.md").read_text(), flags=re.M)
     assert len(rows) == 3
     for options, gigabytes, rate in rows:
-        cli.COMMANDS["estimate"][0](["--config", "configs/references/vjepa2_kinetics_400.yaml", "--device", "h100", *options.split()])
+        cli.load_command("estimate")(["--config", "configs/references/vjepa2_kinetics_400.yaml", "--device", "h100", *options.split()])
         memory, time = (line.split() for line in capsys.readouterr().out.splitlines() if re.match(r" *\d+ +1\*", line))
         assert (memory[-2], memory[-1], time[-2]) == (gigabytes, "yes", rate)
 

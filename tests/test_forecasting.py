@@ -11,8 +11,11 @@ import torch
 from runs import ROOT, launch
 from safetensors.torch import load_file, save_file
 
-from flperf.commands import trained as forecasting
+from flperf.commands.evaluate import evaluate
+from flperf.commands.export import export
 from flperf.commands.forecast_files import frames_for, seconds_ahead
+from flperf.commands.sample import sample
+from flperf.commands.trained import _compile_beside
 from flperf.errors import UserError
 
 CONFIG = """
@@ -41,7 +44,7 @@ def folder(tmp_path_factory):
     command = [sys.executable, str(ROOT / "flperf/train.py"), "--config", str(folder / "tiny.yaml")]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert finished.returncode == 0, finished.stderr[-3000:]
-    forecasting.export(["--checkpoint", str(folder / "experiment/tiny"), "--out", str(folder / "head.safetensors")])
+    export(["--checkpoint", str(folder / "experiment/tiny"), "--out", str(folder / "head.safetensors")])
     return folder
 
 
@@ -52,7 +55,7 @@ def trained_result(folder) -> dict:
 
 def evaluated(folder, checkpoint: str, *arguments: str) -> dict:
     out = folder / "evaluation.jsonl"
-    forecasting.evaluate(["--checkpoint", str(folder / checkpoint), "--out", str(out), *arguments])
+    evaluate(["--checkpoint", str(folder / checkpoint), "--out", str(out), *arguments])
     return json.loads(out.read_text().splitlines()[-1])
 
 
@@ -95,8 +98,8 @@ def test_the_last_weights_differ_from_the_averaged_ones(folder):
 
 def test_samples_are_written_and_reproducible(folder, capsys):
     arguments = ["--checkpoint", str(folder / "head.safetensors"), "--clips", "3"]
-    forecasting.sample([*arguments, "--out", str(folder / "first")])
-    forecasting.sample([*arguments, "--out", str(folder / "second")])
+    sample([*arguments, "--out", str(folder / "first")])
+    sample([*arguments, "--out", str(folder / "second")])
     first, second = (load_file(folder / name / "forecasts.safetensors") for name in ("first", "second"))
     assert first["forecast"].shape == (3, 3, 2, 2, 2, 24) and first["clip"].tolist() == [0, 1, 2]
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -106,8 +109,8 @@ def test_samples_are_written_and_reproducible(folder, capsys):
 
 def test_a_horizon_in_seconds_is_rolled_out(folder):
     arguments = ["--checkpoint", str(folder / "head.safetensors"), "--clips", "2", "--out"]
-    forecasting.sample([*arguments, str(folder / "long"), "--seconds", "0.8"])
-    forecasting.sample([*arguments, str(folder / "short")])
+    sample([*arguments, str(folder / "long"), "--seconds", "0.8"])
+    sample([*arguments, str(folder / "short")])
     long, short = (load_file(folder / name / "forecasts.safetensors") for name in ("long", "short"))
     assert long["forecast"].shape[2] == 5 and long["seconds"][0, -1] >= 0.8 > long["seconds"][0, -2]
     assert torch.equal(long["forecast"][:, :, :2], short["forecast"])
@@ -149,7 +152,7 @@ def test_compiled_code_is_looked_for_where_training_left_it(folder, monkeypatch)
     monkeypatch.setenv("TRITON_CACHE_DIR", "mine")
     for checkpoint in ("experiment/tiny", "experiment/tiny/checkpoints/step_00000003"):
         monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-        forecasting._compile_beside(str(folder / checkpoint))
+        _compile_beside(str(folder / checkpoint))
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder / "experiment/compile_cache/inductor")
     assert os.environ["TRITON_CACHE_DIR"] == "mine"
 
@@ -157,25 +160,25 @@ def test_compiled_code_is_looked_for_where_training_left_it(folder, monkeypatch)
 def test_a_result_that_can_not_be_written_shows_before_the_work(folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="folder can't be made"):
-        forecasting.evaluate(["--checkpoint", "nowhere", "--out", str(tmp_path / "file/result.jsonl")])
+        evaluate(["--checkpoint", "nowhere", "--out", str(tmp_path / "file/result.jsonl")])
 
 
 def test_mistakes_are_named(folder, tmp_path):
     for path, message in [(tmp_path, "neither an exported file nor a run's folder"), (tmp_path / "x", "neither")]:
         with pytest.raises(UserError, match=message):
-            forecasting.evaluate(["--checkpoint", str(path)])
+            evaluate(["--checkpoint", str(path)])
     (tmp_path / "broken.safetensors").write_bytes((folder / "head.safetensors").read_bytes()[:1000])
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     for name, message in [("broken", "not a safetensors file"), ("other", "was not written by")]:
         with pytest.raises(UserError, match=message):
-            forecasting.evaluate(["--checkpoint", str(tmp_path / f"{name}.safetensors")])
+            evaluate(["--checkpoint", str(tmp_path / f"{name}.safetensors")])
     with pytest.raises(UserError, match="num_context_latents 3|forecasts Layout"):
-        forecasting.evaluate(["--checkpoint", str(folder / "head.safetensors"), "dataset.n_frames=12"])
+        evaluate(["--checkpoint", str(folder / "head.safetensors"), "dataset.n_frames=12"])
     (tmp_path / "other.yaml").write_text(f"inherits: [{folder}/tiny.yaml]\nmodel: {{depth: 2}}\n")
     with pytest.raises(UserError, match="model.depth: 1 -> 2"):
-        forecasting.evaluate(["--checkpoint", str(folder / "head.safetensors"), "--config", str(tmp_path / "other.yaml")])
+        evaluate(["--checkpoint", str(folder / "head.safetensors"), "--config", str(tmp_path / "other.yaml")])
     with pytest.raises(UserError, match="--frames: must be above 0"):
-        forecasting.sample(["--checkpoint", "x", "--out", "y", "--frames", "0"])
+        sample(["--checkpoint", "x", "--out", "y", "--frames", "0"])
 
 
 def test_an_error_is_all_that_is_printed():

@@ -7,7 +7,8 @@ import pytest
 import torch
 from runs import BACKBONES, FOUR_DS, REGIMES, ROOT, TINY
 
-from flperf.commands import trained as forecasting
+from flperf.commands.evaluate import evaluate
+from flperf.commands.locator import locator
 from flperf.config import load_config
 from flperf.data import Place
 from flperf.data.bouncing_shapes import patch_heatmaps
@@ -83,10 +84,10 @@ def folder(tmp_path_factory):
 def test_training_evaluating_and_refusing(folder, capsys):
     config = str(folder / "tiny.yaml")
     file = folder / "locator.safetensors"
-    forecasting.locator(["--config", config, "--out", str(file), "--head", "heatmap", "--steps", "3"])
+    locator(["--config", config, "--out", str(file), "--head", "heatmap", "--steps", "3"])
     assert "pixels of 256" in capsys.readouterr().out
     train(["--config", config, *REGIMES["flow_matching"]])
-    forecasting.evaluate(["--checkpoint", str(folder / "experiment/tiny"), "--locator", str(file), "--out", str(folder / "out.jsonl")])
+    evaluate(["--checkpoint", str(folder / "experiment/tiny"), "--locator", str(file), "--out", str(folder / "out.jsonl")])
     result = json.loads((folder / "out.jsonl").read_text())
     located = result["locator"]
     assert result["norm"] == "standardize" and "one sample" in capsys.readouterr().out

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from runs import ROOT, launch
 
-from flperf.cli import COMMANDS
+from flperf.cli import load_command
 from flperf.config import load_config
 
 SMALL = [
@@ -73,7 +73,7 @@ def parsed(command: str, monkeypatch) -> argparse.Namespace:
     for method in ("parse_args", "parse_intermixed_args"):
         monkeypatch.setattr(argparse.ArgumentParser, method, stop(getattr(argparse.ArgumentParser, method)))
     with pytest.raises(Parsed) as result:
-        COMMANDS[Path(name).stem][0](arguments)
+        load_command(Path(name).stem)(arguments)
     return result.value.args[0]
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from flperf.commands.doctor import Finding, cached_weights
+from flperf.commands.doctor_machine import Finding, cached_weights
 from flperf.config import Config, load_config
 from flperf.errors import UserError
 

@@ -1,0 +1,30 @@
+"""`flperf sample`: forecasts of validation clips as files."""
+
+from pathlib import Path
+
+from flperf.commands.trained import add_configuration, trained_parser, trained_run
+from flperf.errors import UserError
+
+
+def sample(arguments: list[str]) -> None:
+    """`flperf sample`: forecasts of validation clips as files."""
+    parser = trained_parser(
+        "sample",
+        "Write forecasts of validation clips: OUT/forecasts.safetensors, and a folder of pictures and tensors for each clip.",
+        "flperf sample --checkpoint experiment/demo --out experiment/demo/forecasts --clips 4 --seconds 2",
+    )
+    add_configuration(parser)
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--clips", type=int, default=4, help="the first so many validation clips (default: 4)")
+    horizon = parser.add_mutually_exclusive_group()
+    horizon.add_argument("--frames", type=int, help="latent frames ahead (default: as in training; more are rolled out)")
+    horizon.add_argument("--seconds", type=float, help="the same as a time, by the clips' frame rate")
+    options = parser.parse_intermixed_args(arguments)
+    for name in ("clips", "frames", "seconds"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name}: must be above 0, is {value}")
+    _, run = trained_run(options)
+    from flperf.commands.forecast_files import write_forecasts
+
+    print(write_forecasts(run, Path(options.out), options.clips, options.frames, options.seconds))
