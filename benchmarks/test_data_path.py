@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.recording import LEAST
 from benchmarks.sizes import QUICK
-from flperf.commands.encoding import encode_dataset
+from flperf.commands.latent_writer import encode_dataset
 from flperf.config import Config, load_config
 from flperf.data import Place, latent_shards
 from flperf.data.annotations import Annotations

@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks import sizes
 from benchmarks.memory import peak_memory_bytes
 from benchmarks.usual_way import UsualStep, latent_batches
-from flperf.commands.encoding import encode_dataset
+from flperf.commands.latent_writer import encode_dataset
 from flperf.config import Config
 from flperf.engine.optimizer import set_schedule
 from flperf.engine.process import start_process

@@ -57,7 +57,7 @@ tracking: {{log_every: 1}}
 
 def encode(folder, out, *overrides, as_files=False, shard_bytes=8 * 4 * 2 * 2 * 24 * 2):
     """Encode in this process, with shards of eight clips as in `encoded`."""
-    from flperf.commands.encoding import encode_dataset
+    from flperf.commands.latent_writer import encode_dataset
     from flperf.engine.process import start_process
 
     with pytest.MonkeyPatch.context() as patch:
@@ -213,7 +213,7 @@ def test_encoding_uses_the_compile_cache_of_training(demo, monkeypatch):
     environment = {name: value for name, value in os.environ.items() if name not in CACHE_VARIABLES}
     monkeypatch.setattr(os, "environ", environment)
     monkeypatch.setattr("flperf.engine.process.start_process", lambda: None)
-    monkeypatch.setattr("flperf.commands.encoding.encode_dataset", lambda *_, **__: None)
+    monkeypatch.setattr("flperf.commands.latent_writer.encode_dataset", lambda *_, **__: None)
     command.encode(["--config", str(demo / "video.yaml"), "--out", str(demo / "unused")])
     for variable, folder in CACHE_VARIABLES.items():
         assert environment[variable] == str(demo / "experiment/compile_cache" / folder)

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from flperf.commands.evaluate import evaluate
 from flperf.commands.export import export
-from flperf.commands.forecast_files import frames_for, seconds_ahead
 from flperf.commands.sample import sample
 from flperf.commands.trained import _compile_beside
 from flperf.errors import UserError
+from flperf.evaluation.forecasts import frames_for, seconds_ahead
 
 CONFIG = """
 inherits: [{root}/configs/demo.yaml]

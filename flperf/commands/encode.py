@@ -33,7 +33,7 @@ def encode(arguments: list[str]) -> None:
     use_compile_cache(config.experiment)
 
     # Imported late, so that a mistake in the configuration shows at once.
-    from flperf.commands.encoding import encode_dataset
+    from flperf.commands.latent_writer import encode_dataset
     from flperf.engine.process import start_process
 
     encode_dataset(config, start_process(), Path(options.out), as_files=options.files)

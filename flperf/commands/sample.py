@@ -25,6 +25,6 @@ def sample(arguments: list[str]) -> None:
         if value is not None and value <= 0:
             raise UserError(f"--{name}: must be above 0, is {value}")
     _, run = trained_run(options)
-    from flperf.commands.forecast_files import write_forecasts
+    from flperf.evaluation.forecasts import write_forecasts
 
     print(write_forecasts(run, Path(options.out), options.clips, options.frames, options.seconds))
