@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from flperf.commands.common import make_folder_of
+from flperf.commands.common import command_parser, make_folder_of
 from flperf.config import load_config
 from flperf.engine.compile_cache import use_compile_cache
 
