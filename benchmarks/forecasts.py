@@ -123,7 +123,7 @@ def draw(regimes: dict[str, dict[str, dict]], leaks: dict[str, dict], out: Path)
 
 
 def tables(regimes: dict[str, dict[str, dict]], leaks: dict[str, dict]) -> str:
-    """Markdown: skill in L1 and MSE at every horizon against the best trivial forecast there."""
+    """Markdown: skill in L1 and MSE at every horizon against the best baseline there."""
     horizon = len(skills(regimes["shapes"]["predictor"], "l1"))
     ahead = " | ".join(f"+{frame}" for frame in range(1, horizon + 1))
     lines = [f"| clips | head | error | {ahead} |", "| --- " * (3 + horizon) + "|"]

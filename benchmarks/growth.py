@@ -39,11 +39,11 @@ def step(clips: int, frames: int, tokens: int, depth: int):
     model = ["model.hidden_dim=192", f"model.depth={depth}", "model.num_heads=3", f"model.num_context_latents={frames // 4}"]
     config = sizes.configuration("predictor", size={"frames": frames, "vjepa2": architecture, "model": model})
     encoder = sizes.encoder_of(config, sizes.DTYPE, False)
-    layout = sizes.layout_of(config, encoder)
-    head, video = sizes.head_of(config, layout, sizes.DTYPE, False), sizes.video_of(config)[:1].repeat(clips, 1, 1, 1, 1)
+    geometry = sizes.geometry_of(config, encoder)
+    head, video = sizes.head_of(config, geometry, sizes.DTYPE, False), sizes.video_of(config)[:1].repeat(clips, 1, 1, 1, 1)
 
     def run() -> None:
-        context, target = encode_clip(encoder, video, layout, "split")
+        context, target = encode_clip(encoder, video, geometry, "split")
         (head(context) - target).float().square().mean().backward()
 
     return run

@@ -84,7 +84,7 @@ def row(name: str, ours: OurStep, build: Build) -> str:
     with surroundings():
         other = VARIANTS[name](build)
         other()
-    share = BATCH / other.run.place.batch_size
+    share = BATCH / other.run.share.batch_size
     pairs = []
     for _ in range(ROUNDS + 1):
         own = seconds_of(ours)

@@ -15,7 +15,7 @@ from flperf.estimate.zero import model_states
 from flperf.models.encoder import Encoder
 from flperf.models.flops import count_parameters, encoder_flops, head_flops
 from flperf.models.heads import build_head
-from flperf.models.latents import latent_layout
+from flperf.models.latents import latent_geometry
 
 FOLDER = Path(__file__).parents[1] / "configs/references"
 PROCESSES, BF16 = 8, 2
@@ -43,11 +43,11 @@ def header(file: Path) -> str:
     cached = config.dataset.kind == "kinetics_400_cached"
     with torch.device("meta"):
         encoder = Encoder(config.backbone, Preprocessing.of(config.backbone), torch.float32)
-        layout = latent_layout(config, *encoder.latent_shape(config.dataset.n_frames))
-        head = build_head(config.model, layout, seed=0, compile=False)
+        geometry = latent_geometry(config, *encoder.latent_shape(config.dataset.n_frames))
+        head = build_head(config.model, geometry, seed=0, compile=False)
     parameters, flow_matching = count_parameters(head), config.objective.kind == "flow_matching"
     frozen = 0 if cached else count_parameters(encoder)
-    flops = [3 * head_flops(head, layout, flow_matching), 0 if cached else encoder_flops(encoder, layout, config.backbone.encode)]
+    flops = [3 * head_flops(head, geometry, flow_matching), 0 if cached else encoder_flops(encoder, geometry, config.backbone.encode)]
     states = model_states(parameters, config.engine.zero_stage, PROCESSES, BF16, average=config.trainer.ema_decay is not None)
     needs = [NEEDS[config.dataset.kind]] + ([] if cached else [NEEDS[config.backbone.kind]])
     total = (states.total + BF16 * frozen) / 1e9

@@ -20,7 +20,7 @@ from flperf.engine.optimizer import set_schedule
 from flperf.engine.process import Process, start_process
 from flperf.models.latents import Normaliser
 from flperf.run import build_run
-from flperf.training.loop import Window, train_step
+from flperf.training.loop import StepMeter, train_step
 
 
 def seconds_of(profiler: profile, name: str) -> float:
@@ -39,11 +39,11 @@ class Stage:
         config = configuration("dit", "vjepa2", *keys, "engine.compile=false", "latents.embedding_norm=none")
         self.run = build_run(config, process)
         self.run.normaliser = Normaliser("none", self.run.dtype)
-        self.batches, self.window = self.run.dataset.train_batches(0, self.run.place, process.device), Window(self.run)
+        self.batches, self.meter = self.run.dataset.train_batches(0, self.run.share, process.device), StepMeter(self.run)
         set_schedule(self.run.engine, 100, config.trainer, 1000)
 
     def update(self) -> None:
-        train_step(self.run, self.batches, self.window)
+        train_step(self.run, self.batches, self.meter)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from flperf.engine.process import compute_dtype
 from flperf.models.compile import compile_forward
 from flperf.models.encoder import Encoder, PixelNormalisation, build_encoder
 from flperf.models.heads import build_head
-from flperf.models.latents import Layout, latent_layout
+from flperf.models.latents import LatentGeometry, latent_geometry
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -81,12 +81,12 @@ def compiled_normalisation(preprocessing: Preprocessing, dtype: torch.dtype) -> 
     return normalise
 
 
-def layout_of(config: Config, encoder: Encoder) -> Layout:
-    return latent_layout(config, *encoder.latent_shape(config.dataset.n_frames))
+def geometry_of(config: Config, encoder: Encoder) -> LatentGeometry:
+    return latent_geometry(config, *encoder.latent_shape(config.dataset.n_frames))
 
 
-def head_of(config: Config, layout: Layout, dtype: torch.dtype, compile: bool) -> torch.nn.Module:
-    head = build_head(config.model, layout, seed=0, compile=compile).to(DEVICE)
+def head_of(config: Config, geometry: LatentGeometry, dtype: torch.dtype, compile: bool) -> torch.nn.Module:
+    head = build_head(config.model, geometry, seed=0, compile=compile).to(DEVICE)
     for parameter in head.parameters():  # tables (buffers) stay fp32
         parameter.data = parameter.data.to(dtype)
     return head
@@ -97,9 +97,9 @@ def video_of(config: Config) -> torch.Tensor:
     return torch.randint(0, 256, (BATCH, config.dataset.n_frames, height, width, 3), dtype=torch.uint8, device=DEVICE)
 
 
-def latents_of(layout: Layout, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def latents_of(geometry: LatentGeometry, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Random context and target latents."""
-    grid = (layout.height, layout.width, layout.dim)
-    shapes = ((BATCH, frames, *grid) for frames in (layout.context_frames, layout.target_frames))
+    grid = (geometry.height, geometry.width, geometry.dim)
+    shapes = ((BATCH, frames, *grid) for frames in (geometry.context_frames, geometry.target_frames))
     context, target = (torch.randn(shape, device=DEVICE, dtype=dtype) for shape in shapes)
     return context, target

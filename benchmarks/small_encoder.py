@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import VJEPA2Config, VJEPA2Model
 
 from flperf.config import load_config
-from flperf.data import Place, Preprocessing, open_dataset, prepare_dataset
+from flperf.data import BatchShare, Preprocessing, open_dataset, prepare_dataset
 from flperf.models.encoder import PixelNormalisation
 
 HIDDEN_SHARE = 0.75
@@ -51,7 +51,7 @@ def pretrain(config, out: Path, steps: int, batch_size: int) -> float:
     prepare_dataset(config)
     preprocessing = Preprocessing.of(config.backbone)
     dataset = open_dataset(config, preprocessing, config.seed)
-    batches = dataset.train_batches(0, Place(0, 1, batch_size, batch_size), CPU)
+    batches = dataset.train_batches(0, BatchShare(0, 1, batch_size, batch_size), CPU)
     normalise = PixelNormalisation(preprocessing, torch.float32)
     torch.manual_seed(0)
     model = VJEPA2Model(VJEPA2Config(**config.backbone.architecture, attn_implementation="sdpa"))

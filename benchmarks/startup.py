@@ -35,9 +35,9 @@ def compile_once(way: str, encoder_layers: int, head_layers: int) -> None:
     size = {"frames": 8, "vjepa2": ARCHITECTURE | {"num_hidden_layers": encoder_layers}, "model": model}
     config = sizes.configuration("predictor", size=size)
     encoder: Encoder = sizes.encoder_of(config, torch.float32, way == "per block")
-    layout = sizes.layout_of(config, encoder)
-    head = sizes.head_of(config, layout, torch.float32, way == "per block")
-    video, (context, _) = sizes.video_of(config), sizes.latents_of(layout, torch.float32)
+    geometry = sizes.geometry_of(config, encoder)
+    head = sizes.head_of(config, geometry, torch.float32, way == "per block")
+    video, (context, _) = sizes.video_of(config), sizes.latents_of(geometry, torch.float32)
     encode, forecast = (torch.compile(encoder), torch.compile(head)) if way == "whole model" else (encoder, head)
     start, wall = cpu_seconds(), time.perf_counter()
     with torch.no_grad():

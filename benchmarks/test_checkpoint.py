@@ -16,9 +16,9 @@ from flperf.config import load_config
 from flperf.engine.checkpoint import Checkpoints
 from flperf.engine.engine import build_engine
 from flperf.engine.optimizer import set_schedule
-from flperf.engine.process import place_among, start_process
+from flperf.engine.process import batch_share, start_process
 from flperf.models.heads import build_head
-from flperf.models.latents import latent_layout
+from flperf.models.latents import latent_geometry
 
 DEMO = Path(__file__).parents[1] / "configs/demo.yaml"
 SIZE = [
@@ -35,11 +35,11 @@ def engine():
     """A predictor of about 20 M parameters after one update, at ZeRO 1 in fp32: 16 bytes of state a parameter."""
     process = start_process()
     config = load_config(DEMO, [*SIZE, "engine.zero_stage=1"])
-    layout = latent_layout(config, 8, 4, 4, 64)
-    head = build_head(config.model, layout, seed=0, compile=False)
-    engine = build_engine(head, config, place_among(config.trainer, process), torch.float32, process.device)
+    geometry = latent_geometry(config, 8, 4, 4, 64)
+    head = build_head(config.model, geometry, seed=0, compile=False)
+    engine = build_engine(head, config, batch_share(config.trainer, process), torch.float32, process.device)
     set_schedule(engine, 0, config.trainer, 10)
-    context = torch.randn(1, layout.context_frames, 4, 4, 64, device=process.device)
+    context = torch.randn(1, geometry.context_frames, 4, 4, 64, device=process.device)
     for _ in range(engine.gradient_accumulation_steps()):
         engine.backward(engine(context).square().mean())
         engine.step()

@@ -20,10 +20,10 @@ from benchmarks.recording import LEAST
 from benchmarks.sizes import QUICK
 from flperf.commands.latent_writer import encode_dataset
 from flperf.config import Config, load_config
-from flperf.data import Place, latent_shards
+from flperf.data import BatchShare, latent_shards
 from flperf.data.annotations import Annotations
 from flperf.data.demo import write_demo
-from flperf.data.samplers import ClipBatch, TrainingOrder
+from flperf.data.samplers import ClipBatch, TrainingSampler
 from flperf.engine.optimizer import set_schedule
 from flperf.engine.process import start_process
 from flperf.models.baselines import LatentSample
@@ -58,18 +58,18 @@ class Steps:
         config = configuration(folder, "cache" if source == "cached latents" else "video")
         self.run = build_run(config, start_process())
         device = self.run.process.device
-        latents = LatentSample("standardize", self.run.layout, device)
-        self.stream = self.run.dataset.train_batches(0, self.run.place, device)
+        latents = LatentSample("standardize", self.run.geometry, device)
+        self.stream = self.run.dataset.train_batches(0, self.run.share, device)
         batch = next(self.stream)
         latents.add(*self.run.raw_latents(batch), batch.sample)
         self.run.use_statistics(*latents.result())
         self.batches = itertools.repeat(batch) if source == "video, decoded before" else self.stream
-        self.window = loop.Window(self.run)
+        self.meter = loop.StepMeter(self.run)
 
     def __call__(self) -> None:
         for step in range(STEPS):
             set_schedule(self.run.engine, step, self.run.config.trainer, 1000)
-            loop.train_step(self.run, self.batches, self.window)
+            loop.train_step(self.run, self.batches, self.meter)
 
 
 @pytest.mark.benchmark(group="training step of the demo, by source")
@@ -77,7 +77,7 @@ def test_step(record, folder):
     """The ratio to clips decoded before is the data path's efficiency."""
     sources = {source: Steps(folder, source) for source in ("video", "video, decoded before", "cached latents")}
     run = sources["video"].run
-    clips = STEPS * run.place.batch_size
+    clips = STEPS * run.share.batch_size
     beside = {source: steps for source, steps in sources.items() if source != "video"}
     # Before each turn the streams read ahead again, as they do in a run whose step takes longer than its data.
     record(
@@ -110,10 +110,10 @@ def cat(shards: latent_shards.Shards) -> None:
 
 
 def stream(shards: latent_shards.Shards, annotations: Annotations) -> Iterator[ClipBatch]:
-    order = TrainingOrder(len(annotations), 0)
-    place = Place(0, 1, BATCH, BATCH)
+    sampler = TrainingSampler(len(annotations), 0)
+    share = BatchShare(0, 1, BATCH, BATCH)
     threads = len(os.sched_getaffinity(0))
-    return latent_shards.read_batches(order.batches(0, place), order, annotations, shards, threads, AHEAD, torch.device("cpu"))
+    return latent_shards.read_batches(sampler.batches(0, share), sampler, annotations, shards, threads, AHEAD, torch.device("cpu"))
 
 
 def forget(shards: latent_shards.Shards) -> None:

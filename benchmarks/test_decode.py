@@ -25,13 +25,13 @@ from benchmarks.recording import LEAST
 from benchmarks.sizes import DEVICE, ON_GPU, QUICK, compiled_normalisation
 from benchmarks.usual_way import PROCESSORS, processed
 from flperf.config import Backbone
-from flperf.data import NVDEC_LANES, Place, dali, pyav
+from flperf.data import NVDEC_LANES, BatchShare, dali, pyav
 from flperf.data.annotations import Annotations
 from flperf.data.preprocessing import Preprocessing
-from flperf.data.samplers import Batches, TrainingOrder, Window
+from flperf.data.samplers import Batches, FrameSampling, TrainingSampler
 
 WORKERS, CPU = len(os.sched_getaffinity(0)), torch.device("cpu")
-WINDOW, BATCH = Window(64, 2, "first"), 1 if QUICK else 8
+WINDOW, BATCH = FrameSampling(64, 2, "first"), 1 if QUICK else 8
 BATCHES = max(2, 4 * WORKERS // BATCH)  # so many that what a reader needs to start weighs little
 PREPROCESSING = Preprocessing.of(Backbone(architecture={"crop_size": 256}))
 
@@ -89,9 +89,9 @@ def ours(
     normalise: Callable[[torch.Tensor], object] | None = None,
     workers: int = WORKERS,
 ) -> None:
-    order, annotations = TrainingOrder(len(paths), 0), Annotations(paths, [0] * len(paths))
-    draws = order.batches(0, Place(0, 1, BATCH, BATCH))
-    batches = read_batches(draws, order, annotations, WINDOW, PREPROCESSING, workers, 1, device)
+    sampler, annotations = TrainingSampler(len(paths), 0), Annotations(paths, [0] * len(paths))
+    draws = sampler.batches(0, BatchShare(0, 1, BATCH, BATCH))
+    batches = read_batches(draws, sampler, annotations, WINDOW, PREPROCESSING, workers, 1, device)
     for _ in range(BATCHES):
         batch = next(batches)
         assert batch.video.shape == (BATCH, 64, 256, 256, 3)
@@ -129,6 +129,6 @@ def test_resume(benchmark, step):
     """Where a run resumes does not matter: the order is computed, not replayed."""
 
     def first_batch():
-        return next(TrainingOrder(240_000, 0).batches(step, Place(0, 8, 32, 256)))
+        return next(TrainingSampler(240_000, 0).batches(step, BatchShare(0, 8, 32, 256)))
 
     assert len(benchmark(first_batch)) == 32

@@ -11,7 +11,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from benchmarks.sizes import BACKBONES, BATCH, DTYPE, configuration, encoder_of, layout_of, video_of
+from benchmarks.sizes import BACKBONES, BATCH, DTYPE, configuration, encoder_of, geometry_of, video_of
 from benchmarks.usual_way import TransformersVJEPA2
 from flperf.models import backbones
 from flperf.models.encoder import encode_clip
@@ -28,7 +28,7 @@ def test_encode(benchmark, record, backbone, mode):
     if (backbone, mode) == ("vjepa2", "joint"):
         with patch.dict(backbones.BACKBONES, vjepa2=TransformersVJEPA2):
             others |= {f"transformers' layers, {way}": encoder_of(config, DTYPE, way == "compiled") for way in ("eager", "compiled")}
-    layout, video = layout_of(config, ours), video_of(config)
-    beside = {name: partial(encode_clip, encoder, video, layout, mode) for name, encoder in others.items()}
-    flops = BATCH * encoder_flops(ours, layout, mode)
-    record(partial(encode_clip, ours, video, layout, mode), "clips", BATCH, flops=flops, dtype=DTYPE, beside=beside)
+    geometry, video = geometry_of(config, ours), video_of(config)
+    beside = {name: partial(encode_clip, encoder, video, geometry, mode) for name, encoder in others.items()}
+    flops = BATCH * encoder_flops(ours, geometry, mode)
+    record(partial(encode_clip, ours, video, geometry, mode), "clips", BATCH, flops=flops, dtype=DTYPE, beside=beside)

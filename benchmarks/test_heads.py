@@ -11,25 +11,25 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks.sizes import BATCH, DEVICE, DTYPE, HEADS, ON_GPU, configuration, encoder_of, head_of, latents_of, layout_of
+from benchmarks.sizes import BATCH, DEVICE, DTYPE, HEADS, ON_GPU, configuration, encoder_of, geometry_of, head_of, latents_of
 from flperf.models.flops import head_flops
-from flperf.models.latents import Layout
+from flperf.models.latents import LatentGeometry
 
 EAGER = {"eager fp32": torch.float32, "eager": DTYPE}
 
 
 @pytest.fixture(scope="module")
-def layout() -> Layout:
+def geometry() -> LatentGeometry:
     config = configuration()
-    return layout_of(config, encoder_of(config, DTYPE, False))
+    return geometry_of(config, encoder_of(config, DTYPE, False))
 
 
 class Pass:
     """A head on random latents; calling it runs the head forward, and backward as well where gradients are wanted."""
 
-    def __init__(self, name: str, layout: Layout, dtype: torch.dtype, compile: bool, *overrides: str):
-        self.head = head_of(configuration(name, "vjepa2", *overrides), layout, dtype, compile)
-        context, target = latents_of(layout, dtype)
+    def __init__(self, name: str, geometry: LatentGeometry, dtype: torch.dtype, compile: bool, *overrides: str):
+        self.head = head_of(configuration(name, "vjepa2", *overrides), geometry, dtype, compile)
+        context, target = latents_of(geometry, dtype)
         self.inputs = (context, target, torch.rand(BATCH, device=DEVICE)) if name == "dit" else (context,)
 
     @torch.no_grad()
@@ -43,32 +43,32 @@ class Pass:
 
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("what", ["forward", "forward and backward"])
-def test_head(benchmark, record, layout, name, what):
+def test_head(benchmark, record, geometry, name, what):
     benchmark.group = f"{what}, {name}"
 
     def of(pass_: Pass) -> Callable[[], None]:
         return pass_.forward if what == "forward" else pass_.forward_backward
 
-    ours = Pass(name, layout, DTYPE, True)
-    beside = {way: of(Pass(name, layout, dtype, False)) for way, dtype in EAGER.items()}
-    flops = BATCH * head_flops(ours.head, layout, name == "dit") * (1 if what == "forward" else 3)
+    ours = Pass(name, geometry, DTYPE, True)
+    beside = {way: of(Pass(name, geometry, dtype, False)) for way, dtype in EAGER.items()}
+    flops = BATCH * head_flops(ours.head, geometry, name == "dit") * (1 if what == "forward" else 3)
     record(of(ours), "clips", BATCH, flops=flops, dtype=DTYPE, beside=beside)
 
 
-def against_itself(record, layout: Layout, without: str, override: str) -> None:
-    ours, other = Pass("dit", layout, DTYPE, True, override), Pass("dit", layout, DTYPE, True)
-    flops = 3 * BATCH * head_flops(other.head, layout, True)
+def against_itself(record, geometry: LatentGeometry, without: str, override: str) -> None:
+    ours, other = Pass("dit", geometry, DTYPE, True, override), Pass("dit", geometry, DTYPE, True)
+    flops = 3 * BATCH * head_flops(other.head, geometry, True)
     record(ours.forward_backward, "clips", BATCH, flops=flops, dtype=DTYPE, beside={without: other.forward_backward})
 
 
 @pytest.mark.benchmark(group="DiT with activation checkpointing")
 @pytest.mark.parametrize("mode", ["selective", "full"])
-def test_checkpointed(record, layout, mode):
+def test_checkpointed(record, geometry, mode):
     """What is computed again doesn't count as FLOPs."""
-    against_itself(record, layout, "all activations kept", f"model.activation_checkpointing={mode}")
+    against_itself(record, geometry, "all activations kept", f"model.activation_checkpointing={mode}")
 
 
 @pytest.mark.skipif(not ON_GPU, reason="the fused adaLN is a Triton kernel; on a CPU its PyTorch reference runs")
 @pytest.mark.benchmark(group="DiT with fused adaLN")
-def test_fused_adaln(record, layout):
-    against_itself(record, layout, "adaLN left to Inductor", "model.fused_adaln=true")
+def test_fused_adaln(record, geometry):
+    against_itself(record, geometry, "adaLN left to Inductor", "model.fused_adaln=true")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks.sizes import DTYPE, configuration, encoder_of, head_of, layout_of
+from benchmarks.sizes import DTYPE, configuration, encoder_of, geometry_of, head_of
 from flperf.config import Trainer
 from flperf.engine.optimizer import AdamWWithEMA
 
@@ -40,8 +40,8 @@ def usual(parameters: list[torch.nn.Parameter], fused: bool) -> Callable[[], Non
 @pytest.mark.benchmark(group="optimizer step with a moving average")
 def test_update(record):
     config = configuration("dit")
-    layout = layout_of(config, encoder_of(config, DTYPE, False))
-    parameters = list(head_of(config, layout, torch.float32, False).parameters())
+    geometry = geometry_of(config, encoder_of(config, DTYPE, False))
+    parameters = list(head_of(config, geometry, torch.float32, False).parameters())
     optimizer = AdamWWithEMA([{"params": with_gradients(parameters), "ema_decay": 0.999}], TRAINER, clip=False)
     beside = {
         "a loop over tensors": usual(with_gradients(parameters), fused=False),

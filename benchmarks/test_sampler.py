@@ -6,7 +6,7 @@ python -m pytest benchmarks/test_sampler.py
 import pytest
 import torch
 
-from benchmarks.sizes import BATCH, DEVICE, DTYPE, ON_GPU, configuration, encoder_of, head_of, latents_of, layout_of
+from benchmarks.sizes import BATCH, DEVICE, DTYPE, ON_GPU, configuration, encoder_of, geometry_of, head_of, latents_of
 from flperf.models.flops import count_flops, head_flops
 from flperf.objectives.build import build_objective, forecast
 
@@ -21,21 +21,21 @@ class Remember(torch.nn.Module):
         self.head = head
 
     def forward(self, context: torch.Tensor):
-        return self.head.remember(context)
+        return self.head.encode_context(context)
 
 
 @pytest.mark.benchmark(group=f"{SAMPLES} samples of {STEPS} Euler steps")
 def test_sample(record):
     sampling = [f"evaluation.sampling.samples={SAMPLES}", f"evaluation.sampling.steps={STEPS}"]
     config = configuration("dit", "vjepa2", *sampling)
-    layout = layout_of(config, encoder_of(config, DTYPE, False))
-    objective, (context, _) = build_objective(config, layout), latents_of(layout, DTYPE)
-    compiled, eager, again = (head_of(config, layout, DTYPE, compile).requires_grad_(False) for compile in (True, False, False))
+    geometry = geometry_of(config, encoder_of(config, DTYPE, False))
+    objective, (context, _) = build_objective(config, geometry), latents_of(geometry, DTYPE)
+    compiled, eager, again = (head_of(config, geometry, DTYPE, compile).requires_grad_(False) for compile in (True, False, False))
     velocity = again.velocity
-    again.velocity = lambda x, tau, memory: velocity(x, tau, again.remember(context))
+    again.velocity = lambda x, tau, memory: velocity(x, tau, again.encode_context(context))
     sample = torch.arange(BATCH, device=DEVICE)
     once = count_flops(Remember(eager), (1, *context.shape[1:]))
-    flops = BATCH * (once + SAMPLES * STEPS * (head_flops(eager, layout, True) - once))
+    flops = BATCH * (once + SAMPLES * STEPS * (head_flops(eager, geometry, True) - once))
 
     def forecasts(head: torch.nn.Module):
         return torch.no_grad()(lambda: forecast(objective, head, context, sample))

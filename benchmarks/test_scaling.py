@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.recording import LEAST
 from benchmarks.scaling import UPDATES, workers
-from benchmarks.sizes import BATCH, DTYPE, ON_GPU, configuration, encoder_of, head_of, layout_of
+from benchmarks.sizes import BATCH, DTYPE, ON_GPU, configuration, encoder_of, geometry_of, head_of
 from flperf.models.flops import encoder_flops, head_flops
 
 STAGES = 1, 3  # the default, and the one that communicates most
@@ -24,8 +24,10 @@ def flops() -> int:
     """Of a clip."""
     config = configuration("dit")
     encoder = encoder_of(config, DTYPE, False)
-    layout = layout_of(config, encoder)
-    return encoder_flops(encoder, layout, config.backbone.encode) + 3 * head_flops(head_of(config, layout, DTYPE, False), layout, True)
+    geometry = geometry_of(config, encoder)
+    return encoder_flops(encoder, geometry, config.backbone.encode) + 3 * head_flops(
+        head_of(config, geometry, DTYPE, False), geometry, True
+    )
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ def drawn_with_pil(centres: np.ndarray) -> np.ndarray:
     pictures, half, radius = [], SHAPES.square_size / 2, SHAPES.disk_radius
     for (x, y), (u, v) in centres:
         picture = Image.new("RGB", (SIZE, SIZE), BACKGROUND)
-        brush = ImageDraw.Draw(picture)
+        brush = ImageDraw.ClipRequest(picture)
         brush.rectangle([x - half, y - half, x + half, y + half], fill=SQUARE_COLOUR)
         brush.ellipse([u - radius, v - radius, u + radius, v + radius], fill=DISK_COLOUR)
         pictures.append(np.array(picture))

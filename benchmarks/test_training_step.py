@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 def fractions_of_peak(step: OurStep, rounds: int, peak: float) -> dict[str, float]:
     """Of the last rounds: the milliseconds of each stage, and what part of the peak encoder and head reach while they run."""
-    timer, flops, clips = step.window.timer, flops_per_clip(step.run), step.run.place.batch_size
+    timer, flops, clips = step.meter.timer, flops_per_clip(step.run), step.run.share.batch_size
     for name, spans in timer.spans.items():
         timer.spans[name] = spans[-rounds:]
     stages = timer.read(rounds)
@@ -67,7 +67,7 @@ def that_fit(ways: dict[str, Step]) -> dict[str, Step]:
 
 
 def flops_of(step: OurStep) -> int:
-    return step.run.place.batch_size * sum(flops_per_clip(step.run).values())
+    return step.run.share.batch_size * sum(flops_per_clip(step.run).values())
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_step_from_video(benchmark, record, folder, regime):
     batch = next(step.batches)
 
     def decoded_before() -> None:
-        loop.train_step(step.run, iter([batch]), step.window)
+        loop.train_step(step.run, iter([batch]), step.meter)
 
     decoded_before()  # compiles for both
     beside = {"clips decoded before": decoded_before}

@@ -54,15 +54,15 @@ class OurStep:
 
     def __init__(self, config: Config):
         self.run = build_run(config, start_process())
-        self.window = loop.Window(self.run)
-        self.batches = self.run.dataset.train_batches(0, self.run.place, self.run.process.device)
-        latents, batch = LatentSample("standardize", self.run.layout, self.run.process.device), next(self.batches)
+        self.meter = loop.StepMeter(self.run)
+        self.batches = self.run.dataset.train_batches(0, self.run.share, self.run.process.device)
+        latents, batch = LatentSample("standardize", self.run.geometry, self.run.process.device), next(self.batches)
         latents.add(*self.run.raw_latents(batch), batch.sample)
         self.run.use_statistics(*latents.result(self.run.dataset.channel_statistics))
         set_schedule(self.run.engine, 0, config.trainer, config.trainer.max_steps)
 
     def __call__(self) -> None:
-        loop.train_step(self.run, self.batches, self.window)
+        loop.train_step(self.run, self.batches, self.meter)
 
 
 def ours(regime: str, source: str, mode: str, folder: Path, *overrides: str) -> OurStep:
@@ -73,10 +73,10 @@ def usual(run: Run, source: str, folder: Path, autocast: bool) -> UsualStep:
     """The usual way on the clips of a run and from the same source."""
     device = run.process.device
     if source == "cache":
-        batches = latent_batches(folder / "files/train/manifest.csv", run.place.batch_size, len(os.sched_getaffinity(0)))
+        batches = latent_batches(folder / "files/train/manifest.csv", run.share.batch_size, len(os.sched_getaffinity(0)))
     else:
-        batches = (batch.video for batch in run.dataset.train_batches(0, run.place, device))
-    return UsualStep(run.config, run.layout, batches, device, autocast)
+        batches = (batch.video for batch in run.dataset.train_batches(0, run.share, device))
+    return UsualStep(run.config, run.geometry, batches, device, autocast)
 
 
 def build(regime: str, source: str, variant: str, folder: Path) -> Step:

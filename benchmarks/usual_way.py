@@ -20,7 +20,7 @@ from flperf.config import Backbone, Config
 from flperf.data.preprocessing import Preprocessing
 from flperf.models.backbones.pretrained import load_transformer
 from flperf.models.heads import build_head
-from flperf.models.latents import Layout
+from flperf.models.latents import LatentGeometry
 
 
 class TransformersVJEPA2(nn.Module):
@@ -42,11 +42,11 @@ class TransformersVJEPA2(nn.Module):
 class UsualStep:
     """Calling it takes one step on the next of `batches`: uint8 video `b f h w c`, or latents `b d t h w`."""
 
-    def __init__(self, config: Config, layout: Layout, batches: Iterator[Tensor], device: torch.device, autocast: bool):
-        self.config, self.layout, self.batches, self.device, self.autocast = config, layout, batches, device, autocast
+    def __init__(self, config: Config, geometry: LatentGeometry, batches: Iterator[Tensor], device: torch.device, autocast: bool):
+        self.config, self.geometry, self.batches, self.device, self.autocast = config, geometry, batches, device, autocast
         self.preprocessing = Preprocessing.of(config.backbone)
         self.encoder = TransformersVJEPA2(config.backbone, self.preprocessing.size).to(device).requires_grad_(False).eval()
-        self.head = build_head(config.model, layout, seed=config.seed, compile=False).to(device)
+        self.head = build_head(config.model, geometry, seed=config.seed, compile=False).to(device)
         self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=config.trainer.learning_rate)
 
     def __call__(self) -> float:
@@ -54,7 +54,7 @@ class UsualStep:
         with torch.autocast(self.device.type, torch.bfloat16) if self.autocast else nullcontext():
             latents = self.encode(batch) if batch.dtype == torch.uint8 else rearrange(batch.float(), "b d t h w -> b t h w d")
             latents = F.normalize(latents, dim=-1)
-            loss = self.loss(latents[:, : self.layout.context_frames], latents[:, self.layout.context_frames :])
+            loss = self.loss(latents[:, : self.geometry.context_frames], latents[:, self.geometry.context_frames :])
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.head.parameters(), self.config.trainer.max_grad_norm)

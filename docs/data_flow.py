@@ -47,7 +47,7 @@ def draw(axes: Axes) -> None:
 
 
 def main(out: str) -> None:
-    figure, axes = pyplot.subplots(figsize=(12, 4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(12, 4), geometry="constrained")
     draw(axes)
     figure.savefig(out, dpi=110)
 

@@ -9,10 +9,10 @@ import sys
 import torch
 
 from flperf.config import Config, load_config
-from flperf.data import Place, Preprocessing, open_dataset, prepare_dataset
+from flperf.data import BatchShare, Preprocessing, open_dataset, prepare_dataset
 from flperf.models.encoder import build_encoder, encode_clip
 from flperf.models.heads import build_head
-from flperf.models.latents import Normaliser, latent_layout
+from flperf.models.latents import Normaliser, latent_geometry
 from flperf.objectives.build import build_objective
 
 
@@ -22,18 +22,18 @@ def train(config: Config, device: torch.device) -> list[float]:
     preprocessing = Preprocessing.of(config.backbone)
     dataset = open_dataset(config, preprocessing, config.seed)
     encoder = build_encoder(config.backbone, preprocessing, dtype=torch.float32, device=device, compile=config.engine.compile)
-    layout = latent_layout(config, *encoder.latent_shape(config.dataset.n_frames))
-    head = build_head(config.model, layout, seed=config.seed, compile=config.engine.compile).to(device)
-    objective = build_objective(config, layout)
+    geometry = latent_geometry(config, *encoder.latent_shape(config.dataset.n_frames))
+    head = build_head(config.model, geometry, seed=config.seed, compile=config.engine.compile).to(device)
+    objective = build_objective(config, geometry)
     normalise = Normaliser("layer", torch.float32)  # needs no statistics, unlike the default
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.trainer.learning_rate, weight_decay=config.trainer.weight_decay)
 
     losses = []
     size = config.trainer.batch_size
-    batches = dataset.train_batches(0, Place(rank=0, world_size=1, micro_batch_size=size, batch_size=size), device)
+    batches = dataset.train_batches(0, BatchShare(rank=0, world_size=1, micro_batch_size=size, batch_size=size), device)
     for _ in range(config.trainer.max_steps or 100):
         batch = next(batches)  # video: uint8 b f h w c
-        context, target = encode_clip(encoder, batch.video.to(device), layout, config.backbone.encode)  # b t h w d
+        context, target = encode_clip(encoder, batch.video.to(device), geometry, config.backbone.encode)  # b t h w d
         loss = objective.loss(head, normalise(context), normalise(target), batch.sample.to(device))
         optimizer.zero_grad()
         loss.backward()

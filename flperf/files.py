@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # commands that only look at files need not wait for torch
 
 
 @contextmanager
-def complete_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Where to write what replaces `path` once it is on disk: complete or not at all. Raises `UserError` that names the file."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     with writing(path):
@@ -27,9 +27,9 @@ def complete_file(path: Path) -> Iterator[Path]:
         sync_folder(path.parent)
 
 
-def write_durably(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file by `content`, on disk, or leave it as it was. Raises `UserError` that names the file."""
-    with complete_file(path) as unfinished:
+    with atomic_file(path) as unfinished:
         unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
 
 

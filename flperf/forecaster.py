@@ -18,11 +18,11 @@ from flperf.engine.checkpoint_files import latest_checkpoint, read_weights
 from flperf.engine.engine import load_weights
 from flperf.engine.process import compute_dtype
 from flperf.errors import UserError
-from flperf.files import complete_file, read_tensor_file
+from flperf.files import atomic_file, read_tensor_file
 from flperf.models.baselines import Baselines, load_statistics, split_statistics
 from flperf.models.encoder import build_encoder
 from flperf.models.heads import build_head
-from flperf.models.latents import Layout, Normaliser, Statistics
+from flperf.models.latents import LatentGeometry, Normaliser, Statistics
 from flperf.objectives.build import build_objective, forecast
 
 FORMAT = "flperf forecaster 1"
@@ -44,10 +44,10 @@ class Trained:
         """The configuration it was trained with, with `section.key=value` overrides."""
         return parse_config(self.config, f"{self.source}: config.yaml", overrides)
 
-    def layout(self, config: Config) -> Layout:
+    def geometry(self, config: Config) -> LatentGeometry:
         """The geometry of its forecasts."""
         frames, height, width, dim = self.baselines.position_mean.shape
-        return Layout(config.model.num_context_latents, frames, height, width, dim)
+        return LatentGeometry(config.model.num_context_latents, frames, height, width, dim)
 
 
 def read_trained(path: str | Path, *, average: bool = True) -> Trained:
@@ -80,7 +80,7 @@ def write_export(trained: Trained, path: str | Path) -> None:
     tensors |= {f"statistics.{name}": tensor for name, tensor in statistics.items()}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with complete_file(path) as unfinished:
+    with atomic_file(path) as unfinished:
         save_file(tensors, unfinished, metadata={"format": FORMAT, "config": trained.config, "step": str(trained.step)})
 
 
@@ -97,20 +97,20 @@ class Forecaster:
         forecaster = load_forecaster("forecaster.safetensors")
         latents = forecaster.forecast(video)  # video: uint8 f h w c, any size
 
-    `context_frames` is how many video frames it looks at; `config`, `layout` and `statistics` say what it was trained with.
+    `context_frames` is how many video frames it looks at; `config`, `geometry` and `statistics` say what it was trained with.
     """
 
     def __init__(self, trained: Trained, device: torch.device, overrides: list[str], compile: bool):
         self.config = config = trained.resolved(overrides)
-        self.device, self.layout, self.statistics = device, trained.layout(config), trained.statistics
+        self.device, self.geometry, self.statistics = device, trained.geometry(config), trained.statistics
         dtype = compute_dtype(config.engine.precision, device)
         self.preprocessing = Preprocessing.of(config.backbone)
         self.encoder = build_encoder(config.backbone, self.preprocessing, dtype=dtype, device=device, compile=compile)
-        self.head = build_head(config.model, self.layout, seed=config.seed, compile=compile).to(device).requires_grad_(False).eval()
+        self.head = build_head(config.model, self.geometry, seed=config.seed, compile=compile).to(device).requires_grad_(False).eval()
         load_weights(self.head, trained.weights, dtype)
         self.normaliser = Normaliser(config.latents.embedding_norm, dtype, trained.statistics).to(device)
-        self.objective = build_objective(config, self.layout)
-        self.context_frames = self.layout.context_frames * self.encoder.frames_per_latent
+        self.objective = build_objective(config, self.geometry)
+        self.context_frames = self.geometry.context_frames * self.encoder.frames_per_latent
 
     @torch.no_grad()
     def context(self, video: Tensor) -> Tensor:

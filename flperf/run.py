@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from flperf.config import Config
 from flperf.data import WITHOUT_VIDEO, Dataset, open_dataset, prepare_dataset
 from flperf.data.preprocessing import Preprocessing
-from flperf.data.samplers import ClipBatch, Place
+from flperf.data.samplers import BatchShare, ClipBatch
 from flperf.engine.devices import memory_gb
 from flperf.engine.engine import build_engine
-from flperf.engine.process import Process, compute_dtype, place_among
+from flperf.engine.process import Process, batch_share, compute_dtype
 from flperf.models.attention import attention_operator
 from flperf.models.baselines import Baselines
 from flperf.models.encoder import Encoder, build_encoder, encode_clip
 from flperf.models.flops import count_parameters, encoder_flops, head_flops
 from flperf.models.heads import build_head, use_initial_weights
-from flperf.models.latents import Layout, Normaliser, Statistics, latent_layout
+from flperf.models.latents import LatentGeometry, Normaliser, Statistics, latent_geometry
 from flperf.objectives.build import build_objective
 from flperf.objectives.flow_matching import FlowMatching
 from flperf.objectives.regression import Regression
@@ -30,11 +30,11 @@ from flperf.objectives.regression import Regression
 class Run:
     config: Config
     process: Process
-    place: Place
+    share: BatchShare
     dtype: torch.dtype
     dataset: Dataset
     encoder: Encoder | None  # None where the dataset holds latents
-    layout: Layout
+    geometry: LatentGeometry
     objective: Regression | FlowMatching
     engine: deepspeed.DeepSpeedEngine | None  # the head in training; None in evaluation
     forecaster: nn.Module  # the same head, filled with averaged weights for evaluation
@@ -45,10 +45,10 @@ class Run:
         """Context and target latents of a batch as the encoder (or the cache) gives them, `b t h w d`, on the device."""
         if batch.latents is not None:
             latents = batch.latents.to(self.process.device, non_blocking=True)
-            split = self.layout.context_frames
-            return latents[:, :split], latents[:, split : split + self.layout.target_frames]
+            split = self.geometry.context_frames
+            return latents[:, :split], latents[:, split : split + self.geometry.target_frames]
         video = batch.video.to(self.process.device, non_blocking=True)
-        return encode_clip(self.encoder, video, self.layout, self.config.backbone.encode)
+        return encode_clip(self.encoder, video, self.geometry, self.config.backbone.encode)
 
     @torch.no_grad()
     def latents(self, batch: ClipBatch) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ def build_run(config: Config, process: Process, *, training: bool = True) -> Run
     """Data, encoder, head and, for training, the engine. Takes no step and writes nothing (but the demo's clips, if they are not there
     yet)."""
     dtype = compute_dtype(config.engine.precision, process.device)
-    place = place_among(config.trainer, process) if training else evaluation_place(config, process)
+    share = batch_share(config.trainer, process) if training else evaluation_share(config, process)
     if process.local_rank == 0:
         prepare_dataset(config)
     dist.barrier()
@@ -81,51 +81,51 @@ def build_run(config: Config, process: Process, *, training: bool = True) -> Run
     if shape is None:
         encoder = build_encoder(config.backbone, preprocessing, dtype=dtype, device=process.device, compile=config.engine.compile)
         shape = encoder.latent_shape(config.dataset.n_frames)
-    layout = latent_layout(config, *shape)
-    objective = build_objective(config, layout)
-    new_head = partial(build_head, config.model, layout, seed=config.seed, compile=config.engine.compile)
+    geometry = latent_geometry(config, *shape)
+    objective = build_objective(config, geometry)
+    new_head = partial(build_head, config.model, geometry, seed=config.seed, compile=config.engine.compile)
     forecaster = new_head().to(process.device).requires_grad_(False).eval()
     engine = None
     if training:
         head = new_head()
         if config.model.initial_weights:
             use_initial_weights(head, config.model.initial_weights)
-        engine = build_engine(head, config, place, dtype, process.device)
-    return Run(config, process, place, dtype, dataset, encoder, layout, objective, engine, forecaster)
+        engine = build_engine(head, config, share, dtype, process.device)
+    return Run(config, process, share, dtype, dataset, encoder, geometry, objective, engine, forecaster)
 
 
-def evaluation_place(config: Config, process: Process) -> Place:
+def evaluation_share(config: Config, process: Process) -> BatchShare:
     """No update is taken, so any number of processes will do."""
     batch_size = config.evaluation.batch_size or config.trainer.micro_batch_size or config.trainer.batch_size
-    return Place(process.rank, process.world_size, batch_size, batch_size * process.world_size)
+    return BatchShare(process.rank, process.world_size, batch_size, batch_size * process.world_size)
 
 
 def flops_per_clip(run: Run) -> dict[str, int]:
     """Forward FLOPs of the encoder, training FLOPs (three forward passes) of the head, for one clip."""
-    encode = encoder_flops(run.encoder, run.layout, run.config.backbone.encode) if run.encoder else 0
-    return {"encoder": encode, "head": 3 * head_flops(run.forecaster, run.layout, isinstance(run.objective, FlowMatching))}
+    encode = encoder_flops(run.encoder, run.geometry, run.config.backbone.encode) if run.encoder else 0
+    return {"encoder": encode, "head": 3 * head_flops(run.forecaster, run.geometry, isinstance(run.objective, FlowMatching))}
 
 
 def describe(run: Run) -> str:
     """Sizes of a built run as text: clips, latents, parameters, FLOPs, memory."""
-    config, layout, flops = run.config, run.layout, flops_per_clip(run)
+    config, geometry, flops = run.config, run.geometry, flops_per_clip(run)
     head_parameters = count_parameters(run.forecaster)
-    place = run.place
-    shared = {0: 1, 1: place.world_size, 2: place.world_size, 3: place.world_size}[config.engine.zero_stage]
+    share = run.share
+    shared = {0: 1, 1: share.world_size, 2: share.world_size, 3: share.world_size}[config.engine.zero_stage]
     # bf16: weights and gradients of 2 bytes, then fp32 master weights, two moments and the moving average.
     compute_bytes = torch.finfo(run.dtype).bits // 8
     state = (2 * compute_bytes + (12 + 4 * (config.trainer.ema_decay is not None)) / shared) * head_parameters
     lines = [
         f"data      {config.dataset.kind}: {run.dataset.train_size} training clips, {run.dataset.validation_size} validation clips",
-        f"latents   {layout.context_frames} context + {layout.target_frames} target frames, "
-        f"{layout.height} x {layout.width} x {layout.dim} each",
+        f"latents   {geometry.context_frames} context + {geometry.target_frames} target frames, "
+        f"{geometry.height} x {geometry.width} x {geometry.dim} each",
     ]
     if run.encoder:
         lines.append(f"encoder   {config.backbone.kind}, {count_parameters(run.encoder) / 1e6:.1f} M parameters, frozen, {run.dtype}")
     lines += [
         f"head      {config.model.head}, {head_parameters / 1e6:.1f} M parameters",
         f"attention {attention_operator(config.model.hidden_dim // config.model.num_heads, run.dtype, run.process.device)}",
-        f"batch     {place.batch_size} = {place.micro_batch_size} x {place.accumulation_steps} accumulation x {place.world_size} processes",
+        f"batch     {share.batch_size} = {share.micro_batch_size} x {share.accumulation_steps} accumulation x {share.world_size} processes",
         f"FLOPs     {flops['encoder'] / 1e9:.2f} G encoder + {flops['head'] / 1e9:.2f} G head a clip in training",
         f"memory    {state / 1e9:.3f} GB of model states a process at ZeRO {config.engine.zero_stage}; "
         f"{memory_gb(run.process.device):.2f} GB held now by this process, before activations",

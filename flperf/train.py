@@ -44,7 +44,7 @@ def train(arguments: list[str]) -> None:
     # Imported late, so that a mistake in the configuration shows at once.
     from flperf.engine.preemption import catch_stop_signals
     from flperf.engine.process import start_process
-    from flperf.engine.watchdog import Watch
+    from flperf.engine.watchdog import Watchdog
     from flperf.run import build_run, describe
     from flperf.training import loop
     from flperf.training.dashboards import check_dashboards
@@ -54,7 +54,7 @@ def train(arguments: list[str]) -> None:
     started = time.perf_counter()
     catch_stop_signals()
     process = start_process(config.engine.timeout)
-    with Watch(process, config.engine.timeout):
+    with Watchdog(process, config.engine.timeout):
         folder = RunFolder(config, options.debug)
         if not (options.overwrite or options.dry_run):
             folder.check(config)

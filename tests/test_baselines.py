@@ -1,13 +1,13 @@
-"""The trivial forecasts on latents whose best linear forecast is known."""
+"""The baselines on latents whose best linear forecast is known."""
 
 import pytest
 import torch
 
 from flperf.errors import UserError
 from flperf.models.baselines import LatentSample, load_statistics, ridge_solution, save_statistics
-from flperf.models.latents import Layout, Normaliser
+from flperf.models.latents import LatentGeometry, Normaliser
 
-LAYOUT = Layout(context_frames=2, target_frames=3, height=2, width=2, dim=5)
+GEOMETRY = LatentGeometry(context_frames=2, target_frames=3, height=2, width=2, dim=5)
 CPU = torch.device("cpu")
 
 
@@ -18,7 +18,7 @@ def random_latents(clips: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 
 def fitted(kind: str, *batches):
-    sample = LatentSample(kind, LAYOUT, CPU)
+    sample = LatentSample(kind, GEOMETRY, CPU)
     for batch in batches:
         sample.add(*batch)
     return sample.result()
@@ -68,7 +68,7 @@ def test_ridge_regression_chooses_a_strong_penalty_where_there_is_nothing_to_lea
     """Targets independent of the context: on the other half of the clips shrinking to the mean is best."""
     context, target, clips = random_latents(30)
     _, baselines = fitted("standardize", (context, target, clips))
-    weak = LatentSample("standardize", LAYOUT, CPU)
+    weak = LatentSample("standardize", GEOMETRY, CPU)
     weak.add(context, target, torch.zeros(30, dtype=torch.long))  # nothing held out: the strongest penalty of all
     strongest = weak.result()[1]
     torch.testing.assert_close(baselines.ridge, strongest.ridge)

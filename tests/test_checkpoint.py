@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from flperf.config import Trainer
 from flperf.engine.checkpoint_files import Damaged, candidates, check, index_text, latest_checkpoint, read_index, read_weights
-from flperf.engine.process import Process, place_among
+from flperf.engine.process import Process, batch_share
 from flperf.errors import UserError
 
 NEWEST = "step_00000002"
@@ -181,7 +181,7 @@ def test_weights_and_their_average_are_read_without_an_engine(report, folder, tm
 
 
 def place(world_size: int, batch_size: int, micro_batch_size: int | None):
-    return place_among(Trainer(batch_size=batch_size, micro_batch_size=micro_batch_size), Process(0, 0, world_size, torch.device("cpu")))
+    return batch_share(Trainer(batch_size=batch_size, micro_batch_size=micro_batch_size), Process(0, 0, world_size, torch.device("cpu")))
 
 
 @pytest.mark.parametrize(

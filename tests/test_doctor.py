@@ -1,4 +1,4 @@
-"""`flperf doctor` finds what is lost, and says how to mend it."""
+"""`flperf doctor` finds what is failed, and says how to mend it."""
 
 import ctypes
 import re
@@ -24,23 +24,23 @@ def findings(check) -> str:
     return "\n".join(map(str, check()))
 
 
-def test_a_wrong_version_and_a_missing_package_are_lost(monkeypatch):
-    assert "LOST" not in findings(doctor.packages)
+def test_a_wrong_version_and_a_missing_package_are_failed(monkeypatch):
+    assert "FAIL" not in findings(doctor.packages)
     monkeypatch.setattr(doctor, "requires", lambda name: ["einops>=99", "no-such-package>=1", "pytest>=99; extra == 'test'"])
     text = findings(doctor.packages)
-    assert "LOST" in text and "einops>=99" in text and "no-such-package" in text and "pytest" not in text
+    assert "FAIL" in text and "einops>=99" in text and "no-such-package" in text and "pytest" not in text
 
 
-def test_a_missing_compiler_is_lost(monkeypatch):
-    assert "LOST" not in findings(doctor.compiler)
+def test_a_missing_compiler_is_failed(monkeypatch):
+    assert "FAIL" not in findings(doctor.compiler)
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CXX", raising=False)
     assert "apt install g++" in findings(doctor.compiler)
 
 
-def test_a_full_disk_is_lost(monkeypatch):
+def test_a_full_disk_is_failed(monkeypatch):
     monkeypatch.setattr(doctor, "NEEDED_DISK_GB", 1e9)
-    assert "LOST" in findings(doctor.space)
+    assert "FAIL" in findings(doctor.space)
 
 
 def test_a_configuration_is_opened_as_a_run_would(tiny):
@@ -51,27 +51,29 @@ def test_a_configuration_is_opened_as_a_run_would(tiny):
     healthy = run()
     assert healthy.returncode == 0, healthy.stdout + healthy.stderr[-2000:]
     assert "10 of 10 train clips read" in healthy.stdout and "5 of 5 validation clips read" in healthy.stdout
-    assert "4 = 4 x 1 accumulation" in healthy.stdout and "GB estimated at 4 clips" in healthy.stdout and "all is well" in healthy.stdout
-    lost = run("dataset.kind=kinetics_400", "dataset.train=nowhere.csv")
-    assert lost.returncode == 1 and "LOST  config" in lost.stdout and "nowhere.csv" in lost.stdout
+    assert (
+        "4 = 4 x 1 accumulation" in healthy.stdout and "GB estimated at 4 clips" in healthy.stdout and "all checks passed" in healthy.stdout
+    )
+    failed = run("dataset.kind=kinetics_400", "dataset.train=nowhere.csv")
+    assert failed.returncode == 1 and "FAIL  config" in failed.stdout and "nowhere.csv" in failed.stdout
 
 
 @pytest.mark.parametrize(
     ("module", "check", "mend"),
     [("av", doctor.decoding, "'av"), ("nvidia.dali", doctor.gpu_decoding, "'nvidia-dali"), ("triton", doctor.compiler, "'triton==")],
 )
-def test_what_can_not_be_imported_ends_its_own_check_alone(module, check, mend, monkeypatch, capsys):
+def test_what_can_not_be_imported_ends_its_own_check_alone(module, check, fix, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setattr(doctor, "CHECKS", {check: doctor.CHECKS[check], doctor.space: ""})
     with pytest.raises(SystemExit, match="1"):
         doctor.doctor([])
     said = capsys.readouterr().out
-    assert re.search(r"LOST .*Error: ", said) and f"--no-deps {mend}" in said and "GB free" in said
+    assert re.search(r"FAIL .*Error: ", said) and f"--no-deps {fix}" in said and "GB free" in said
 
 
 def test_a_broken_xformers_is_seen_without_a_gpu(monkeypatch):
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
-    assert "LOST  attention" in "\n".join(map(str, doctor.findings(doctor.attention, package="xformers")))
+    assert "FAIL  attention" in "\n".join(map(str, doctor.findings(doctor.attention, package="xformers")))
 
 
 def test_an_accelerator_that_is_none_is_named(monkeypatch):
@@ -83,12 +85,12 @@ def test_an_accelerator_that_is_none_is_named(monkeypatch):
     assert "unset DS_ACCELERATOR" in "\n".join(map(str, doctor.findings(doctor.engine)))
 
 
-def test_a_driver_whose_gpu_torch_does_not_see_is_lost(monkeypatch, tmp_path):
+def test_a_driver_whose_gpu_torch_does_not_see_is_failed(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(doctor, "DRIVER", tmp_path / "none")
-    assert "LOST" not in findings(doctor.gpu)
+    assert "FAIL" not in findings(doctor.gpu)
     (tmp_path / "none").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun\n")
-    assert "LOST" in findings(doctor.gpu)
+    assert "FAIL" in findings(doctor.gpu)
 
 
 def test_a_gpu_is_described(monkeypatch, tmp_path):
@@ -137,7 +139,7 @@ def test_gated_weights_want_a_token(monkeypatch):
     assert not findings(lambda: doctor_run.gated_weights(load_config(REFERENCE)))
 
 
-def test_a_run_that_does_not_fit_is_lost_with_what_would(tiny):
+def test_a_run_that_does_not_fit_is_failed_with_what_would(tiny):
     def planned(*overrides: str):
         overrides = ("engine.zero_stage=0", "trainer.batch_size=8", "model.depth=3", "model.hidden_dim=96", *overrides)
         return plan(load_config(tiny, list(overrides)), torch.float32, 1)
@@ -146,14 +148,14 @@ def test_a_run_that_does_not_fit_is_lost_with_what_would(tiny):
     held = memory(work, DEVICES["h100"], 0, 1)
     for mode in ("selective", "full"):
         finding = doctor_run.memory_finding(work, replace(DEVICES["h100"], memory=held.total(mode) * 1.01), 1)
-        assert f"model.activation_checkpointing={mode}" in finding.mend
+        assert f"model.activation_checkpointing={mode}" in finding.fix
     small = replace(DEVICES["h100"], memory=held.total("full") * 1.01)
-    lost = doctor_run.memory_finding(work, small, 1)
-    assert lost.text.startswith("does not fit") and "model.activation_checkpointing=full" in lost.mend
-    clips = int(re.search(r"trainer.micro_batch_size=(\d+)", lost.mend)[1])
-    assert 1 <= clips < 8 and not doctor_run.memory_finding(planned(f"trainer.micro_batch_size={clips}"), small, 1).mend
-    assert "more devices" in doctor_run.memory_finding(work, replace(small, memory=1.0), 1).mend
-    assert not doctor_run.memory_finding(work, DEVICES["h100"], 1).mend
+    failed = doctor_run.memory_finding(work, small, 1)
+    assert failed.text.startswith("does not fit") and "model.activation_checkpointing=full" in failed.fix
+    clips = int(re.search(r"trainer.micro_batch_size=(\d+)", failed.fix)[1])
+    assert 1 <= clips < 8 and not doctor_run.memory_finding(planned(f"trainer.micro_batch_size={clips}"), small, 1).fix
+    assert "more devices" in doctor_run.memory_finding(work, replace(small, memory=1.0), 1).fix
+    assert not doctor_run.memory_finding(work, DEVICES["h100"], 1).fix
 
 
 def test_zero_advice_is_the_lowest_stage_that_fits(tiny):
@@ -165,7 +167,7 @@ def test_overrides_want_a_configuration_and_a_missing_one_is_named(capsys):
     with pytest.raises(UserError, match="name one with --config"):
         doctor.doctor(["trainer.batch_size=2"])
     (finding,) = doctor_run.configured("nowhere.yaml", [])
-    assert "there is no file nowhere.yaml" in finding.text and "mend what this line names" in finding.mend
+    assert "there is no file nowhere.yaml" in finding.text and "mend what this line names" in finding.fix
 
 
 def test_debug_shows_where_a_check_failed(capsys):

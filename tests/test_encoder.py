@@ -6,7 +6,7 @@ from flperf.data.preprocessing import Preprocessing
 from flperf.errors import UserError
 from flperf.models.encoder import Encoder, build_encoder, encode_clip
 from flperf.models.flops import encoder_flops
-from flperf.models.latents import Layout
+from flperf.models.latents import LatentGeometry
 
 CPU = torch.device("cpu")
 ARCHITECTURES = {
@@ -46,7 +46,7 @@ def random_video(frames: int = 12, batch: int = 2, seed: int = 0) -> torch.Tenso
     return torch.randint(0, 256, (batch, frames, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
-LAYOUT = Layout(2, 4, 2, 2, 48)
+GEOMETRY = LatentGeometry(2, 4, 2, 2, 48)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -58,14 +58,14 @@ def test_latents_have_the_contract_shape(kind):
     assert not encoder.training and not any(parameter.requires_grad for parameter in encoder.parameters())
 
 
-@pytest.mark.parametrize("layout", [LAYOUT, Layout(3, 3, 2, 2, 48)], ids=["apart", "in one batch"])
+@pytest.mark.parametrize("geometry", [GEOMETRY, LatentGeometry(3, 3, 2, 2, 48)], ids=["apart", "in one batch"])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_split_encoding_lets_no_bit_of_the_target_into_the_context(kind, layout):
+def test_split_encoding_lets_no_bit_of_the_target_into_the_context(kind, geometry):
     """Parts of equal length are encoded as one batch."""
-    encoder, video, changed, known = build(kind), random_video(), random_video(), 2 * layout.context_frames
+    encoder, video, changed, known = build(kind), random_video(), random_video(), 2 * geometry.context_frames
     changed[:, known:] = random_video(seed=1)[:, known:]
-    context, target = encode_clip(encoder, video, layout, "split")
-    context_changed, target_changed = encode_clip(encoder, changed, layout, "split")
+    context, target = encode_clip(encoder, video, geometry, "split")
+    context_changed, target_changed = encode_clip(encoder, changed, geometry, "split")
     assert torch.equal(context, context_changed)
     assert not torch.allclose(target, target_changed)
     torch.testing.assert_close(context, encoder(video[:, :known]))
@@ -80,18 +80,18 @@ def test_joint_encoding_leaks_as_soon_as_the_encoder_attends():
             block.query_key_value.weight[: 2 * 48].mul_(20)
     video, spliced = random_video(), random_video()
     spliced[:, 4:] = random_video(seed=1)[:, 4:]
-    context, _ = encode_clip(encoder, video, LAYOUT, "joint")
-    context_spliced, _ = encode_clip(encoder, spliced, LAYOUT, "joint")
+    context, _ = encode_clip(encoder, video, GEOMETRY, "joint")
+    context_spliced, _ = encode_clip(encoder, spliced, GEOMETRY, "joint")
     assert (context - context_spliced).abs().max() > 1e-2 * context.std()
-    split, _ = encode_clip(encoder, video, LAYOUT, "split")
-    split_spliced, _ = encode_clip(encoder, spliced, LAYOUT, "split")
+    split, _ = encode_clip(encoder, video, GEOMETRY, "split")
+    split_spliced, _ = encode_clip(encoder, spliced, GEOMETRY, "split")
     assert torch.equal(split, split_spliced)
 
 
 def test_dinov3_is_the_same_split_or_joint_and_takes_every_stride_th_frame():
     encoder, video = build("dinov3"), random_video()
-    split = torch.cat(encode_clip(encoder, video, LAYOUT, "split"), dim=1)
-    joint = torch.cat(encode_clip(encoder, video, LAYOUT, "joint"), dim=1)
+    split = torch.cat(encode_clip(encoder, video, GEOMETRY, "split"), dim=1)
+    joint = torch.cat(encode_clip(encoder, video, GEOMETRY, "joint"), dim=1)
     torch.testing.assert_close(split, joint)
     unread = video.clone()
     unread[:, 1::2] = 0
@@ -165,7 +165,7 @@ def test_mistakes_are_named():
 
 def test_split_encoding_costs_less_attention():
     encoder = build("vjepa2")
-    split, joint = (encoder_flops(encoder, LAYOUT, mode) for mode in ("split", "joint"))
+    split, joint = (encoder_flops(encoder, GEOMETRY, mode) for mode in ("split", "joint"))
     tokens, dim, layers = {"context": 8, "target": 16}, 48, 2
     attention = lambda n: layers * 4 * n * n * dim  # noqa: E731
     assert joint - split == attention(24) - attention(tokens["context"]) - attention(tokens["target"])

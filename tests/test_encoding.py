@@ -100,7 +100,7 @@ def test_a_kill_loses_and_doubles_no_clip(encoded):
 
 def test_cached_latents_are_the_encoders(encoded):
     from flperf.models.encoder import build_encoder, encode_clip
-    from flperf.models.latents import latent_layout
+    from flperf.models.latents import latent_geometry
 
     folder, _ = encoded
     config = load_config(folder / "video.yaml")
@@ -108,7 +108,7 @@ def test_cached_latents_are_the_encoders(encoded):
     encoder = build_encoder(config.backbone, _preprocessing(folder), dtype=torch.float32, device=CPU, compile=False)
     shards, _ = latent_shards.open_shards(str(folder / "latents/train/manifest.csv"), load_config(folder / "cached.yaml"), None)
     batch = next(dataset.chosen_batches([[0, 1, 2, 4]], 4, "train", CPU))
-    latents = torch.cat(encode_clip(encoder, batch.video, latent_layout(config, *encoder.latent_shape(8)), "split"), dim=1)
+    latents = torch.cat(encode_clip(encoder, batch.video, latent_geometry(config, *encoder.latent_shape(8)), "split"), dim=1)
     for row, (clip, expected) in enumerate(zip([0, 1, 2, 3], latents, strict=True)):  # clip 3 of the cache is row 4 of the CSV
         out = torch.empty(shards.shape, dtype=shards.dtype)
         latent_shards.read_row(shards, clip, out)

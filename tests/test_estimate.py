@@ -20,12 +20,12 @@ from flperf.engine.devices import DEVICES, find_device
 from flperf.engine.process import start_process
 from flperf.errors import UserError
 from flperf.estimate.pass_cost import training_cost
-from flperf.estimate.plan import Work, backbone_without_weights, memory, plan, step
+from flperf.estimate.plan import Workload, backbone_without_weights, memory, plan, step
 from flperf.estimate.report import report
 from flperf.models.encoder import Encoder, build_encoder, encode_clip
 from flperf.models.flops import encoder_flops
 from flperf.models.heads import build_head
-from flperf.models.latents import Layout
+from flperf.models.latents import LatentGeometry
 from flperf.train import train
 
 CPU = torch.device("cpu")
@@ -51,11 +51,11 @@ def counted_flops(counter: FlopCounterMode) -> tuple[int, int]:
 @pytest.mark.parametrize("encode", ["split", "joint"])
 def test_encoder_flops_are_those_counted_in_a_forward_pass(tiny, encode):
     config = load_config(tiny, [*MEDIUM, f"backbone.encode={encode}"])
-    work, preprocessing = plan(config, torch.float32, 1), Preprocessing.of(config.backbone)
+    workload, preprocessing = plan(config, torch.float32, 1), Preprocessing.of(config.backbone)
     encoder = build_encoder(config.backbone, preprocessing, dtype=torch.float32, device=CPU, compile=False)
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
-        encode_clip(encoder, torch.zeros(1, 16, 96, 96, 3, dtype=torch.uint8), work.layout, encode)
-    assert work.encoder_flops == pytest.approx(counted_flops(counter)[0], rel=0.01)
+        encode_clip(encoder, torch.zeros(1, 16, 96, 96, 3, dtype=torch.uint8), workload.geometry, encode)
+    assert workload.encoder_flops == pytest.approx(counted_flops(counter)[0], rel=0.01)
 
 
 @pytest.mark.parametrize("regime", REGIMES)
@@ -63,16 +63,16 @@ def test_head_flops_are_those_counted_in_a_forward_and_backward_pass(tiny, regim
     """But for two conventions: attention's backward pass is counted as 5 products, since it computes one of its forward pass's 2 again,
     where a model's FLOPs have 4; and latents want no gradient, so the layers that read them multiply once less."""
     config = load_config(tiny, [*MEDIUM, *REGIMES[regime]])
-    work = plan(config, torch.float32, 1)
-    layout, flow_matching = work.layout, regime == "flow_matching"
-    head = build_head(config.model, layout, seed=0, compile=False)
-    context, target = (torch.randn(1, 4, layout.height, layout.width, layout.dim) for _ in range(2))
+    workload = plan(config, torch.float32, 1)
+    geometry, flow_matching = workload.geometry, regime == "flow_matching"
+    head = build_head(config.model, geometry, seed=0, compile=False)
+    context, target = (torch.randn(1, 4, geometry.height, geometry.width, geometry.dim) for _ in range(2))
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         head(context, *([target, torch.rand(1)] if flow_matching else [])).sum().backward()
     counted, attention = counted_flops(counter)
-    read = layout.context_tokens + (layout.target_tokens if flow_matching else 0)
+    read = geometry.context_tokens + (geometry.target_tokens if flow_matching else 0)
     assert attention > 0
-    assert work.flops - work.encoder_flops == pytest.approx(counted - attention / 2 + 2 * read * layout.dim * 256, rel=0.01)
+    assert workload.flops - workload.encoder_flops == pytest.approx(counted - attention / 2 + 2 * read * geometry.dim * 256, rel=0.01)
 
 
 @pytest.mark.parametrize(("encode", "flops"), [("joint", 11.6e12), ("split", 8.2e12)])
@@ -82,7 +82,7 @@ def test_flops_of_vit_l_at_64_frames(encode, flops):
     with torch.device("meta"):
         encoder = Encoder(backbone, Preprocessing.of(backbone), torch.bfloat16)
     groups, n, d = (1, 8192, 1024) if encode == "joint" else (2, 4096, 1024)
-    counted = encoder_flops(encoder, Layout(16, 16, 16, 16, d), encode)
+    counted = encoder_flops(encoder, LatentGeometry(16, 16, 16, 16, d), encode)
     assert counted == pytest.approx(groups * 24 * (24 * n * d**2 + 4 * n**2 * d), rel=0.01)
     assert counted == pytest.approx(flops, rel=0.01)
 
@@ -91,12 +91,12 @@ def test_flops_of_vit_l_at_64_frames(encode, flops):
 def test_activations_are_what_a_pass_holds(tiny, mode):
     """Against PyTorch's record of every piece of memory that a real pass takes and gives back."""
     config = load_config(tiny, [*MEDIUM, f"model.activation_checkpointing={mode}"])
-    layout = plan(config, torch.float32, 1).layout
-    head = build_head(config.model, layout, seed=0, compile=False)
-    context = torch.randn(4, layout.context_frames, layout.height, layout.width, layout.dim)
+    geometry = plan(config, torch.float32, 1).geometry
+    head = build_head(config.model, geometry, seed=0, compile=False)
+    context = torch.randn(4, geometry.context_frames, geometry.height, geometry.width, geometry.dim)
     head(context).square().mean().backward()  # gradients are there from here on
     measured, _ = profiled(lambda: head(context).square().mean().backward())
-    assert training_cost(head, layout, 4, torch.float32, flow_matching=False).peak == pytest.approx(measured, rel=0.01)
+    assert training_cost(head, geometry, 4, torch.float32, flow_matching=False).peak == pytest.approx(measured, rel=0.01)
 
 
 def test_the_step_of_this_cpu(tiny, tmp_path, monkeypatch):
@@ -106,11 +106,11 @@ def test_the_step_of_this_cpu(tiny, tmp_path, monkeypatch):
     overrides = [*MEDIUM, "engine.zero_stage=0", "trainer.max_steps=8", "evaluation.dump_examples=0", f"experiment={tmp_path}"]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(len(os.sched_getaffinity(0))))  # one thread
     start_process()
-    work, before = plan(load_config(tiny, overrides), torch.float32, 1), find_device("cpu")
+    workload, before = plan(load_config(tiny, overrides), torch.float32, 1), find_device("cpu")
     train(["--config", str(tiny), *overrides])
     metrics = [json.loads(line) for line in (tmp_path / "tiny/metrics.jsonl").read_text().splitlines()]
     measured = statistics.median(line["step_ms"] for line in metrics[2:] if "step_ms" in line) / 1e3
-    estimated = min((step(work, device, 0, 1, 1) for device in (before, find_device("cpu"))), key=lambda bounds: bounds.seconds)
+    estimated = min((step(workload, device, 0, 1, 1) for device in (before, find_device("cpu"))), key=lambda bounds: bounds.seconds)
     ratio = measured / estimated.seconds
     print(f"step: {measured * 1e3:.0f} ms measured, {estimated.seconds * 1e3:.0f} estimated ({estimated.bound}), ratio {ratio:.2f}")
     assert 1 / 4 < ratio < 4
@@ -123,42 +123,42 @@ def test_a_local_folder_needs_no_weights(tiny, tmp_path):
     (tmp_path / "video_preprocessor_config.json").write_text('{"crop_size": {"height": 32, "width": 32}}')
     from_folder = plan(load_config(tiny, [f"backbone.weights={tmp_path}"]), torch.float32, 1)
     written = plan(load_config(tiny, [f"backbone.architecture.{key}={value}" for key, value in architecture.items()]), torch.float32, 1)
-    assert from_folder.layout.dim == 48
+    assert from_folder.geometry.dim == 48
     assert (from_folder.encoder_parameters, from_folder.flops) == (written.encoder_parameters, written.flops)
 
 
 @pytest.mark.parametrize("name", ["4ds_kinetics_400_deterministic", "dinov3_kinetics_400_deterministic", "vjepa2_kinetics_400_cached"])
 def test_reference_configurations_can_be_estimated_without_weights(name):
-    work = plan(load_config(ROOT / f"configs/references/{name}.yaml"), torch.bfloat16, 8)
-    assert (work.encoder_flops == 0) == name.endswith("cached")
-    assert step(work, DEVICES["b200"], 1, 4, 8).seconds > 0
+    workload = plan(load_config(ROOT / f"configs/references/{name}.yaml"), torch.bfloat16, 8)
+    assert (workload.encoder_flops == 0) == name.endswith("cached")
+    assert step(workload, DEVICES["b200"], 1, 4, 8).seconds > 0
 
 
 @pytest.fixture(scope="module")
-def work() -> Work:
+def workload() -> Workload:
     return plan(load_config(REFERENCE), torch.bfloat16, 8)
 
 
-def test_a_step_is_bound_by_what_is_slowest(work):
+def test_a_step_is_bound_by_what_is_slowest(workload):
     h100 = DEVICES["h100"]
     slow = {"arithmetic": h100, "memory": replace(h100, bandwidth=1e10), "collectives": replace(h100, network=1e6)}
     slow["decode"] = replace(h100, decode_rate=100.0)
     for bound, device in slow.items():
-        one, many = (step(work, device, 1, nodes, 8) for nodes in (1, 16))
+        one, many = (step(workload, device, 1, nodes, 8) for nodes in (1, 16))
         assert many.bound == bound
         assert many.clips == 16 * one.clips
         assert (many.efficiency < 0.5) == (bound == "collectives")
         assert many.seconds >= max(many.arithmetic, many.memory, many.decode)
 
 
-def test_the_more_processes_the_less_each_holds(work):
-    totals = {stage: [memory(work, DEVICES["h100"], stage, n).states.optimizer for n in (8, 512)] for stage in range(4)}
+def test_the_more_processes_the_less_each_holds(workload):
+    totals = {stage: [memory(workload, DEVICES["h100"], stage, n).states.optimizer for n in (8, 512)] for stage in range(4)}
     assert totals[0][0] == totals[0][1]
     assert all(totals[stage][0] == pytest.approx(64 * totals[stage][1]) for stage in (1, 2, 3))
 
 
-def test_the_report_says_what_it_is_and_what_it_assumes(work):
-    text = report(work, DEVICES["h100"], [1, 4], 8)
+def test_the_report_says_what_it_is_and_what_it_assumes(workload):
+    text = report(workload, DEVICES["h100"], [1, 4], 8)
     assert text.startswith("An ESTIMATE of vjepa2_kinetics_400_deterministic on H100 SXM 80 GB")
     assert "head      153.3 M parameters, predictor" in text
     assert text.count("Estimated") == 2 and "NVDEC" in text and "50% of the peak of 989 TFLOP/s" in text and "data sheet" in text

@@ -9,14 +9,14 @@ from flperf.config import Config
 from flperf.data.samplers import ClipBatch
 from flperf.errors import UserError
 from flperf.evaluation.evaluate import evaluate
-from flperf.evaluation.metrics import ERRORS, Gaussian, Moments, Sums, frechet_distance, sample_scores
-from flperf.evaluation.probe import Pooled, probe_accuracies
+from flperf.evaluation.metrics import ERRORS, Gaussian, MeanAccumulator, Moments, frechet_distance, sample_scores
+from flperf.evaluation.probe import PooledLatents, probe_accuracies
 from flperf.evaluation.report import summary
 from flperf.models.baselines import Baselines
-from flperf.models.latents import Layout
+from flperf.models.latents import LatentGeometry
 from flperf.objectives.build import build_objective, forecast
 
-LAYOUT = Layout(context_frames=2, target_frames=3, height=1, width=2, dim=4)
+GEOMETRY = LatentGeometry(context_frames=2, target_frames=3, height=1, width=2, dim=4)
 CPU = torch.device("cpu")
 
 
@@ -34,7 +34,7 @@ def test_errors_of_each_frame():
 
 
 def test_sums_leave_invalid_clips_out_even_where_they_are_not_finite():
-    sums = Sums(CPU)
+    sums = MeanAccumulator(CPU)
     valid = torch.tensor([True, True, False])
     sums.count(valid)
     sums.add("x", torch.tensor([[1.0, 2.0], [3.0, 6.0], [math.nan, 5.0]]), valid)
@@ -105,7 +105,7 @@ def batches_of(context: torch.Tensor, target: torch.Tensor, size: int):
 
 
 def evaluated(head, context, target, baselines, size, observers=(), objective=None):
-    objective = objective or build_objective(Config(), LAYOUT)
+    objective = objective or build_objective(Config(), GEOMETRY)
     split = lambda batch: (batch.latents[:, :2], batch.latents[:, 2:])  # noqa: E731
     return evaluate(head, objective, batches_of(context, target, size), split, baselines, observers)
 
@@ -137,7 +137,7 @@ def test_an_evaluation_of_nothing_is_refused():
     head = lambda context: context[:, :1].expand(-1, 3, -1, -1, -1)  # noqa: E731
     with pytest.raises(UserError, match="not one of its clips can be read"):
         evaluate(
-            head, build_objective(Config(), LAYOUT), batches, lambda _: (context, target), Baselines(place, place, torch.zeros(3, 13, 4))
+            head, build_objective(Config(), GEOMETRY), batches, lambda _: (context, target), Baselines(place, place, torch.zeros(3, 13, 4))
         )
 
 
@@ -181,7 +181,7 @@ def test_reported_scores_of_honest_samples():
     """
     clips, objective = 1000, HonestSamples()
     context, target, place = latents(clips, 2, 1), latents(clips, 3, 2), torch.zeros(3, 1, 2, 4)
-    pooled = Pooled()
+    pooled = PooledLatents()
     result = evaluated(None, context, target, Baselines(place, place, torch.zeros(3, 13, 4)), 250, [pooled], objective)
     variance_error, mse_error = (2 / 7 / 24_000) ** 0.5, (2 / 24_000) ** 0.5
     assert result["variance"] == pytest.approx(1, abs=4 * variance_error)
@@ -223,7 +223,7 @@ def test_a_probe_tells_separable_classes_and_errs_on_their_opposites():
 def test_pooled_latents_are_those_of_the_valid_clips():
     context, target = latents(5, 2, 1), latents(5, 3, 2)
     place = torch.zeros(3, 1, 2, 4)
-    pooled = Pooled()
+    pooled = PooledLatents()
     evaluated(
         lambda context: context[:, :1].expand(-1, 3, -1, -1, -1),
         context,
@@ -243,6 +243,6 @@ def test_a_roll_out_of_known_dynamics_is_exact(frames):
     """The head halves the last latent at every frame; so must a roll-out, however often the head is asked."""
     head = lambda context: torch.cat([context[:, -1:] * 0.5**j for j in (1, 2, 3)], dim=1)  # noqa: E731
     context = latents(2, 2)
-    rolled = forecast(build_objective(Config(), LAYOUT), head, context, torch.arange(2), frames)
+    rolled = forecast(build_objective(Config(), GEOMETRY), head, context, torch.arange(2), frames)
     expected = torch.stack([context[:, -1] * 0.5**j for j in range(1, frames + 1)], dim=1)
     assert torch.equal(rolled, expected[:, None])

@@ -127,14 +127,14 @@ def test_frames_reach_the_seconds_asked_for_and_no_further(seconds, rate, frames
 def test_forecasting_from_python(folder):
     """The same latents as the whole line gives, from a video in memory."""
     from flperf.data.pyav import read_clip
-    from flperf.data.samplers import Window
+    from flperf.data.samplers import FrameSampling
     from flperf.forecaster import load_forecaster
 
     forecaster = load_forecaster(folder / "head.safetensors")
     assert forecaster.context_frames == 4
     path = next(iter((folder / "demo/validation.csv").read_text().split()))
     video = torch.empty(4, *forecaster.preprocessing.size, 3, dtype=torch.uint8)
-    read_clip(str(folder / "demo" / path), Window(4, 2, "first"), 0.0, forecaster.preprocessing, video)
+    read_clip(str(folder / "demo" / path), FrameSampling(4, 2, "first"), 0.0, forecaster.preprocessing, video)
     frames = video.repeat_interleave(2, dim=0)[1:]  # frames between those at stride 2 are not looked at
     latents = forecaster.forecast(frames)
     assert latents.shape == (3, 2, 2, 2, 24) and latents.dtype == torch.float32
@@ -172,7 +172,7 @@ def test_mistakes_are_named(folder, tmp_path):
     for name, message in [("broken", "not a safetensors file"), ("other", "was not written by")]:
         with pytest.raises(UserError, match=message):
             evaluate(["--checkpoint", str(tmp_path / f"{name}.safetensors")])
-    with pytest.raises(UserError, match="num_context_latents 3|forecasts Layout"):
+    with pytest.raises(UserError, match="num_context_latents 3|forecasts LatentGeometry"):
         evaluate(["--checkpoint", str(folder / "head.safetensors"), "dataset.n_frames=12"])
     (tmp_path / "other.yaml").write_text(f"inherits: [{folder}/tiny.yaml]\nmodel: {{depth: 2}}\n")
     with pytest.raises(UserError, match="model.depth: 1 -> 2"):

@@ -3,9 +3,9 @@ import torch
 
 from flperf.config import Config
 from flperf.errors import UserError
-from flperf.models.latents import Layout, Normaliser, latent_layout
+from flperf.models.latents import LatentGeometry, Normaliser, latent_geometry
 
-LAYOUT = Layout(context_frames=2, target_frames=3, height=2, width=2, dim=5)
+GEOMETRY = LatentGeometry(context_frames=2, target_frames=3, height=2, width=2, dim=5)
 
 
 def random_latents(clips: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,9 +26,9 @@ def test_token_norms():
 def test_layout_splits_the_clip():
     config = Config()
     config.model.num_context_latents = 3
-    assert latent_layout(config, 8, 2, 2, 5) == Layout(3, 5, 2, 2, 5)
+    assert latent_geometry(config, 8, 2, 2, 5) == LatentGeometry(3, 5, 2, 2, 5)
     config.model.num_target_latents = 2
-    assert latent_layout(config, 8, 2, 2, 5) == Layout(3, 2, 2, 2, 5)
+    assert latent_geometry(config, 8, 2, 2, 5) == LatentGeometry(3, 2, 2, 2, 5)
     for frames in (3, 4):
         with pytest.raises(UserError, match="num_context_latents"):
-            latent_layout(config, frames, 2, 2, 5)
+            latent_geometry(config, frames, 2, 2, 5)

@@ -10,12 +10,12 @@ from runs import BACKBONES, FOUR_DS, REGIMES, ROOT, TINY
 from flperf.commands.evaluate import evaluate
 from flperf.commands.locator import locator
 from flperf.config import load_config
-from flperf.data import Place
+from flperf.data import BatchShare
 from flperf.data.bouncing_shapes import patch_heatmaps
 from flperf.data.samplers import ClipBatch
 from flperf.errors import UserError
 from flperf.evaluation.locator import LOCATORS, FrameLatents, Locator, PixelErrors, frame_centres, load_locator, save_locator, train_locator
-from flperf.models.latents import Layout, Normaliser, Statistics
+from flperf.models.latents import LatentGeometry, Normaliser, Statistics
 from flperf.train import train
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def test_pixel_errors_of_a_case_known_on_paper():
     locator = SimpleNamespace(locate=lambda latents: latents[:, :, 0, 0].unflatten(-1, (2, 2)))
     config = SimpleNamespace(dataset=SimpleNamespace(kind="bouncing_shapes"))
     statistics = Statistics(torch.full((4,), 7.0), torch.full((4,), 2.0))
-    run = SimpleNamespace(config=config, layout=Layout(1, 2, 1, 1, 4), process=SimpleNamespace(device=CPU))
+    run = SimpleNamespace(config=config, geometry=LatentGeometry(1, 2, 1, 1, 4), process=SimpleNamespace(device=CPU))
     run.encoder = SimpleNamespace(frames_per_latent=1, frames_covered=1)
     run.normaliser = Normaliser("standardize", torch.float32, statistics)
     centres = torch.tensor([10.0, 20.0, 40.0]).view(1, 3, 1, 1).expand(2, 3, 2, 2)
@@ -117,11 +117,11 @@ def test_what_it_learns_from_single_images_it_finds_in_clips(folder, kind):
     save_locator(folder / f"{kind}.safetensors", locator, images)
     assert 0 < error < 256
     frames = FrameLatents(images, CPU)
-    batch = next(frames.dataset.train_batches(0, Place(0, 1, 3, 3), CPU))
+    batch = next(frames.dataset.train_batches(0, BatchShare(0, 1, 3, 3), CPU))
     latents, centres = frames.of(batch)
     assert latents.shape == (3, 2, 2, 24) and torch.equal(centres, batch.centres[:, 0])
     clips = FrameLatents(load_config(str(folder / "tiny.yaml"), overrides), CPU)
-    of_clips, _ = clips.of(next(clips.dataset.train_batches(0, Place(0, 1, 3, 3), CPU)))
+    of_clips, _ = clips.of(next(clips.dataset.train_batches(0, BatchShare(0, 1, 3, 3), CPU)))
     assert load_locator(folder / f"{kind}.safetensors", clips.config, CPU).locate(of_clips).shape == (12, 2, 2)
 
 

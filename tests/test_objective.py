@@ -11,12 +11,12 @@ from flperf_kernels import flow_matching as kernels
 from flperf.config import Config, Engine, Model, Objective
 from flperf.errors import UserError
 from flperf.models.heads import build_head
-from flperf.models.latents import Layout, Normaliser, Statistics
+from flperf.models.latents import LatentGeometry, Normaliser, Statistics
 from flperf.objectives import build as objectives
 from flperf.objectives.build import build_objective
 from flperf.objectives.flow_matching import draw_tau, tau_shift
 
-LAYOUT = Layout(context_frames=2, target_frames=2, height=3, width=3, dim=12)
+GEOMETRY = LatentGeometry(context_frames=2, target_frames=2, height=3, width=3, dim=12)
 MODEL = Model(head="dit", num_context_latents=2, hidden_dim=24, depth=2, num_heads=2)
 SAMPLES = torch.arange(20_000)
 
@@ -27,7 +27,7 @@ def flow_matching(loss: str = "mse") -> Config:
 
 def train(config: Config, device: torch.device, compile: bool) -> list[float]:
     """Losses of a hundred updates on four clips, with new noise each time."""
-    objective, head = build_objective(config, LAYOUT), build_head(MODEL, LAYOUT, seed=0, compile=compile).to(device)
+    objective, head = build_objective(config, GEOMETRY), build_head(MODEL, GEOMETRY, seed=0, compile=compile).to(device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
     step_loss = torch.compile(objective.loss, fullgraph=True) if compile else objective.loss
     losses = []
@@ -71,7 +71,7 @@ def test_fused_and_compiled_trains_as_the_reference_in_eager_mode(loss, device, 
 
 def test_the_velocity_is_data_minus_noise():
     """A head that knows the noise reaches loss 0, and one Euler step from it along the velocity is the data."""
-    objective, target, sample = build_objective(flow_matching(), LAYOUT), torch.randn(3, 2, 3, 3, 12), torch.arange(3)
+    objective, target, sample = build_objective(flow_matching(), GEOMETRY), torch.randn(3, 2, 3, 3, 12), torch.arange(3)
     tokens = rearrange(target, "b t h w d -> b (t h w) d")
     noise = kernels.philox_normal(sample, tokens[0].numel(), seed=objective.seed).view_as(target)
     assert objective.loss(lambda context, noised, tau: target - noise, target, target, sample).item() < 1e-10
@@ -88,7 +88,7 @@ def test_losses_of_samples_average_to_the_loss():
         return torch.zeros_like(target)
 
     for config in (flow_matching(), Config(model=Model(head="predictor"), objective=Objective(loss="l1"))):
-        objective = build_objective(config, LAYOUT)
+        objective = build_objective(config, GEOMETRY)
         each = objective.loss(head, target, target, sample, reduction="sample")
         assert each.shape == (3,)
         torch.testing.assert_close(each.mean(), objective.loss(head, target, target, sample))
@@ -98,7 +98,7 @@ def test_losses_of_samples_average_to_the_loss():
 @pytest.mark.parametrize("config", [flow_matching(), Config(model=Model(head="predictor"))], ids=["flow_matching", "regression"])
 def test_raw_targets_are_normalised_on_the_way(kind, config):
     """The target may be a strided view of the clip's latents, as the encoder left it."""
-    objective, latents, sample = build_objective(config, LAYOUT), 3 * torch.randn(3, 4, 3, 3, 12) + 1, torch.arange(3)
+    objective, latents, sample = build_objective(config, GEOMETRY), 3 * torch.randn(3, 4, 3, 3, 12) + 1, torch.arange(3)
     normaliser = Normaliser(kind, torch.float32, Statistics(torch.linspace(0, 2, 12), torch.linspace(1, 4, 12)))
     seen = []
 
@@ -119,7 +119,7 @@ def test_raw_targets_are_normalised_on_the_way(kind, config):
 def test_regression_is_torchs(loss, expected, compile):
     torch._dynamo.reset()
     prediction, target = (latents.requires_grad_() for latents in torch.randn(2, 3, 2, 3, 3, 12).to(torch.bfloat16).unbind())
-    objective = build_objective(Config(objective=Objective(loss=loss), engine=Engine(compile=compile)), LAYOUT)
+    objective = build_objective(Config(objective=Objective(loss=loss), engine=Engine(compile=compile)), GEOMETRY)
     value = objective.loss(lambda context: prediction, None, target, torch.arange(3))
     assert value.dtype == torch.float32  # whatever the latents' type
     reference = expected(prediction.float(), target.float())
@@ -130,7 +130,7 @@ def test_regression_is_torchs(loss, expected, compile):
 
 def test_cosine_ignores_length_and_is_two_for_the_opposite():
     target = torch.randn(3, 2, 3, 3, 12)
-    objective = build_objective(Config(objective=Objective(loss="cosine")), LAYOUT)
+    objective = build_objective(Config(objective=Objective(loss="cosine")), GEOMETRY)
     assert objective.loss(lambda context: 5 * target, None, target, None).item() == pytest.approx(0, abs=1e-6)
     assert objective.loss(lambda context: -target, None, target, None).item() == pytest.approx(2, abs=1e-6)
 
@@ -159,9 +159,9 @@ def test_logit_normal_tau_has_its_median_where_the_shift_puts_it(shift):
 
 def test_as_many_clips_as_asked_for_train_without_their_context():
     """20,000 draws of probability p: within four deviations, (p (1 - p) / 20,000)^0.5 each. In evaluation every clip has its context."""
-    layout, rate, seen = Layout(1, 1, 1, 1, 2), 0.2, []
+    geometry, rate, seen = LatentGeometry(1, 1, 1, 1, 2), 0.2, []
     config = Config(model=MODEL, objective=Objective(kind="flow_matching", context_dropout=rate))
-    objective, context = build_objective(config, layout), torch.ones(len(SAMPLES), 1, 1, 1, 2)
+    objective, context = build_objective(config, geometry), torch.ones(len(SAMPLES), 1, 1, 1, 2)
 
     def head(context, noised, tau):
         seen.append(context.flatten(1))
@@ -176,16 +176,16 @@ def test_as_many_clips_as_asked_for_train_without_their_context():
 
 
 def test_the_dimension_shift_needs_none_at_its_base():
-    base = Layout(2, 2, 8, 8, 32)  # 2 * 8 * 8 tokens of 32 channels are 4096 numbers
+    base = LatentGeometry(2, 2, 8, 8, 32)  # 2 * 8 * 8 tokens of 32 channels are 4096 numbers
     assert tau_shift(Objective(tau_shift=None), base) == 1.0
-    assert tau_shift(Objective(tau_shift=None), Layout(2, 8, 8, 8, 32)) == 2.0
+    assert tau_shift(Objective(tau_shift=None), LatentGeometry(2, 8, 8, 8, 32)) == 2.0
     assert tau_shift(Objective(tau_shift=2.5), base) == 2.5
 
 
 def test_heads_and_objectives_that_do_not_go_together():
     with pytest.raises(UserError, match="'flow_matching' can't train model.head 'predictor'"):
-        build_objective(Config(objective=Objective(kind="flow_matching")), LAYOUT)
+        build_objective(Config(objective=Objective(kind="flow_matching")), GEOMETRY)
     with pytest.raises(UserError, match="'regression' can't train model.head 'dit'"):
-        build_objective(Config(model=MODEL), LAYOUT)
+        build_objective(Config(model=MODEL), GEOMETRY)
     with pytest.raises(UserError, match="objective.kind: 'diffusion' is unknown"):
-        build_objective(Config(objective=Objective(kind="diffusion")), LAYOUT)
+        build_objective(Config(objective=Objective(kind="diffusion")), GEOMETRY)

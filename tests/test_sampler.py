@@ -8,7 +8,7 @@ import torch
 from flperf.config import Config, Model, Objective, Sampling, load_config
 from flperf.errors import UserError
 from flperf.models.heads import build_head
-from flperf.models.latents import Layout
+from flperf.models.latents import LatentGeometry
 from flperf.objectives.build import build_objective, forecast
 from flperf.objectives.solvers import guided, integrate, time_grid
 
@@ -65,7 +65,7 @@ def test_mistakes_are_named(tiny, override, message):
         load_config(tiny, [f"evaluation.sampling.{override}"])
 
 
-LAYOUT = Layout(context_frames=1, target_frames=1, height=1, width=2, dim=2)
+GEOMETRY = LatentGeometry(context_frames=1, target_frames=1, height=1, width=2, dim=2)
 MODEL = Model(head="dit", num_context_latents=1, hidden_dim=64, depth=2, num_heads=2)
 MIX = torch.tensor([[0.6, 0.0, 0.0, 0.0], [0.4, 0.5, 0.0, 0.0], [0.0, -0.3, 0.7, 0.0], [0.2, 0.0, 0.0, 0.4]])
 
@@ -74,7 +74,7 @@ MIX = torch.tensor([[0.6, 0.0, 0.0, 0.0], [0.4, 0.5, 0.0, 0.0], [0.0, -0.3, 0.7,
 def gaussian_head():
     """A DiT trained on targets c + MIX z: a Gaussian around the context with covariance MIX MIX^T. A tenth is trained without context."""
     config = Config(model=MODEL, objective=Objective(kind="flow_matching", context_dropout=0.1))
-    objective, head = build_objective(config, LAYOUT), build_head(MODEL, LAYOUT, seed=0, compile=False)
+    objective, head = build_objective(config, GEOMETRY), build_head(MODEL, GEOMETRY, seed=0, compile=False)
     optimizer, steps, batch = torch.optim.AdamW(head.parameters(), lr=3e-3, weight_decay=0.0), 1200, 128
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(0)
@@ -94,7 +94,7 @@ def draw(head, samples: int, context: torch.Tensor, **sampling) -> torch.Tensor:
     config = Config(model=MODEL, objective=Objective(kind="flow_matching"))
     config.evaluation.sampling = Sampling(samples=samples, **sampling)
     with torch.no_grad():
-        return forecast(build_objective(config, LAYOUT), head, context, torch.arange(len(context))).flatten(2)
+        return forecast(build_objective(config, GEOMETRY), head, context, torch.arange(len(context))).flatten(2)
 
 
 @pytest.mark.parametrize("sampling", [{"solver": "heun", "steps": 10}, {"solver": "euler", "steps": 80}, {"solver": "dopri5"}], ids=str)
@@ -122,13 +122,13 @@ def test_guidance_moves_away_from_what_needs_no_context(gaussian_head):
     for guidance in (1.0, 2.0):
         config.evaluation.sampling = Sampling(samples=2, steps=20, guidance=guidance)
         with torch.no_grad():
-            means.append(forecast(build_objective(config, LAYOUT), gaussian_head, context, torch.arange(200)).mean().item())
+            means.append(forecast(build_objective(config, GEOMETRY), gaussian_head, context, torch.arange(200)).mean().item())
     assert means[1] > means[0] + 0.2
 
 
 def test_a_context_is_projected_once_a_forecast(gaussian_head, monkeypatch):
     calls = []
-    remember = gaussian_head.remember
-    monkeypatch.setattr(gaussian_head, "remember", lambda context: calls.append(1) or remember(context))
+    encode_context = gaussian_head.encode_context
+    monkeypatch.setattr(gaussian_head, "remember", lambda context: calls.append(1) or encode_context(context))
     draw(gaussian_head, 5, torch.ones(2, 1, 1, 2, 2), steps=7)
     assert len(calls) == 1

@@ -12,7 +12,7 @@ from flperf.engine.process import start_process
 from flperf.models.encoder import build_encoder, encode_clip
 from flperf.models.flops import encoder_flops, head_flops
 from flperf.models.heads import build_head
-from flperf.models.latents import Layout
+from flperf.models.latents import LatentGeometry
 from flperf.run import build_run, flops_per_clip
 
 # Wide enough that what is not three times its forward weighs little: the first layers' inputs need no gradient.
@@ -45,18 +45,18 @@ def test_encoding_is_counted_for_every_backbone_and_mode(tmp_path, kind, mode):
     encoder = build_encoder(
         config.backbone, Preprocessing.of(config.backbone), dtype=torch.float32, device=torch.device("cpu"), compile=False
     )
-    layout, video = Layout(1, 3, 2, 2, 24), torch.zeros(1, 8, 32, 32, 3, dtype=torch.uint8)
+    geometry, video = LatentGeometry(1, 3, 2, 2, 24), torch.zeros(1, 8, 32, 32, 3, dtype=torch.uint8)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
-        encode_clip(encoder, video, layout, mode)
-    assert encoder_flops(encoder, layout, mode) == counted.get_total_flops()
+        encode_clip(encoder, video, geometry, mode)
+    assert encoder_flops(encoder, geometry, mode) == counted.get_total_flops()
 
 
 def test_attention_is_counted_as_its_products_and_not_as_pytorch_counts_training():
     """What grows with the square of the tokens, in training three times its forward. PyTorch counts five products for the backward pass of
     fused attention, one of them the scores computed again, which are not the model's FLOPs."""
-    layouts = [Layout(frames, frames, 4, 4, 24) for frames in (1, 2)]
+    layouts = [LatentGeometry(frames, frames, 4, 4, 24) for frames in (1, 2)]
     model = Model(head="predictor", num_context_latents=1, hidden_dim=32, depth=3, num_heads=2)
-    once, twice = (3 * head_flops(build_head(model, layout, seed=0, compile=False), layout, False) for layout in layouts)
+    once, twice = (3 * head_flops(build_head(model, geometry, seed=0, compile=False), geometry, False) for geometry in layouts)
     forward, backward = 0, 0
     for sign, tokens in ((-2, 32), (1, 64)):  # what grows with the tokens cancels out
         shape = (1, 2, tokens, 16)

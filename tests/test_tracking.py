@@ -19,7 +19,7 @@ from flperf.data import Dataset
 from flperf.data.annotations import Annotations
 from flperf.engine.process import start_process
 from flperf.errors import UserError
-from flperf.files import write_durably
+from flperf.files import write_atomically
 from flperf.train import train
 from flperf.training.run_folder import RunFolder
 from flperf.training.tracking import Tracker
@@ -137,10 +137,10 @@ def test_a_configuration_cut_after_any_line_is_damaged(tmp_path):
 
 def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    write_durably(path, "before")
+    write_atomically(path, "before")
     monkeypatch.setattr(os, "fsync", lambda descriptor: os.write(os.open("/dev/full", os.O_WRONLY), b"!"))
     with pytest.raises(UserError, match=f"{path}: cannot be written: No space left on device"):
-        write_durably(path, "after")
+        write_atomically(path, "after")
     assert path.read_text() == "before"
 
 

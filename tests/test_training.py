@@ -228,7 +228,7 @@ def test_a_signal_is_obeyed_before_the_next_validation(here, monkeypatch):
     monkeypatch.setattr(loop, "train_step", step)
     monkeypatch.setattr(loop, "validate", lambda run, tracker, schedule, step: validated.append(step))
     folder, end = here("obedient", "evaluation.eval_every=1")
-    assert isinstance(end, interruption.Interrupted) and validated == [1]
+    assert isinstance(end, interruption.Preempted) and validated == [1]
     assert latest_checkpoint(folder / "checkpoints").name == "step_00000002"
 
 

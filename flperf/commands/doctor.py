@@ -1,6 +1,6 @@
 """`flperf doctor`: is everything here that a run needs, and if not, which command mends it?
 
-Each check returns one line; a lost one makes the exit status 1, so that a job script can stop before it waits in a queue. What a check
+Each check returns one line; a failed one makes the exit status 1, so that a job script can stop before it waits in a queue. What a check
 needs is imported in it: what is broken ends that check alone. With --config `flperf.commands.doctor_config` goes on.
 """
 
@@ -44,10 +44,10 @@ def mend_of_broken(check: Check, package: str) -> str:
 
 
 def doctor(arguments: list[str]) -> None:
-    """`flperf doctor`: print every finding; exit status 1 if anything is lost."""
+    """`flperf doctor`: print every finding; exit status 1 if a check fails."""
     parser = command_parser(
         "doctor",
-        "Say what this machine has for a run, and what is missing; the exit status is 1 if anything is lost.",
+        "Say what this machine has for a run, and what is missing; the exit status is 1 if a check fails.",
         "flperf doctor --config configs/references/vjepa2_kinetics_400.yaml dataset.train=/data/k400/train.csv",
     )
     parser.add_argument("--config", metavar="FILE", help="also estimate its memory, open its data and backbone, and decode ten clips")
@@ -55,7 +55,7 @@ def doctor(arguments: list[str]) -> None:
     options = parser.parse_intermixed_args(arguments)
     if options.overrides and not options.config:
         raise UserError(f"{options.overrides[0]}: replaces a key of a configuration; name one with --config FILE")
-    lost = 0
+    failed = 0
     checks = [findings(check, package=package, debug=options.debug) for check, package in CHECKS.items()]
     if options.config:
         from flperf.commands.doctor_config import configured
@@ -64,6 +64,6 @@ def doctor(arguments: list[str]) -> None:
     for check in checks:
         for finding in check:
             print(finding, flush=True)
-            lost += bool(finding.mend)
-    print("all is well" if not lost else f"{lost} lost")
-    sys.exit(1 if lost else 0)
+            failed += bool(finding.fix)
+    print("all checks passed" if not failed else f"{failed} failed")
+    sys.exit(1 if failed else 0)

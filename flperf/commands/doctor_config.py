@@ -45,20 +45,20 @@ def fit(config: Config) -> Iterator[Finding]:
     here = replace(DEVICES["h100"], memory=gpu or psutil.virtual_memory().total, link=DEVICES["h100"].link if gpu else None)
     processes = processes_here()
     try:
-        work = plan(config, compute_dtype(config.engine.precision, device), processes)
+        workload = plan(config, compute_dtype(config.engine.precision, device), processes)
     except UserError as error:
         yield Finding("memory", f"not estimated: {error}")
         return
-    yield memory_finding(work, here, processes)
+    yield memory_finding(workload, here, processes)
 
 
-def memory_finding(work, device, processes: int) -> Finding:
+def memory_finding(workload, device, processes: int) -> Finding:
     """Estimated bytes against those of the device, and which single change makes it fit."""
     from flperf.estimate.plan import memory
 
-    config, limit = work.config, device.memory
-    mode, stage, micro = config.model.activation_checkpointing, config.engine.zero_stage, work.place.micro_batch_size
-    held = {number: memory(work, device, number, processes) for number in range(4)}
+    config, limit = workload.config, device.memory
+    mode, stage, micro = config.model.activation_checkpointing, config.engine.zero_stage, workload.share.micro_batch_size
+    held = {number: memory(workload, device, number, processes) for number in range(4)}
     totals = ", ".join(f"{number}: {held[number].total(mode) / 1e9:.1f}" for number in held)
     text = f"{held[stage].total(mode) / 1e9:.1f} of {limit / 1e9:.1f} GB estimated at {micro} clips a process; by ZeRO stage {totals}"
     if held[stage].total(mode) <= limit:
@@ -93,12 +93,12 @@ def gated_weights(config: Config) -> Iterator[Finding]:
 
 def opened(config: Config) -> Iterator[Finding]:
     """Sizes of the run on all devices of this machine, and clips of every split that are read."""
-    from flperf.engine.process import place_among, start_process
+    from flperf.engine.process import batch_share, start_process
     from flperf.run import build_run, describe
 
     process = start_process()
     run = build_run(config, process, training=False)
-    run.place = place_among(config.trainer, replace(process, world_size=max(process.world_size, processes_here())))
+    run.share = batch_share(config.trainer, replace(process, world_size=max(process.world_size, processes_here())))
     yield from (Finding("run", line) for line in describe(run).splitlines())
     for split in ("train", "validation"):
         size = len(run.dataset.splits[split])
@@ -109,5 +109,5 @@ def opened(config: Config) -> Iterator[Finding]:
             read += int(batch.valid.sum())
         if clips:
             examples = "; ".join(f"{clip}: {reason}" for clip, reason in skipped[:3])
-            mend = f"see what is wrong with them: flperf index --csv {getattr(config.dataset, split)} --out index.csv" if skipped else ""
-            yield Finding("clips", f"{read} of {len(clips)} {split} clips read" + (f" ({examples})" if skipped else ""), mend)
+            fix = f"see what is wrong with them: flperf index --csv {getattr(config.dataset, split)} --out index.csv" if skipped else ""
+            yield Finding("clips", f"{read} of {len(clips)} {split} clips read" + (f" ({examples})" if skipped else ""), fix)

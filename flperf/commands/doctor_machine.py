@@ -23,14 +23,14 @@ HUB_TIMEOUT = 3  # seconds
 
 @dataclass(frozen=True)
 class Finding:
-    """`mend` is empty where all is well."""
+    """`mend` is empty where all checks passed."""
 
     subject: str
     text: str
-    mend: str = ""
+    fix: str = ""
 
     def __str__(self) -> str:
-        return f"{'LOST' if self.mend else 'ok':>4}  {self.subject:<12} {self.text}" + (f"\n      -> {self.mend}" if self.mend else "")
+        return f"{'FAIL' if self.fix else 'ok':>4}  {self.subject:<12} {self.text}" + (f"\n      -> {self.fix}" if self.fix else "")
 
 
 def packages() -> Iterator[Finding]:
@@ -58,8 +58,8 @@ def gpu() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         built = torch.version.cuda
         note = f"torch is built for CUDA {built}, but finds no device" if built else "torch is a CPU build"
-        mend = "this machine has an NVIDIA driver: reinstall torch from the public index, or update the driver" if DRIVER.exists() else ""
-        yield Finding("GPU", f"none: runs go to the CPU ({note})", mend)
+        fix = "this machine has an NVIDIA driver: reinstall torch from the public index, or update the driver" if DRIVER.exists() else ""
+        yield Finding("GPU", f"none: runs go to the CPU ({note})", fix)
         return
     found = re.search(r"(\d+\.\d+[\d.]*)", DRIVER.read_text() if DRIVER.exists() else "")
     yield Finding("GPU", f"driver {found[1] if found else 'unknown'}, torch for CUDA {torch.version.cuda}")
@@ -85,8 +85,8 @@ def gpu_decoding() -> Iterator[Finding]:
         try:
             text += f", NVDEC: {', '.join(nvdec_codecs()) or 'none of ' + ', '.join(CODECS)}"
         except OSError:
-            mend = "start the container with NVIDIA_DRIVER_CAPABILITIES=all (or video,compute,utility), or use dataset.decoder=pyav"
-            yield Finding("decoding", f"{text}; NVDEC's library libnvcuvid.so.1 is missing", mend)
+            fix = "start the container with NVIDIA_DRIVER_CAPABILITIES=all (or video,compute,utility), or use dataset.decoder=pyav"
+            yield Finding("decoding", f"{text}; NVDEC's library libnvcuvid.so.1 is missing", fix)
             return
     yield Finding("decoding", text)
 
@@ -148,12 +148,12 @@ def engine() -> Iterator[Finding]:
 
 
 def space() -> Iterator[Finding]:
-    for folder, needed, mend in (
+    for folder, needed, fix in (
         (".", NEEDED_DISK_GB, "set experiment=DIR to a larger disk, or lower checkpoint.keep"),
         ("/dev/shm", NEEDED_SHARED_GB, "start the container with --shm-size=8g or --ipc=host"),
     ):
         free = shutil.disk_usage(folder).free / 1e9
-        yield Finding("space", f"{free:.0f} GB free in {Path(folder).resolve()}", mend if free < needed else "")
+        yield Finding("space", f"{free:.0f} GB free in {Path(folder).resolve()}", fix if free < needed else "")
 
 
 def tracking() -> Iterator[Finding]:

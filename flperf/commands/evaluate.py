@@ -11,7 +11,7 @@ def evaluate(arguments: list[str]) -> None:
     """`flperf evaluate`: print the comparison and append it to the run's metrics."""
     parser = trained_parser(
         "evaluate",
-        "Judge a trained head on the validation clips, beside the trivial forecasts; with class labels by a linear probe, too.",
+        "Judge a trained head on the validation clips, beside the baselines; with class labels by a linear probe, too.",
         "flperf evaluate --checkpoint experiment/demo",
         "deepspeed flperf/cli.py evaluate --checkpoint demo.safetensors --out results.jsonl dataset.validation=/data/k400/val.csv",
     )
@@ -24,12 +24,12 @@ def evaluate(arguments: list[str]) -> None:
     trained, run = trained_run(options)
     from flperf.evaluation.evaluate import evaluate_run
     from flperf.evaluation.locator import PixelErrors, load_locator, locator_summary
-    from flperf.evaluation.probe import Pooled, has_classes, probe_accuracies, probe_summary, training_features
+    from flperf.evaluation.probe import PooledLatents, has_classes, probe_accuracies, probe_summary, training_features
     from flperf.evaluation.report import summary
     from flperf.training.tracking import cut_torn_line, json_line
 
     probed = run.config.evaluation.probe_clips > 0 and has_classes(run.dataset.splits["train"].labels)
-    pooled = [Pooled()] if probed else []
+    pooled = [PooledLatents()] if probed else []
     located = [PixelErrors(load_locator(options.locator, run.config, run.process.device), run)] if options.locator else []
     result = {"step": trained.step, "split": "val", "source": trained.source, **evaluate_run(run, pooled + located)}
     if probed:

@@ -23,10 +23,10 @@ from flperf.commands.common import command_parser, make_folder_of
 from flperf.config import Config, Model, load_config
 from flperf.data import WITHOUT_VIDEO, Preprocessing, open_dataset
 from flperf.errors import UserError, first_line
-from flperf.files import complete_file
+from flperf.files import atomic_file
 from flperf.models.encoder import build_encoder
 from flperf.models.heads import build_head
-from flperf.models.latents import latent_layout
+from flperf.models.latents import latent_geometry
 
 CPU = torch.device("cpu")
 PREFIXES = {"predictor": "predictor.", "cross_attention": "predictor.", "dit": "flow_transformer."}
@@ -131,7 +131,7 @@ def head_of(config: Config) -> nn.Module:
         shape = build_encoder(config.backbone, preprocessing, dtype=torch.float32, device=CPU, compile=False).latent_shape(
             config.dataset.n_frames
         )
-    return build_head(config.model, latent_layout(config, *shape), seed=config.seed, compile=False)
+    return build_head(config.model, latent_geometry(config, *shape), seed=config.seed, compile=False)
 
 
 def import_weights(arguments: list[str]) -> None:
@@ -154,7 +154,7 @@ def import_weights(arguments: list[str]) -> None:
         imported = translate(head, config.model, old)
     except UserError as error:
         raise UserError(f"{options.old}: {error}") from None
-    with complete_file(Path(options.out)) as unfinished:
+    with atomic_file(Path(options.out)) as unfinished:
         save_file(imported.taken, unfinished)
     elements, total = (sum(tensor.numel() for tensor in tensors) for tensors in (imported.taken.values(), head.parameters()))
     print(f"{options.out}: {len(imported.taken)} tensors, {elements / total:.0%} of the head's parameters; the others start fresh:")

@@ -19,10 +19,10 @@ from flperf.data.annotations import Annotations
 from flperf.data.preprocessing import Preprocessing
 from flperf.engine.process import Process, compute_dtype
 from flperf.errors import UserError
-from flperf.files import complete_file, write_durably
+from flperf.files import atomic_file, write_atomically
 from flperf.models.encoder import Encoder, build_encoder, encode_clip
-from flperf.models.latents import Layout, latent_layout
-from flperf.run import evaluation_place
+from flperf.models.latents import LatentGeometry, latent_geometry
+from flperf.run import evaluation_share
 
 IDENTITY = "encoding.json"  # in a split's folder: what is encoded there, which a later start must go on with
 
@@ -41,10 +41,10 @@ def encode_dataset(config: Config, process: Process, out: Path, *, as_files: boo
     dataset = open_dataset(config, preprocessing, config.seed)
     dtype = compute_dtype(config.engine.precision, process.device)
     encoder = build_encoder(config.backbone, preprocessing, dtype=dtype, device=process.device, compile=config.engine.compile)
-    layout = latent_layout(config, *encoder.latent_shape(config.dataset.n_frames))
+    geometry = latent_geometry(config, *encoder.latent_shape(config.dataset.n_frames))
     for split, annotations in dataset.splits.items():
         if len(annotations):
-            encoding = SplitEncoding(config, process, dataset, encoder, layout, out / split, split)
+            encoding = SplitEncoding(config, process, dataset, encoder, geometry, out / split, split)
             encoding.write_files() if as_files else encoding.write_shards()
 
 
@@ -60,16 +60,18 @@ def clips_digest(config: Config, annotations: Annotations, split: str) -> str:
 class SplitEncoding:
     """Encodes this process's share of the clips of one split."""
 
-    def __init__(self, config: Config, process: Process, dataset: Dataset, encoder: Encoder, layout: Layout, folder: Path, split: str):
-        self.config, self.process, self.dataset, self.encoder, self.layout = config, process, dataset, encoder, layout
+    def __init__(
+        self, config: Config, process: Process, dataset: Dataset, encoder: Encoder, geometry: LatentGeometry, folder: Path, split: str
+    ):
+        self.config, self.process, self.dataset, self.encoder, self.geometry = config, process, dataset, encoder, geometry
         self.folder, self.split, self.annotations = folder, split, dataset.splits[split]
-        self.about = latent_shards.identity(config, layout.context_frames, layout.target_frames)
+        self.about = latent_shards.identity(config, geometry.context_frames, geometry.target_frames)
         self.about |= {"clips": clips_digest(config, self.annotations, split)}
 
     def write_shards(self) -> None:
         """`shard_XXXXX.safetensors`, and `manifest.csv` when all are there; see `latent_shards`."""
-        size, layout = len(self.annotations), self.layout
-        shape = (layout.context_frames + layout.target_frames, layout.height, layout.width, layout.dim)
+        size, geometry = len(self.annotations), self.geometry
+        shape = (geometry.context_frames + geometry.target_frames, geometry.height, geometry.width, geometry.dim)
         length = latent_shards.clips_per_shard(shape, torch.bfloat16)
         self._claim_folder({"format": "shards", "clips_per_shard": length})
         groups = {}
@@ -95,7 +97,7 @@ class SplitEncoding:
         missing = [batch for batch in batches if not all(self._file(clip).exists() for clip in batch)]
         for clips, latents in self._encode(missing):
             for clip, clip_latents in zip(clips.tolist(), latents, strict=True):
-                with complete_file(self._file(clip)) as unfinished:
+                with atomic_file(self._file(clip)) as unfinished:
                     torch.save(rearrange(clip_latents, "t h w d -> d t h w").contiguous(), unfinished)
         dist.barrier()
         if self.process.is_main:
@@ -117,7 +119,7 @@ class SplitEncoding:
             raise UserError(f"{self.folder}: holds files, but no {IDENTITY} to say of what; choose another --out or remove the folder")
         dist.barrier()  # all have looked
         if self.process.is_main:
-            write_durably(file, json.dumps(about, indent=1))
+            write_atomically(file, json.dumps(about, indent=1))
         dist.barrier()
 
     def _check(self, path: Path, found: dict, about: dict) -> None:
@@ -138,7 +140,7 @@ class SplitEncoding:
 
     @property
     def _batch_size(self) -> int:
-        return evaluation_place(self.config, self.process).micro_batch_size
+        return evaluation_share(self.config, self.process).micro_batch_size
 
     @torch.no_grad()
     def _encode(self, groups: list[range]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -152,7 +154,7 @@ class SplitEncoding:
                 for _ in range(-(-len(group) // self._batch_size)):
                     batch = next(batches)
                     video = batch.video.to(device, non_blocking=True)
-                    latents = torch.cat(encode_clip(self.encoder, video, self.layout, self.config.backbone.encode), dim=1)
+                    latents = torch.cat(encode_clip(self.encoder, video, self.geometry, self.config.backbone.encode), dim=1)
                     parts.append((batch.clip[batch.valid], latents.to(torch.bfloat16).cpu()[batch.valid]))
                     bar.update(len(parts[-1][0]))
                 clips, latents = (torch.cat(part) for part in zip(*parts, strict=True))

@@ -38,8 +38,8 @@ def trained_run(options: argparse.Namespace):
         config = _other_data(config, options)
     process = start_process()
     run = build_run(config, process, training=False)
-    if run.layout != trained.layout(config):
-        raise UserError(f"{trained.source}: forecasts {trained.layout(config)}, but this configuration gives {run.layout}")
+    if run.geometry != trained.geometry(config):
+        raise UserError(f"{trained.source}: forecasts {trained.geometry(config)}, but this configuration gives {run.geometry}")
     load_weights(run.forecaster, trained.weights, run.dtype)
     run.use_statistics(trained.statistics.to(process.device), trained.baselines.to(process.device))
     return trained, run
@@ -58,7 +58,7 @@ def _other_data(trained: Config, options: argparse.Namespace) -> Config:
 
     config = load_config(options.config, options.overrides)
     old, new = (yaml.safe_load(dump_config(tree)) for tree in (trained, config))
-    new["model"]["num_target_latents"] = old["model"]["num_target_latents"]  # checked with the layout
+    new["model"]["num_target_latents"] = old["model"]["num_target_latents"]  # checked with the geometry
     wrong = [line for line in differences(old, new) if line.split(":")[0].split(".")[0] not in (*DATA_SECTIONS, *DATA_KEYS)]
     if wrong:
         raise UserError(f"{options.config}: the head of {options.checkpoint} was trained otherwise: {'; '.join(wrong)}")

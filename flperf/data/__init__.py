@@ -2,4 +2,4 @@
 
 from flperf.data.dataset import DATASETS, WITHOUT_VIDEO, Dataset, open_dataset, prepare_dataset
 from flperf.data.preprocessing import Preprocessing
-from flperf.data.samplers import ClipBatch, Place
+from flperf.data.samplers import BatchShare, ClipBatch

@@ -21,7 +21,7 @@ from torch import Tensor
 from flperf.config import Shapes
 from flperf.data.prefetch import Buffers
 from flperf.data.preprocessing import Size
-from flperf.data.samplers import Batches, ClipBatch, Draw
+from flperf.data.samplers import Batches, ClipBatch, ClipRequest
 from flperf.errors import UserError
 
 SQUARE_COLOUR = (230, 60, 50)
@@ -156,7 +156,7 @@ class ShapesBatch(ClipBatch):
 
 
 def read_batches(
-    batches: Iterable[list[Draw]],
+    batches: Iterable[list[ClipRequest]],
     labels: list[int],
     first_index: int,
     shapes: Shapes,

@@ -27,7 +27,7 @@ from flperf.data.annotations import Annotations
 from flperf.data.prefetch import BadClip, Buffers, filled_buffers
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.pyav import DECODE_ERRORS, describe, is_shown, open_video, read_clip, video_stream
-from flperf.data.samplers import Batches, ClipBatch, Draw, Window
+from flperf.data.samplers import Batches, ClipBatch, ClipRequest, FrameSampling
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +40,10 @@ RESIZED_BYTES = 2**24  # of frames resized by one call, which on a GPU are four 
 
 
 def read_batches(
-    batches: Iterable[list[Draw]],
-    order,
+    batches: Iterable[list[ClipRequest]],
+    sampler,
     annotations: Annotations,
-    window: Window,
+    window: FrameSampling,
     preprocessing: Preprocessing,
     threads: int,
     prefetch: int,
@@ -56,7 +56,7 @@ def read_batches(
     workers = Workers(graph, threads if lanes is None else lanes)
     buffers = DeviceBuffers((window.n_frames, *preprocessing.size, 3), torch.uint8, device)
 
-    def fill(draw: Draw, slot: Tensor) -> None:
+    def fill(draw: ClipRequest, slot: Tensor) -> None:
         path, lane = annotations.paths[draw.clip], workers.lane()
         length, obstacle = probe(path, graph.backend)
         if lane and obstacle is None:
@@ -65,7 +65,7 @@ def read_batches(
             workers.say_once(obstacle, path)
             workers.read_on_cpu(slot, lambda out: read_clip(path, window, draw.uniform, preprocessing, out))
 
-    for draws, video, skipped in filled_buffers(batches, order, buffers, fill, threads, prefetch):
+    for draws, video, skipped in filled_buffers(batches, sampler, buffers, fill, threads, prefetch):
         yield ClipBatch.of(draws, annotations.labels, video=video, skipped=skipped)
 
 
@@ -87,7 +87,7 @@ class Request:
 class Graph:
     """The definition of a lane's pipeline. `backend` is "mixed" (NVDEC, on GPU `device_id`) or "cpu"."""
 
-    window: Window
+    window: FrameSampling
     backend: str
     device_id: int
 

@@ -17,13 +17,13 @@ from flperf.data import latent_files as cache
 from flperf.data import latent_shards
 from flperf.data.annotations import CLIPS_FILE, LABELS_FILE, Annotations, existing_file, read_annotations, read_labels
 from flperf.data.preprocessing import Preprocessing
-from flperf.data.samplers import Batches, ClipBatch, Place, TrainingOrder, ValidationOrder, Window
+from flperf.data.samplers import Batches, BatchShare, ClipBatch, FrameSampling, TrainingSampler, ValidationSampler
 from flperf.errors import UserError
 
-__all__ = ["DATASETS", "ClipBatch", "Dataset", "Place", "Preprocessing", "WITHOUT_VIDEO", "open_dataset", "prepare_dataset"]
+__all__ = ["DATASETS", "ClipBatch", "Dataset", "BatchShare", "Preprocessing", "WITHOUT_VIDEO", "open_dataset", "prepare_dataset"]
 
 # Reads one split: (batches of draws, their order, split name, device) → batches.
-Reader = Callable[[Iterator, TrainingOrder | ValidationOrder, str, torch.device], Batches]
+Reader = Callable[[Iterator, TrainingSampler | ValidationSampler, str, torch.device], Batches]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Dataset:
     read: Reader
     seed: int
     latent_shape: tuple[int, int, int, int] | None = None  # (t, h, w, d) of cached latents
-    # Mean and deviation [d] of cached latents, where they were taken while encoding.
+    # Mean and standard deviation [d] of cached latents, where they were taken while encoding.
     channel_statistics: tuple[Tensor, Tensor] | None = None
     frame_rate: Callable[[str], float] | None = None  # frames a second of a file, where clips are files of video
 
@@ -49,20 +49,20 @@ class Dataset:
         """Validation clips; 0 where there is no such split."""
         return len(self.splits["validation"])
 
-    def train_batches(self, first_step: int, place: Place, device: torch.device) -> Batches:
+    def train_batches(self, first_step: int, share: BatchShare, device: torch.device) -> Batches:
         """The endless stream of this process's micro batches from `first_step` on; `close()` ends its threads."""
-        order = TrainingOrder(self.train_size, self.seed)
-        return self.read(order.batches(first_step, place), order, "train", device)
+        sampler = TrainingSampler(self.train_size, self.seed)
+        return self.read(sampler.batches(first_step, share), sampler, "train", device)
 
-    def validation_batches(self, place: Place, batch_size: int, max_clips: int | None, device: torch.device) -> Batches:
+    def validation_batches(self, share: BatchShare, batch_size: int, max_clips: int | None, device: torch.device) -> Batches:
         """This process's share of the first `max_clips` clips: the same number of batches of the same size on every process."""
-        order = ValidationOrder(min(self.validation_size, max_clips or self.validation_size))
-        return self.read(order.batches(place, batch_size), order, "validation", device)
+        sampler = ValidationSampler(min(self.validation_size, max_clips or self.validation_size))
+        return self.read(sampler.batches(share, batch_size), sampler, "validation", device)
 
     def chosen_batches(self, groups: Iterable[Iterable[int]], batch_size: int, split: str, device: torch.device) -> Batches:
         """The clips of each group in batches of one size; the last of a group is filled up with invalid ones."""
-        order = ValidationOrder(len(self.splits[split]))
-        return self.read(order.chosen(groups, batch_size), order, split, device)
+        sampler = ValidationSampler(len(self.splits[split]))
+        return self.read(sampler.chosen(groups, batch_size), sampler, split, device)
 
 
 def open_dataset(config: Config, preprocessing: Preprocessing | None, seed: int) -> Dataset:
@@ -95,10 +95,10 @@ def _open_kinetics(config: Config, preprocessing: Preprocessing, seed: int) -> D
     splits = _read_splits(dataset, lambda file, key: _read_videos(file, key, dataset.limit))
     starts = {"train": dataset.start, "validation": dataset.validation_start}
 
-    def read(batches, order, split: str, device: torch.device) -> Batches:
-        window = Window(dataset.n_frames, dataset.stride, starts[split])
-        read_batches, threads = _decoder(dataset, device, order.replaces)
-        return read_batches(batches, order, splits[split], window, preprocessing, threads, dataset.prefetch, device)
+    def read(batches, sampler, split: str, device: torch.device) -> Batches:
+        window = FrameSampling(dataset.n_frames, dataset.stride, starts[split])
+        read_batches, threads = _decoder(dataset, device, sampler.replaces)
+        return read_batches(batches, sampler, splits[split], window, preprocessing, threads, dataset.prefetch, device)
 
     return Dataset(splits, read_labels(dataset.labels, list(splits.values())), read, seed, frame_rate=_frame_rate)
 
@@ -122,8 +122,8 @@ def _open_shards(config: Config, seed: int) -> Dataset:
         caches["validation"] = latent_shards.open_shards(manifest, config, dataset.limit)
     splits = {"validation": Annotations([], [])} | {split: annotations for split, (_, annotations) in caches.items()}
 
-    def read(batches, order, split: str, device: torch.device) -> Batches:
-        return latent_shards.read_batches(batches, order, splits[split], caches[split][0], _threads(dataset), dataset.prefetch, device)
+    def read(batches, sampler, split: str, device: torch.device) -> Batches:
+        return latent_shards.read_batches(batches, sampler, splits[split], caches[split][0], _threads(dataset), dataset.prefetch, device)
 
     shards = caches["train"][0]
     classes = read_labels(dataset.labels, list(splits.values()))
@@ -135,8 +135,8 @@ def _open_files(config: Config, seed: int) -> Dataset:
     splits = _read_splits(dataset, lambda file, key: cache.read_manifest(file, key, dataset.out_path_column, dataset.limit))
     latent_format = cache.read_format(splits["train"].paths[0])
 
-    def read(batches, order, split: str, device: torch.device) -> Batches:
-        return cache.read_batches(batches, order, splits[split], latent_format, _threads(dataset), dataset.prefetch, device)
+    def read(batches, sampler, split: str, device: torch.device) -> Batches:
+        return cache.read_batches(batches, sampler, splits[split], latent_format, _threads(dataset), dataset.prefetch, device)
 
     return Dataset(splits, read_labels(dataset.labels, list(splits.values())), read, seed, latent_format.shape)
 
@@ -152,7 +152,7 @@ def _open_shapes(config: Config, preprocessing: Preprocessing, seed: int) -> Dat
     if dataset.limit:
         sizes = {split: min(size, dataset.limit) for split, size in sizes.items()}
 
-    def read(batches, order, split: str, device: torch.device) -> Batches:
+    def read(batches, sampler, split: str, device: torch.device) -> Batches:
         labels, frames = splits[split].labels, (dataset.n_frames, dataset.stride)
         return shapes.read_batches(batches, labels, first_indices[split], dataset.shapes, seed, *frames, preprocessing.size, device)
 

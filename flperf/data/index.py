@@ -20,7 +20,7 @@ from tqdm import tqdm
 from flperf.data.annotations import CLIPS_FILE, Annotations, has_header, read_annotations, read_labels
 from flperf.data.pyav import DECODE_ERRORS, demux, describe, is_shown, open_video, video_stream
 from flperf.errors import UserError
-from flperf.files import complete_file
+from flperf.files import atomic_file
 
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 FIRST_PACKETS = 32  # of which one must become a frame
@@ -93,7 +93,7 @@ def write_index(source: str, labels: str | None, out: str, threads: int | None =
             writer.writerow(asdict(row))
             probed[row.path] = row
     rows = [probed[path] for path in wanted]
-    with complete_file(Path(out)) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as lines:
+    with atomic_file(Path(out)) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as lines:
         writer = csv.DictWriter(lines, HEADER)
         writer.writeheader()
         writer.writerows(map(asdict, rows))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flperf.data.annotations import Annotations, existing_file
 from flperf.data.prefetch import Buffers, filled_buffers
-from flperf.data.samplers import Batches, ClipBatch, Draw
+from flperf.data.samplers import Batches, ClipBatch, ClipRequest
 from flperf.errors import UserError, first_line
 
 LABEL_COLUMN = "label"  # of the manifest, where it has one
@@ -58,8 +58,8 @@ def read_format(path: str) -> LatentFormat:
 
 
 def read_batches(
-    batches: Iterable[list[Draw]],
-    order,
+    batches: Iterable[list[ClipRequest]],
+    sampler,
     annotations: Annotations,
     latent_format: LatentFormat,
     threads: int,
@@ -70,7 +70,7 @@ def read_batches(
 
     buffers = Buffers(latent_format.shape, latent_format.dtype, device)
 
-    def fill(draw: Draw, slot: Tensor) -> None:
+    def fill(draw: ClipRequest, slot: Tensor) -> None:
         path = annotations.paths[draw.clip]
         latents = _load(path)
         if _format_of(latents) != latent_format:
@@ -78,7 +78,7 @@ def read_batches(
             raise UserError(f"{path}: latents t h w d are {list(latents.shape)} {latents.dtype}, but {first}")
         slot.copy_(latents)
 
-    for draws, latents, _ in filled_buffers(batches, order, buffers, fill, threads, prefetch):
+    for draws, latents, _ in filled_buffers(batches, sampler, buffers, fill, threads, prefetch):
         yield ClipBatch.of(draws, annotations.labels, latents=latents)
 
 

@@ -29,9 +29,9 @@ from torch import Tensor
 from flperf.config import Config, differences
 from flperf.data.annotations import Annotations, has_header
 from flperf.data.prefetch import Buffers, filled_buffers
-from flperf.data.samplers import Batches, ClipBatch, Draw
+from flperf.data.samplers import Batches, ClipBatch, ClipRequest
 from flperf.errors import UserError
-from flperf.files import complete_file
+from flperf.files import atomic_file
 
 MANIFEST = "manifest.csv"
 COLUMNS = ["path", "label", "shard", "row"]
@@ -96,7 +96,7 @@ def checksum(latents: Tensor) -> Tensor:
 
 def write_csv(path: Path, rows: list) -> None:
     """Complete or not at all."""
-    with complete_file(path) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as lines:
+    with atomic_file(path) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as lines:
         csv.writer(lines).writerows(rows)
 
 
@@ -104,7 +104,7 @@ def write_shard(path: Path, clips: Tensor, latents: Tensor, about: dict) -> None
     """Write latents [n, t, h, w, d] of the dataset's rows `clips` (int64 [n]), complete or not at all; about: `identity`, and more."""
     tokens = latents.flatten(1, 3).float()
     tensors = {"latents": latents, "clip": clips, "checksum": checksum(latents), "sum": tokens.sum(1), "squares": tokens.square().sum(1)}
-    with complete_file(path) as unfinished:
+    with atomic_file(path) as unfinished:
         save_file(tensors, unfinished, metadata={"identity": json.dumps(about, sort_keys=True)})
 
 
@@ -180,16 +180,22 @@ def channel_statistics(shards: Shards) -> tuple[Tensor, Tensor]:
 
 
 def read_batches(
-    batches: Iterable[list[Draw]], order, annotations: Annotations, shards: Shards, threads: int, prefetch: int, device: torch.device
+    batches: Iterable[list[ClipRequest]],
+    sampler,
+    annotations: Annotations,
+    shards: Shards,
+    threads: int,
+    prefetch: int,
+    device: torch.device,
 ) -> Batches:
     """Yield the batches with their latents `b t h w d` in host memory, pinned where `device` is CUDA."""
 
     buffers = Buffers(shards.shape, shards.dtype, device)
 
-    def fill(draw: Draw, slot: Tensor) -> None:
+    def fill(draw: ClipRequest, slot: Tensor) -> None:
         read_row(shards, draw.clip, slot)
 
-    for draws, latents, _ in filled_buffers(batches, order, buffers, fill, threads, prefetch):
+    for draws, latents, _ in filled_buffers(batches, sampler, buffers, fill, threads, prefetch):
         yield ClipBatch.of(draws, annotations.labels, latents=latents)
 
 

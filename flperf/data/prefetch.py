@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flperf.data.samplers import Batches, ClipBatch, Draw, TrainingOrder, ValidationOrder
+from flperf.data.samplers import Batches, ClipBatch, ClipRequest, TrainingSampler, ValidationSampler
 from flperf.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -42,13 +42,13 @@ class BadClip(Exception):
 class Faults:
     """Counts the unreadable clips of one pass over an order, logs each path once, and ends the run when they are too many."""
 
-    def __init__(self, order: TrainingOrder | ValidationOrder):
-        self.order = order
+    def __init__(self, sampler: TrainingSampler | ValidationSampler):
+        self.sampler = sampler
         self.opened = 0
         self.bad = 0
         self.reasons: dict[str, str] = {}
 
-    def count(self, draws: list[Draw], skipped: Skipped) -> None:
+    def count(self, draws: list[ClipRequest], skipped: Skipped) -> None:
         """The draws of a batch as they were read, and the clips that could not be."""
         self.opened += sum(draw.valid for draw in draws) + len(skipped)
         self.bad += len(skipped)
@@ -56,19 +56,19 @@ class Faults:
             if path not in self.reasons:
                 self.reasons[path] = reason
                 logger.warning(
-                    "unreadable clip %s: %s: %s", "replaced by the next one" if self.order.replaces else "left out", path, reason
+                    "unreadable clip %s: %s: %s", "replaced by the next one" if self.sampler.replaces else "left out", path, reason
                 )
-        if self.order.replaces and self.opened >= MIN_OPENED and self.bad > MAX_BAD_SHARE * self.opened:
+        if self.sampler.replaces and self.opened >= MIN_OPENED and self.bad > MAX_BAD_SHARE * self.opened:
             raise UserError(f"{self.bad} of the first {self.opened} clips can't be read: {_listing(self.reasons)}")
-        if not self.order.replaces and self.bad > MAX_BAD_SHARE * self.order.size:
-            raise UserError(f"more than half of the {self.order.size} clips can't be read: {_listing(self.reasons)}")
+        if not self.sampler.replaces and self.bad > MAX_BAD_SHARE * self.sampler.size:
+            raise UserError(f"more than half of the {self.sampler.size} clips can't be read: {_listing(self.reasons)}")
 
     def __enter__(self) -> "Faults":
         return self
 
     def __exit__(self, kind, *_) -> None:
         """At the end of a pass in the order of the file, say what was left out; training says it in its metrics, an error in itself."""
-        if self.bad and not self.order.replaces and kind in (None, GeneratorExit):
+        if self.bad and not self.sampler.replaces and kind in (None, GeneratorExit):
             logger.warning("%d of %d clips can't be read and are left out: %s", self.bad, self.opened, _listing(self.reasons))
 
 
@@ -78,21 +78,21 @@ def _listing(reasons: dict[str, str]) -> str:
     return "; ".join(listed[:LISTED]) + (f"; and {more} more" if more > 0 else "")
 
 
-def readable(order, draw: Draw, read: Callable[[Draw], Any]) -> tuple[Draw, Any, Skipped]:
+def readable(sampler, draw: ClipRequest, read: Callable[[ClipRequest], Any]) -> tuple[ClipRequest, Any, Skipped]:
     """Read the clip of `draw`: (its draw, what `read` returned, skipped).
 
     Where the order replaces clips that can't be read, the next attempts at the place follow until one is readable; gives up with a
     `UserError` when MIN_OPENED attempts, or every clip of a smaller dataset, failed. Elsewhere the draw comes back invalid, with None.
     """
     skipped: Skipped = []
-    for _ in range(min(order.size, MIN_OPENED)):
+    for _ in range(min(sampler.size, MIN_OPENED)):
         try:
             return draw, read(draw), skipped
         except BadClip as fault:
             skipped += [fault.args] if draw.valid else []
-        if not order.replaces:
+        if not sampler.replaces:
             return replace(draw, valid=False), None, skipped
-        draw = order.draw(draw.sample, draw.attempt + 1)
+        draw = sampler.draw(draw.sample, draw.attempt + 1)
     raise UserError(f"{len(skipped)} clips in a row can't be read: {_listing(dict(skipped))}")
 
 
@@ -151,18 +151,18 @@ class Buffers:
 
 
 def filled_buffers(
-    batches: Iterable[list[Draw]],
-    order,
+    batches: Iterable[list[ClipRequest]],
+    sampler,
     buffers: Buffers,
-    fill: Callable[[Draw, Tensor], None],
+    fill: Callable[[ClipRequest, Tensor], None],
     threads: int,
     ahead: int,
-) -> Iterator[tuple[list[Draw], Tensor, Skipped]]:
+) -> Iterator[tuple[list[ClipRequest], Tensor, Skipped]]:
     """Have `fill(draw, slot)` write every clip of a batch into its slot of a buffer `b …`, in a pool of threads, `ahead` batches in
     advance, or as many as hold two clips for every thread; the slot of a clip that can't be read is zeros."""
 
-    def filling(slot: Tensor) -> Callable[[Draw], None]:
-        def fill_or_blank(draw: Draw) -> None:
+    def filling(slot: Tensor) -> Callable[[ClipRequest], None]:
+        def fill_or_blank(draw: ClipRequest) -> None:
             with buffers.writing():
                 try:
                     fill(draw, slot)
@@ -172,14 +172,14 @@ def filled_buffers(
 
         return fill_or_blank
 
-    def submit(pool: ThreadPoolExecutor, draws: list[Draw]) -> tuple[Tensor, list[Future]]:
+    def submit(pool: ThreadPoolExecutor, draws: list[ClipRequest]) -> tuple[Tensor, list[Future]]:
         buffer = buffers.take(len(draws))
-        return buffer, [pool.submit(readable, order, draw, filling(slot)) for draw, slot in zip(draws, buffer, strict=True)]
+        return buffer, [pool.submit(readable, sampler, draw, filling(slot)) for draw, slot in zip(draws, buffer, strict=True)]
 
     batches = iter(batches)
     first = list(itertools.islice(batches, 1))
     ahead = max([ahead, *(-(-2 * threads // len(draws)) for draws in first)])  # else threads would wait for the slowest clip
-    with Faults(order) as faults:
+    with Faults(sampler) as faults:
         for buffer, futures in read_ahead(itertools.chain(first, batches), submit, threads, ahead):
             results = [future.result() for future in futures]
             draws = [draw for draw, _, _ in results]
@@ -188,7 +188,7 @@ def filled_buffers(
             yield draws, buffers.hand_over(buffer), skipped
 
 
-def copied_ahead(batches: Batches, device: torch.device) -> Batches:
+def prefetch_to_device(batches: Batches, device: torch.device) -> Batches:
     """The same batches with `video` or `latents` on the device; on a CPU they pass as they are. Closing it closes `batches`."""
     if device.type != "cuda":
         yield from batches

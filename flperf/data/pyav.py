@@ -21,7 +21,7 @@ from torch import Tensor
 from flperf.data.annotations import Annotations
 from flperf.data.prefetch import BadClip, Buffers, filled_buffers
 from flperf.data.preprocessing import Preprocessing
-from flperf.data.samplers import Batches, ClipBatch, Draw, Window
+from flperf.data.samplers import Batches, ClipBatch, ClipRequest, FrameSampling
 
 # What a damaged file makes FFmpeg, PyAV, NumPy and torch raise: PyAV looks streams up by their number, also those that turn up late.
 DECODE_ERRORS = (av.error.FFmpegError, OSError, ValueError, RuntimeError, LookupError)
@@ -30,10 +30,10 @@ RESIZED_BYTES = 2**18  # of frames resized by one call, which costs 0.15 ms by i
 
 
 def read_batches(
-    batches: Iterable[list[Draw]],
-    order,
+    batches: Iterable[list[ClipRequest]],
+    sampler,
     annotations: Annotations,
-    window: Window,
+    window: FrameSampling,
     preprocessing: Preprocessing,
     threads: int,
     prefetch: int,
@@ -43,14 +43,14 @@ def read_batches(
 
     buffers = Buffers((window.n_frames, *preprocessing.size, 3), torch.uint8, device)
 
-    def fill(draw: Draw, slot: Tensor) -> None:
+    def fill(draw: ClipRequest, slot: Tensor) -> None:
         read_clip(annotations.paths[draw.clip], window, draw.uniform, preprocessing, slot)
 
-    for draws, video, skipped in filled_buffers(batches, order, buffers, fill, threads, prefetch):
+    for draws, video, skipped in filled_buffers(batches, sampler, buffers, fill, threads, prefetch):
         yield ClipBatch.of(draws, annotations.labels, video=video, skipped=skipped)
 
 
-def read_clip(path: str, window: Window, uniform: float, preprocessing: Preprocessing, out: Tensor) -> None:
+def read_clip(path: str, window: FrameSampling, uniform: float, preprocessing: Preprocessing, out: Tensor) -> None:
     """Decode one window of a file into `out`, uint8 `f h w c`; raises `BadClip` if any of its frames can't be had."""
     try:
         with open_video(path) as container:

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Place:
+class BatchShare:
     """A process among the others. `batch_size` counts the samples of one update over all processes and accumulation steps."""
 
     rank: int
@@ -34,7 +34,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Draw:
+class ClipRequest:
     """What attempt `attempt` at `sample` reads: a row of the CSV, and where in the clip to start."""
 
     sample: int
@@ -58,7 +58,7 @@ class ClipBatch:
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of the clips that could not be read
 
     @classmethod
-    def of(cls, draws: list[Draw], labels: list[int], **content) -> "ClipBatch":
+    def of(cls, draws: list[ClipRequest], labels: list[int], **content) -> "ClipBatch":
         """The batch of some draws; labels: of all clips of the split; content: `video` or `latents`, and `skipped`."""
         return cls(
             label=torch.tensor([labels[draw.clip] for draw in draws]),
@@ -72,7 +72,7 @@ class ClipBatch:
 Batches = Generator[ClipBatch, None, None]  # `close()` ends the threads that read ahead
 
 
-class TrainingOrder:
+class TrainingSampler:
     """The endless stream of one split; a pure function of (seed, sample, attempt)."""
 
     replaces = True  # a clip that can't be read, by the next attempts
@@ -82,23 +82,23 @@ class TrainingOrder:
         self.permutation = lru_cache(maxsize=2)(lambda epoch: np.random.default_rng((seed, epoch)).permutation(size))
         self.seed = seed
 
-    def draw(self, sample: int, attempt: int = 0) -> Draw:
+    def draw(self, sample: int, attempt: int = 0) -> ClipRequest:
         """What stands at a place of the stream; later attempts are replacements."""
         clip = int(self.permutation(sample // self.size)[(sample + attempt) % self.size])
-        return Draw(sample, attempt, clip, _uniform(self.seed, sample, attempt, 1), valid=True)  # 1: no permutation's entropy
+        return ClipRequest(sample, attempt, clip, _uniform(self.seed, sample, attempt, 1), valid=True)  # 1: no permutation's entropy
 
-    def batches(self, first_step: int, place: Place) -> Iterator[list[Draw]]:
+    def batches(self, first_step: int, share: BatchShare) -> Iterator[list[ClipRequest]]:
         """The micro batches of one rank from `first_step` on: position = a * (m * w) + r * m + i in each global batch."""
-        stride = place.micro_batch_size * place.world_size
+        stride = share.micro_batch_size * share.world_size
         step = first_step
         while True:
-            for accumulation in range(place.accumulation_steps):
-                first = step * place.batch_size + accumulation * stride + place.rank * place.micro_batch_size
-                yield [self.draw(sample) for sample in range(first, first + place.micro_batch_size)]
+            for accumulation in range(share.accumulation_steps):
+                first = step * share.batch_size + accumulation * stride + share.rank * share.micro_batch_size
+                yield [self.draw(sample) for sample in range(first, first + share.micro_batch_size)]
             step += 1
 
 
-class ValidationOrder:
+class ValidationSampler:
     """Clips 0 … size-1 in file order. The last batch is filled with the last clip, marked invalid, so that shapes never change
     and every rank has the same number of batches."""
 
@@ -107,18 +107,18 @@ class ValidationOrder:
     def __init__(self, size: int):
         self.size = size
 
-    def draw(self, sample: int) -> Draw:
+    def draw(self, sample: int) -> ClipRequest:
         """The clip of a row; rows beyond the end are invalid."""
         row = min(sample, self.size - 1)
-        return Draw(sample, 0, row, _uniform(row, 0), valid=sample < self.size)
+        return ClipRequest(sample, 0, row, _uniform(row, 0), valid=sample < self.size)
 
-    def batches(self, place: Place, batch_size: int) -> Iterator[list[Draw]]:
+    def batches(self, share: BatchShare, batch_size: int) -> Iterator[list[ClipRequest]]:
         """The batches of one rank, each of `batch_size` draws."""
-        for first in range(0, self.size, batch_size * place.world_size):
-            start = first + place.rank * batch_size
+        for first in range(0, self.size, batch_size * share.world_size):
+            start = first + share.rank * batch_size
             yield [self.draw(sample) for sample in range(start, start + batch_size)]
 
-    def chosen(self, groups: Iterable[Iterable[int]], batch_size: int) -> Iterator[list[Draw]]:
+    def chosen(self, groups: Iterable[Iterable[int]], batch_size: int) -> Iterator[list[ClipRequest]]:
         """The clips of each group; the last batch of a group is filled up as above."""
         for group in groups:
             clips = list(group)
@@ -128,7 +128,7 @@ class ValidationOrder:
 
 
 @dataclass(frozen=True)
-class Window:
+class FrameSampling:
     """The frames taken from a file: `n_frames` at distance `stride`, placed by `start` ("first", "random" or "center")."""
 
     n_frames: int

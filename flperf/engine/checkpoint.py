@@ -23,11 +23,11 @@ from flperf.config import differences
 from flperf.engine import checkpoint_files as files
 from flperf.engine.sharded_state import (
     allocate_states,
+    copy_masters_to_parameters,
     held_fragments,
     optimizer_step,
     parameter_shapes,
     state_tensors,
-    use_masters,
     written_fragments,
 )
 from flperf.errors import UserError
@@ -174,7 +174,7 @@ class Checkpoints:
                 filled += sum(copy_overlap(slices[state], start, targets[name][state], fragments[name].start) for state in index.states)
         if filled != len(index.states) * sum(fragment.numel for fragment in fragments.values()):
             raise UserError(f"{path}: does not hold every element of the head")
-        use_masters(engine)
+        copy_masters_to_parameters(engine)
         engine.global_steps, engine.skipped_steps = index.step, index.skipped_updates
         engine.global_samples = index.step * engine.train_batch_size()
         self.newest = index.step

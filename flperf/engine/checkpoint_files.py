@@ -27,7 +27,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from flperf.errors import UserError
-from flperf.files import write_durably, writing
+from flperf.files import write_atomically, writing
 
 INDEX = "checkpoint.json"
 LATEST = "latest"
@@ -145,12 +145,12 @@ def begin(unfinished: Path) -> None:
 def commit(unfinished: Path, index: Index, keep: int) -> None:
     """Make a folder whose shards are on disk the newest checkpoint, and drop all but the `keep` newest."""
     folder, final = unfinished.parent, unfinished.with_suffix("")
-    write_durably(unfinished / INDEX, index_text(index))
+    write_atomically(unfinished / INDEX, index_text(index))
     with writing(unfinished):
         if final.exists():  # damaged, so that the run went back, or killed before `latest` named it
             _remove(final)
         os.rename(unfinished, final)
-        write_durably(folder / LATEST, final.name)
+        write_atomically(folder / LATEST, final.name)
         for old in candidates(folder)[keep:]:
             _remove(old)
 

@@ -11,8 +11,8 @@ import torch
 
 from flperf.errors import UserError
 
-PATIENCE = 0.1  # seconds of one product that is measured on a CPU
-LOOK = 0.2  # seconds over which the best is sought: longer than other processes keep a core at a time
+LONGEST_PRODUCT = 0.1  # seconds of one product that is measured on a CPU
+MEASURING_TIME = 0.2  # seconds over which the best is sought: longer than other processes keep a core at a time
 
 
 @dataclass(frozen=True)
@@ -125,14 +125,14 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 @cache  # a start asks for it twice: which precision is faster, and what MFU is a share of
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a matrix product, the best of a few. On a CPU of growing ones, the last of which takes less than `PATIENCE`: one that
+    """FLOP/s of a matrix product, the best of a few. On a CPU of growing ones, the last of which takes less than `LONGEST_PRODUCT`: one that
     emulates bf16 multiplies it a hundred times slower than fp32."""
     rate = 0.0
     for size in (8192,) if device.type == "cuda" else (256, 512, 1024):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))  # a GPU multiplies ones faster
         seconds = best_seconds(lambda: a @ b, device)  # noqa: B023
         rate = max(rate, 2 * size**3 / seconds)
-        if 8 * seconds > PATIENCE:
+        if 8 * seconds > LONGEST_PRODUCT:
             break
     return rate
 
@@ -145,9 +145,9 @@ def copy_rate(device: torch.device) -> float:
 
 
 def best_seconds(function: Callable[[], object], device: torch.device) -> float:
-    """The shortest of six calls, or of as many as `LOOK` has room for: six short ones would all meet the same disturbance."""
+    """The shortest of six calls, or of as many as `MEASURING_TIME` has room for: six short ones would all meet the same disturbance."""
     taken: list[float] = []
-    while len(taken) < 6 or sum(taken) < LOOK:
+    while len(taken) < 6 or sum(taken) < MEASURING_TIME:
         start = time.perf_counter()
         function()
         if device.type == "cuda":

@@ -11,20 +11,22 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor, nn
 
 from flperf.config import Config, Engine, Trainer
-from flperf.data.samplers import Place
+from flperf.data.samplers import BatchShare
 from flperf.engine.optimizer import AdamWWithEMA, is_decayed
 from flperf.models.flops import count_parameters
 from flperf.models.heads import REPEATED
 
 
-def deepspeed_options(engine: Engine, trainer: Trainer, place: Place, parameters: int, dtype: torch.dtype, device: torch.device) -> dict:
+def deepspeed_options(
+    engine: Engine, trainer: Trainer, share: BatchShare, parameters: int, dtype: torch.dtype, device: torch.device
+) -> dict:
     """DeepSpeed's configuration for a head of so many parameters. Gradients accumulate in fp32 as soon as there is more than one
     micro-batch to add, but for ZeRO 0 in bf16, where DeepSpeed has no such optimizer."""
-    bare = is_bare(engine, dtype)
+    bare = is_unwrapped(engine, dtype)
     options = {
-        "train_batch_size": place.batch_size,
-        "train_micro_batch_size_per_gpu": place.micro_batch_size,
-        "gradient_accumulation_steps": place.accumulation_steps,
+        "train_batch_size": share.batch_size,
+        "train_micro_batch_size_per_gpu": share.micro_batch_size,
+        "gradient_accumulation_steps": share.accumulation_steps,
         "gradient_clipping": 0.0 if bare else trainer.max_grad_norm,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
@@ -35,17 +37,17 @@ def deepspeed_options(engine: Engine, trainer: Trainer, place: Place, parameters
         "bf16": {"enabled": dtype == torch.bfloat16},
         "steps_per_print": 10**9,
     }
-    if place.accumulation_steps > 1 and engine.zero_stage > 0:
+    if share.accumulation_steps > 1 and engine.zero_stage > 0:
         options["data_types"] = {"grad_accum_dtype": "fp32"}
     return options
 
 
-def is_bare(engine: Engine, dtype: torch.dtype) -> bool:
+def is_unwrapped(engine: Engine, dtype: torch.dtype) -> bool:
     """Whether DeepSpeed steps our optimizer directly, without a wrapper that clips and checks."""
     return engine.zero_stage == 0 and dtype == torch.float32
 
 
-def build_engine(head: nn.Module, config: Config, place: Place, dtype: torch.dtype, device: torch.device) -> deepspeed.DeepSpeedEngine:
+def build_engine(head: nn.Module, config: Config, share: BatchShare, dtype: torch.dtype, device: torch.device) -> deepspeed.DeepSpeedEngine:
     """Wrap the head. Matrices decay; biases, norms and learned tokens don't."""
     head = head.to(device)
     if config.engine.zero_stage == 3:
@@ -57,8 +59,8 @@ def build_engine(head: nn.Module, config: Config, place: Place, dtype: torch.dty
         {"params": decayed, "weight_decay": config.trainer.weight_decay, "ema_decay": None},
         {"params": plain, "weight_decay": 0.0, "ema_decay": None},
     ]
-    optimizer = AdamWWithEMA(groups, config.trainer, clip=is_bare(config.engine, dtype))
-    options = deepspeed_options(config.engine, config.trainer, place, count_parameters(head), dtype, device)
+    optimizer = AdamWWithEMA(groups, config.trainer, clip=is_unwrapped(config.engine, dtype))
+    options = deepspeed_options(config.engine, config.trainer, share, count_parameters(head), dtype, device)
     engine, *_ = deepspeed.initialize(model=head, optimizer=optimizer, config=options, dist_init_required=False)
     for state in optimizer.state.values():
         state["step"].zero_()  # DeepSpeed's ZeRO 0 allocates the moments by a step with zero gradients, which must not count

@@ -15,7 +15,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _received: list[int] = []  # a process has one handler a signal, hence one list
 
 
-class Interrupted(SystemExit):
+class Preempted(SystemExit):
     """Raised on all processes after the same step, with everything saved; exit status 75 (`EX_TEMPFAIL`: try again later)."""
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ def catch_stop_signals() -> None:
         signal.signal(number, lambda received, _: _received.append(received))
 
 
-class StopVote:
+class PreemptionVote:
     """Whether any process has been asked to stop, known to all of them at the same step."""
 
     def __init__(self, device: torch.device):

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from flperf.config import Engine, Trainer
-from flperf.data.samplers import Place
+from flperf.data.samplers import BatchShare
 from flperf.engine.devices import peak_flops
 from flperf.errors import UserError
 
@@ -71,7 +71,7 @@ def bf16_is_faster(device: torch.device) -> bool:
     return native and peak_flops(device, torch.bfloat16) > peak_flops(device, torch.float32)
 
 
-def place_among(trainer: Trainer, process: Process) -> Place:
+def batch_share(trainer: Trainer, process: Process) -> BatchShare:
     """How the clips of one update are shared out: batch_size = micro_batch_size * accumulation_steps * processes.
 
     The batch is what is learnt from, so it stays whatever the number of processes; the micro-batch gives way.
@@ -86,4 +86,4 @@ def place_among(trainer: Trainer, process: Process) -> Place:
     micro = max(size for size in range(1, min(wanted, share) + 1) if share % size == 0)
     if micro != wanted and process.is_main:
         print(f"trainer.micro_batch_size: {wanted} does not divide the {share} clips of a process: {micro} x {share // micro} instead")
-    return Place(process.rank, process.world_size, micro, trainer.batch_size)
+    return BatchShare(process.rank, process.world_size, micro, trainer.batch_size)

@@ -103,7 +103,7 @@ def allocate_states(engine: deepspeed.DeepSpeedEngine, fragments: dict[str, Frag
         state["step"] = torch.tensor(float(step), device=fragment.master.device)  # where and as a fused AdamW keeps it
 
 
-def use_masters(engine: deepspeed.DeepSpeedEngine) -> None:
+def copy_masters_to_parameters(engine: deepspeed.DeepSpeedEngine) -> None:
     """Round the master weights into the parameters that all processes compute with (a collective under ZeRO)."""
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     if stage == 0:

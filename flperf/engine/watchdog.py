@@ -16,14 +16,14 @@ from typing import NoReturn
 import psutil
 import torch.distributed as dist
 
-from flperf.engine.preemption import Interrupted
+from flperf.engine.preemption import Preempted
 from flperf.engine.process import Process
 
 BEATS = 5  # in the time after which a silent process counts as lost
 LOST = "lost"  # the key under which rank 0 publishes
 
 
-class Watch:
+class Watchdog:
     """A context in which processes watch each other. One that is silent for a tenth of `timeout` (seconds) is lost, and so is the run:
     the others name it on stderr and exit with status 1. An exception on one process ends the others with its text.
 
@@ -36,7 +36,7 @@ class Watch:
         self.interval = timeout / 10 / BEATS
         self.left = threading.Event()
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "Watchdog":
         if self.world_size == 1:
             return self
         self.peers: list = [None] * self.world_size
@@ -57,7 +57,7 @@ class Watch:
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
         if self.world_size == 1:
             return
-        if error is None or isinstance(error, Interrupted):
+        if error is None or isinstance(error, Preempted):
             dist.barrier()  # a launcher ends the others as soon as one has left with an exit status
         else:
             if isinstance(error, dist.DistError) or "gloo" in str(error):

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from flperf.models.activation_checkpointing import KEPT
 from flperf.models.encoder import Encoder, encode_clip
-from flperf.models.latents import Layout
+from flperf.models.latents import LatentGeometry
 
 aten = torch.ops.aten
 UNFUSED = KEPT | {aten.convolution, aten.convolution_backward, aten._scaled_dot_product_flash_attention_for_cpu_backward}
@@ -66,27 +66,27 @@ class Memory(TorchDispatchMode):
         return PassCost(self.moved, 2 * self.products, self.peak)
 
 
-def encoding_cost(encoder: Encoder, layout: Layout, mode: str, clips: int, dtype: torch.dtype) -> PassCost:
+def encoding_cost(encoder: Encoder, geometry: LatentGeometry, mode: str, clips: int, dtype: torch.dtype) -> PassCost:
     """Of encoding `clips` clips at once. The encoder may be on the meta device; it is not usable afterwards."""
-    frames = (layout.context_frames + layout.target_frames) * encoder.frames_per_latent
+    frames = (geometry.context_frames + geometry.target_frames) * encoder.frames_per_latent
     with FakeTensorMode():
         _imagine(encoder, dtype)
         video = torch.empty(clips, frames, *encoder.resolution, 3, dtype=torch.uint8)
         with Memory() as memory:
-            encode_clip(encoder, video, layout, mode)
+            encode_clip(encoder, video, geometry, mode)
     return memory.cost()
 
 
-def training_cost(head: nn.Module, layout: Layout, clips: int, dtype: torch.dtype, flow_matching: bool) -> PassCost:
+def training_cost(head: nn.Module, geometry: LatentGeometry, clips: int, dtype: torch.dtype, flow_matching: bool) -> PassCost:
     """Of the forward and backward pass of `clips` clips at once, each gradient of a parameter leaving as soon as it is complete. The head
     may be on the meta device; it is not usable afterwards."""
-    grid = (layout.height, layout.width, layout.dim)
+    grid = (geometry.height, geometry.width, geometry.dim)
     with FakeTensorMode():
         _imagine(head, dtype)
         for parameter in head.parameters():
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        context = torch.empty(clips, layout.context_frames, *grid, dtype=dtype)
-        inputs = [torch.empty(clips, layout.target_frames, *grid, dtype=dtype), torch.empty(clips)] if flow_matching else []
+        context = torch.empty(clips, geometry.context_frames, *grid, dtype=dtype)
+        inputs = [torch.empty(clips, geometry.target_frames, *grid, dtype=dtype), torch.empty(clips)] if flow_matching else []
         with Memory() as memory:
             head(context, *inputs).float().square().mean().backward()
     return memory.cost()

@@ -13,21 +13,21 @@ import torch
 from flperf.config import Backbone, Config, Model
 from flperf.data import WITHOUT_VIDEO
 from flperf.data.preprocessing import Preprocessing
-from flperf.data.samplers import Place
+from flperf.data.samplers import BatchShare
 from flperf.engine.devices import Device
-from flperf.engine.process import Process, compute_dtype, place_among
+from flperf.engine.process import Process, batch_share, compute_dtype
 from flperf.errors import UserError
 from flperf.estimate.pass_cost import PassCost, encoding_cost, training_cost
 from flperf.estimate.zero import MASTER, States, collectives, model_states
 from flperf.models.encoder import Encoder
 from flperf.models.flops import count_parameters, encoder_flops, head_flops
 from flperf.models.heads import build_head
-from flperf.models.latents import Layout, latent_layout
+from flperf.models.latents import LatentGeometry, latent_geometry
 from flperf.objectives.build import build_objective
 from flperf.objectives.flow_matching import FlowMatching
 
 # What is assumed of every device: shares of its peaks that a run reaches.
-COMPUTED, COPIED, SENT = 0.5, 0.8, 0.8
+COMPUTE_EFFICIENCY, MEMORY_EFFICIENCY, NETWORK_EFFICIENCY = 0.5, 0.8, 0.8
 # What is assumed of the videos, where they are files: Kinetics-400 as it is mostly passed on, with x264's default distance of keyframes.
 SOURCE_SIZE, KEYFRAME_INTERVAL = (256, 340), 250
 STATED_SIZE = (1080, 1920)  # for which decoders' rates are stated
@@ -45,13 +45,13 @@ CHECKPOINTS = {
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What one process has to do for one micro-batch. FLOPs are those of one clip."""
 
     config: Config
-    place: Place
+    share: BatchShare
     dtype: torch.dtype
-    layout: Layout
+    geometry: LatentGeometry
     encoder_parameters: int
     head_parameters: int
     encoder_flops: int  # 0, as its bytes, where latents are cached
@@ -68,13 +68,13 @@ class Work:
     @property
     def clips(self) -> int:
         """Of one process in one update."""
-        return self.place.micro_batch_size * self.place.accumulation_steps
+        return self.share.micro_batch_size * self.share.accumulation_steps
 
     @property
     def moved(self) -> float:
         """Bytes that one update reads and writes, the optimizer apart."""
         passes = self.encoding, self.training[self.config.model.activation_checkpointing]
-        return self.place.accumulation_steps * sum(cost.fused if self.config.engine.compile else cost.eager for cost in passes)
+        return self.share.accumulation_steps * sum(cost.fused if self.config.engine.compile else cost.eager for cost in passes)
 
     @property
     def frames(self) -> int:
@@ -91,7 +91,7 @@ class Work:
             processes,
             self.dtype.itemsize,
             average=self.config.trainer.ema_decay is not None,
-            accumulates=self.place.accumulation_steps > 1,
+            accumulates=self.share.accumulation_steps > 1,
             overlaps=device.is_gpu,
         )
 
@@ -107,34 +107,34 @@ def dtype_on(device: Device, config: Config) -> torch.dtype:
     return dtype
 
 
-def plan(config: Config, dtype: torch.dtype, processes: int) -> Work:
+def plan(config: Config, dtype: torch.dtype, processes: int) -> Workload:
     """Build everything on the meta device and count. Raises `UserError` where sizes can't be had or the batch can't be shared out."""
-    place = place_among(config.trainer, Process(0, 0, processes, torch.device("cpu")))
+    share = batch_share(config.trainer, Process(0, 0, processes, torch.device("cpu")))
     backbone = backbone_without_weights(config.backbone)
     preprocessing, encoded = Preprocessing.of(backbone), config.dataset.kind not in WITHOUT_VIDEO
     with torch.device("meta"):
         encoder = Encoder(backbone, preprocessing, dtype)
-        layout = latent_layout(config, *encoder.latent_shape(config.dataset.n_frames))
+        geometry = latent_geometry(config, *encoder.latent_shape(config.dataset.n_frames))
         heads = {
-            mode: build_head(replace(config.model, activation_checkpointing=mode), layout, seed=config.seed, compile=False)
+            mode: build_head(replace(config.model, activation_checkpointing=mode), geometry, seed=config.seed, compile=False)
             for mode in get_args(get_type_hints(Model)["activation_checkpointing"])
         }
-    flow_matching = isinstance(build_objective(config, layout), FlowMatching)
-    micro = place.micro_batch_size
+    flow_matching = isinstance(build_objective(config, geometry), FlowMatching)
+    micro = share.micro_batch_size
     height, width = preprocessing.size
-    latent_bytes = (layout.context_tokens + layout.target_tokens) * layout.dim * CACHED
-    return Work(
+    latent_bytes = (geometry.context_tokens + geometry.target_tokens) * geometry.dim * CACHED
+    return Workload(
         config,
-        place,
+        share,
         dtype,
-        layout,
+        geometry,
         encoder_parameters=count_parameters(encoder) if encoded else 0,
         head_parameters=count_parameters(heads["none"]),
-        encoder_flops=encoder_flops(encoder, layout, backbone.encode) if encoded else 0,
-        head_flops=head_flops(heads["none"], layout, flow_matching),
+        encoder_flops=encoder_flops(encoder, geometry, backbone.encode) if encoded else 0,
+        head_flops=head_flops(heads["none"], geometry, flow_matching),
         clip_bytes=config.dataset.n_frames * height * width * 3 if encoded else latent_bytes,
-        encoding=encoding_cost(encoder, layout, backbone.encode, micro, dtype) if encoded else PassCost(0, 0, 0),
-        training={mode: training_cost(head, layout, micro, dtype, flow_matching) for mode, head in heads.items()},
+        encoding=encoding_cost(encoder, geometry, backbone.encode, micro, dtype) if encoded else PassCost(0, 0, 0),
+        training={mode: training_cost(head, geometry, micro, dtype, flow_matching) for mode, head in heads.items()},
     )
 
 
@@ -166,14 +166,14 @@ class Memory:
         return self.states.total + self.encoder + self.copy + self.clips + self.activations[mode]
 
 
-def memory(work: Work, device: Device, stage: int, processes: int) -> Memory:
-    loaded = work.config.dataset.prefetch * work.place.micro_batch_size * work.clip_bytes
+def memory(workload: Workload, device: Device, stage: int, processes: int) -> Memory:
+    loaded = workload.config.dataset.prefetch * workload.share.micro_batch_size * workload.clip_bytes
     return Memory(
-        work.states(stage, processes, device),
-        encoder=work.encoder_parameters * work.dtype.itemsize,
-        copy=work.head_parameters * MASTER,
+        workload.states(stage, processes, device),
+        encoder=workload.encoder_parameters * workload.dtype.itemsize,
+        copy=workload.head_parameters * MASTER,
         clips=loaded,
-        activations={mode: max(work.encoding.peak, cost.peak) for mode, cost in work.training.items()},
+        activations={mode: max(workload.encoding.peak, cost.peak) for mode, cost in workload.training.items()},
     )
 
 
@@ -205,27 +205,27 @@ class Step:
         return max(self.arithmetic, self.memory, self.decode) / self.seconds
 
 
-def step(work: Work, device: Device, stage: int, nodes: int, per_node: int) -> Step:
+def step(workload: Workload, device: Device, stage: int, nodes: int, per_node: int) -> Step:
     processes = nodes * per_node
-    states = work.states(stage, processes, device)
+    states = workload.states(stage, processes, device)
     updated = 2 * states.optimizer + states.gradients + states.weights  # optimizer states are read and written
     seconds = {hidden: 0.0 for hidden in (True, False)}
-    for collective in collectives(work.head_parameters, stage, work.dtype.itemsize, work.place.accumulation_steps):
+    for collective in collectives(workload.head_parameters, stage, workload.dtype.itemsize, workload.share.accumulation_steps):
         if processes > 1:
             seconds[collective.hidden] += collective.sent(processes) / ring_rate(device, nodes, per_node)
     return Step(
-        arithmetic=work.clips * work.flops / (COMPUTED * device.peaks[work.dtype]),
-        memory=(work.moved + updated) / (COPIED * device.bandwidth),
+        arithmetic=workload.clips * workload.flops / (COMPUTE_EFFICIENCY * device.peaks[workload.dtype]),
+        memory=(workload.moved + updated) / (MEMORY_EFFICIENCY * device.bandwidth),
         hidden=seconds[True],
         exposed=seconds[False],
-        decode=work.clips * work.frames / decode_rate(device) if device.decode_rate else 0.0,
-        clips=work.clips * processes,
+        decode=workload.clips * workload.frames / decode_rate(device) if device.decode_rate else 0.0,
+        clips=workload.clips * processes,
     )
 
 
 def ring_rate(device: Device, nodes: int, per_node: int) -> float:
     """Bytes/s that a process sends in a ring through all: as fast as the slowest link, where a node leaves by all its adapters at once."""
-    return SENT * (device.link if nodes == 1 else min(device.link, per_node * device.network))
+    return NETWORK_EFFICIENCY * (device.link if nodes == 1 else min(device.link, per_node * device.network))
 
 
 def decode_rate(device: Device) -> float:

@@ -4,54 +4,54 @@ from collections.abc import Iterator
 
 from flperf.engine.devices import Device
 from flperf.estimate import plan as estimation
-from flperf.estimate.plan import SOURCE_SIZE, STATED_SIZE, Memory, Step, Work, decode_rate, memory, step
+from flperf.estimate.plan import SOURCE_SIZE, STATED_SIZE, Memory, Step, Workload, decode_rate, memory, step
 from flperf.estimate.zero import collectives
 
 STAGES = (0, 1, 2, 3)
 
 
-def report(work: Work, device: Device, nodes: list[int], per_node: int) -> str:
+def report(workload: Workload, device: Device, nodes: list[int], per_node: int) -> str:
     """Everything, several sections of lines. nodes: `work` is the share of one process among the first of them."""
     places = [(count, stage) for count in nodes for stage in STAGES]
-    first = step(work, device, work.config.engine.zero_stage, nodes[0], per_node)
-    stars = f"* the configured stage; activations by checkpointing, in all: {work.config.model.activation_checkpointing}"
-    memories = [_place(work, *place) | _memory_row(work, device, *place, per_node) for place in places]
-    steps = [_place(work, *place) | _step_row(work, device, *place, per_node) for place in places]
+    first = step(workload, device, workload.config.engine.zero_stage, nodes[0], per_node)
+    stars = f"* the configured stage; activations by checkpointing, in all: {workload.config.model.activation_checkpointing}"
+    memories = [_place(workload, *place) | _memory_row(workload, device, *place, per_node) for place in places]
+    steps = [_place(workload, *place) | _step_row(workload, device, *place, per_node) for place in places]
     sections = (
-        [f"An ESTIMATE of {work.config.name} on {device.name}: computed from the sizes below, no step was taken"],
-        _sizes(work, nodes[0] * per_node),
+        [f"An ESTIMATE of {workload.config.name} on {device.name}: computed from the sizes below, no step was taken"],
+        _sizes(workload, nodes[0] * per_node),
         [f"Estimated memory of one device, GB of its {device.memory / 1e9:.0f} ({stars})", *_table(memories)],
         ["Estimated time of one update", *_table(steps)],
-        [_input(work, device, first)],
-        _assumptions(work, device),
+        [_input(workload, device, first)],
+        _assumptions(workload, device),
     )
     return "\n\n".join("\n".join(lines) for lines in sections)
 
 
-def _sizes(work: Work, processes: int) -> Iterator[str]:
-    config, layout, place = work.config, work.layout, work.place
-    encoder = f"{work.encoder_parameters / 1e6:.1f} M parameters, {config.backbone.kind}, encode: {config.backbone.encode}"
-    trained = work.flops - work.encoder_flops
-    yield f"encoder   {encoder if work.encoder_parameters else 'none: latents are cached'}"
-    yield f"head      {work.head_parameters / 1e6:.1f} M parameters, {config.model.head}"
-    yield f"latents   {layout.context_frames} + {layout.target_frames} frames of {layout.height} x {layout.width} x {layout.dim}"
-    yield f"FLOPs     a clip: {_flops(work.encoder_flops)} encoder forward + {_flops(trained)} head forward and backward"
-    yield f"bytes     a process and update: {work.moved / 1e9:.2f} GB read and written in memory, the optimizer apart"
-    shared = f"{place.micro_batch_size} x {place.accumulation_steps} accumulation x {processes} processes"
-    yield f"batch     {place.batch_size} = {shared}, {str(work.dtype).removeprefix('torch.')}; it grows with the nodes"
+def _sizes(workload: Workload, processes: int) -> Iterator[str]:
+    config, geometry, share = workload.config, workload.geometry, workload.share
+    encoder = f"{workload.encoder_parameters / 1e6:.1f} M parameters, {config.backbone.kind}, encode: {config.backbone.encode}"
+    trained = workload.flops - workload.encoder_flops
+    yield f"encoder   {encoder if workload.encoder_parameters else 'none: latents are cached'}"
+    yield f"head      {workload.head_parameters / 1e6:.1f} M parameters, {config.model.head}"
+    yield f"latents   {geometry.context_frames} + {geometry.target_frames} frames of {geometry.height} x {geometry.width} x {geometry.dim}"
+    yield f"FLOPs     a clip: {_flops(workload.encoder_flops)} encoder forward + {_flops(trained)} head forward and backward"
+    yield f"bytes     a process and update: {workload.moved / 1e9:.2f} GB read and written in memory, the optimizer apart"
+    shared = f"{share.micro_batch_size} x {share.accumulation_steps} accumulation x {processes} processes"
+    yield f"batch     {share.batch_size} = {shared}, {str(workload.dtype).removeprefix('torch.')}; it grows with the nodes"
 
 
 def _flops(count: float) -> str:
     return f"{count / 1e12:.3g} T" if count >= 1e11 else f"{count / 1e9:.3g} G"
 
 
-def _place(work: Work, nodes: int, stage: int) -> dict[str, str]:
-    return {"nodes": str(nodes), "ZeRO": f"{stage}{'*' if stage == work.config.engine.zero_stage else ' '}"}
+def _place(workload: Workload, nodes: int, stage: int) -> dict[str, str]:
+    return {"nodes": str(nodes), "ZeRO": f"{stage}{'*' if stage == workload.config.engine.zero_stage else ' '}"}
 
 
-def _memory_row(work: Work, device: Device, nodes: int, stage: int, per_node: int) -> dict[str, str]:
-    held: Memory = memory(work, device, stage, nodes * per_node)
-    states, mode = held.states, work.config.model.activation_checkpointing
+def _memory_row(workload: Workload, device: Device, nodes: int, stage: int, per_node: int) -> dict[str, str]:
+    held: Memory = memory(workload, device, stage, nodes * per_node)
+    states, mode = held.states, workload.config.model.activation_checkpointing
     row = {
         "weights": states.weights + states.gathered,
         "gradients": states.gradients + states.buckets,
@@ -69,9 +69,9 @@ def _memory_row(work: Work, device: Device, nodes: int, stage: int, per_node: in
     return {name: f"{value / 1e9:.2f}" for name, value in row.items()} | {"fits": "yes" if fits else "NO"}
 
 
-def _step_row(work: Work, device: Device, nodes: int, stage: int, per_node: int) -> dict[str, str]:
-    result = step(work, device, stage, nodes, per_node)
-    volumes = collectives(work.head_parameters, stage, work.dtype.itemsize, work.place.accumulation_steps)
+def _step_row(workload: Workload, device: Device, nodes: int, stage: int, per_node: int) -> dict[str, str]:
+    result = step(workload, device, stage, nodes, per_node)
+    volumes = collectives(workload.head_parameters, stage, workload.dtype.itemsize, workload.share.accumulation_steps)
     row = {
         "sending ms": result.hidden + result.exposed,
         "(hidden)": result.hidden,
@@ -95,15 +95,15 @@ def _table(rows: list[dict[str, str]]) -> Iterator[str]:
         yield "  ".join(f"{value:>{widths[name]}}" for name, value in row.items())
 
 
-def _input(work: Work, device: Device, result: Step) -> str:
+def _input(workload: Workload, device: Device, result: Step) -> str:
     """What has to be read or decoded for a device to compute as fast as it can."""
-    computed = work.clips / max(result.arithmetic, result.memory)
+    computed = workload.clips / max(result.arithmetic, result.memory)
     needed = f"input     a device computes {computed:.1f} clips/s, which takes"
-    if not work.encoder_parameters:
-        return f"{needed} {computed * work.clip_bytes / 1e9:.2g} GB/s of cached latents"
-    if not work.frames:
+    if not workload.encoder_parameters:
+        return f"{needed} {computed * workload.clip_bytes / 1e9:.2g} GB/s of cached latents"
+    if not workload.frames:
         return f"{needed} as many drawn; drawing is not estimated"
-    needed = f"{needed} {computed * work.frames:.0f} decoded frames/s"
+    needed = f"{needed} {computed * workload.frames:.0f} decoded frames/s"
     if not device.decode_rate:
         return f"{needed}; what this machine decodes is not estimated"
     rates = f"{decode_rate(device):.0f} of {_size(SOURCE_SIZE)} (assumed), {device.decode_rate:.0f} of {_size(STATED_SIZE)} (stated)"
@@ -114,19 +114,19 @@ def _size(size: tuple[int, int]) -> str:
     return f"{size[1]} x {size[0]}"
 
 
-def _assumptions(work: Work, device: Device) -> Iterator[str]:
-    peak, small = device.peaks[work.dtype] / 1e12, estimation.SMALLEST_PICTURE
+def _assumptions(workload: Workload, device: Device) -> Iterator[str]:
+    peak, small = device.peaks[workload.dtype] / 1e12, estimation.SMALLEST_PICTURE
     yield "Assumed"
-    yield f"- {estimation.COMPUTED:.0%} of the peak of {peak:.4g} TFLOP/s, {estimation.COPIED:.0%} of {device.bandwidth / 1e12:.3g} TB/s"
-    if work.config.engine.compile:
+    yield f"- {estimation.COMPUTE_EFFICIENCY:.0%} of the peak of {peak:.4g} TFLOP/s, {estimation.MEMORY_EFFICIENCY:.0%} of {device.bandwidth / 1e12:.3g} TB/s"
+    if workload.config.engine.compile:
         yield "- compiled: what stands between two products (matrix products, attention) is one kernel"
     else:
         yield "- eager: every operator reads and writes memory"
     yield "- bounds overlap one another, but for collectives that nothing hides; each process keeps its clips as nodes are added"
     if device.is_gpu:
         links = f"{device.link / 1e9:.0f} GB/s in a node, {device.network / 1e9:.0f} GB/s a device between nodes"
-        yield f"- {estimation.SENT:.0%} of links of {links}; rings, without latency and stragglers"
-    if work.frames and device.decode_rate:
+        yield f"- {estimation.NETWORK_EFFICIENCY:.0%} of links of {links}; rings, without latency and stragglers"
+    if workload.frames and device.decode_rate:
         yield f"- H.264 of {_size(SOURCE_SIZE)}, a keyframe every {estimation.KEYFRAME_INTERVAL} frames"
         yield f"- a small picture takes a decoder at least {small:.0%} of the time of one of {_size(STATED_SIZE)}"
         yield "- engines as busy as can be; an H100's, by DALI, were not (benchmarks/NOTES.md), and the CPU's cores decode beside them"

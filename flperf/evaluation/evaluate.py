@@ -1,4 +1,4 @@
-"""How good a forecast is, in normalised latents, beside the trivial forecasts that it must beat.
+"""How good a forecast is, in normalised latents, beside the baselines that it must beat.
 
 Every number is taken for each latent frame ahead (the horizon). Every validation clip counts once, whatever the number of processes:
 sums are taken over valid clips and divided at the end. Flow matching draws k samples a clip; the forecast is their mean, and their
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from flperf.data.samplers import ClipBatch
 from flperf.errors import UserError
-from flperf.evaluation.metrics import ERRORS, SMALLEST, Moments, Sums, _spread, frechet_distance, sample_scores
+from flperf.evaluation.metrics import ERRORS, SMALLEST, MeanAccumulator, Moments, _spread, frechet_distance, sample_scores
 from flperf.models.baselines import BASELINES, Baselines
 from flperf.objectives.build import forecast
 from flperf.objectives.flow_matching import FlowMatching
@@ -39,7 +39,7 @@ def evaluate(
     baselines: Baselines,
     observers: Sequence[Observer] = (),
 ) -> dict[str, Any]:
-    """Validation loss, errors of the forecast (the mean of its samples) and of the trivial forecasts, and skill.
+    """Validation loss, errors of the forecast (the mean of its samples) and of the baselines, and skill.
 
     batches yield `ClipBatch`es; latents_of turns one into normalised (context, target). skill = 1 - forecast's error / the best trivial
     forecast's, for each error; above 0 the head knows something. The result holds means over all frames by name, and under "horizon" the
@@ -48,7 +48,7 @@ def evaluate(
     Observers see the latents of every batch.
     """
     device = baselines.position_mean.device
-    sums, moments = Sums(device), {}
+    sums, moments = MeanAccumulator(device), {}
     for batch in batches:
         context, target = latents_of(batch)
         valid, truth = batch.valid, target.float()
@@ -71,7 +71,7 @@ def evaluate(
     return _result(sums, moments, objective.samples)
 
 
-def _result(sums: Sums, moments: dict[str, Moments], samples: int) -> dict[str, Any]:
+def _result(sums: MeanAccumulator, moments: dict[str, Moments], samples: int) -> dict[str, Any]:
     means = sums.means()
     if not sums.clips:
         raise UserError("dataset.validation: not one of its clips can be read")
@@ -103,8 +103,8 @@ def evaluate_run(run: Run, observers: Sequence[Observer] = ()) -> dict[str, Any]
     The result names the latents' `norm`, too: errors compare only between runs that have it in common.
     """
     config, device = run.config.evaluation, run.process.device
-    batch_size = config.batch_size or run.place.micro_batch_size
-    batches = run.dataset.validation_batches(run.place, batch_size, config.max_clips, device)
+    batch_size = config.batch_size or run.share.micro_batch_size
+    batches = run.dataset.validation_batches(run.share, batch_size, config.max_clips, device)
     clips = min(run.dataset.validation_size, config.max_clips or run.dataset.validation_size)
     rounds = -(-clips // (batch_size * run.process.world_size))
     shown = tqdm(_on_device(batches, device), "evaluating", rounds, leave=False, disable=None if run.process.is_main else True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from flperf.data.prefetch import BadClip
 from flperf.errors import UserError
 from flperf.evaluation.visualise import Example, write_example
-from flperf.files import complete_file
+from flperf.files import atomic_file
 from flperf.objectives.build import forecast
 from flperf.run import Run
 
@@ -46,7 +46,7 @@ def write_forecasts(run: Run, out: Path, clips: int, frames: int | None, seconds
         pace = (tensors["forecast"].shape[2], run.config.dataset.stride, run.encoder.frames_per_latent)
         tensors["seconds"] = torch.tensor([seconds_ahead(*pace, rates[clip]) for clip in tensors["clip"].tolist()])
     out.mkdir(parents=True, exist_ok=True)
-    with complete_file(out / "forecasts.safetensors") as unfinished:
+    with atomic_file(out / "forecasts.safetensors") as unfinished:
         save_file(tensors, unfinished)
     baselines = run.baselines.to(torch.device("cpu"))
     for row, clip in enumerate(tensors["clip"].tolist()):
@@ -59,7 +59,7 @@ def write_forecasts(run: Run, out: Path, clips: int, frames: int | None, seconds
 def _forecasts(run: Run, clips: int, frames: int | None) -> tuple[dict[str, Tensor], dict[int, Tensor | None]]:
     """Latents of the clips that could be read, and their videos by row of the split, all on the CPU."""
     parts, videos = [], {}
-    for batch in run.dataset.chosen_batches([range(clips)], run.place.micro_batch_size, "validation", run.process.device):
+    for batch in run.dataset.chosen_batches([range(clips)], run.share.micro_batch_size, "validation", run.process.device):
         context, target = run.latents(batch)
         samples = forecast(run.objective, run.forecaster, context, batch.sample.to(run.process.device), frames)
         kept = {"forecast": samples.to(run.dtype), "context": context, "target": target, "clip": batch.clip}

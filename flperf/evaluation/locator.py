@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from flperf.config import Config
-from flperf.data import Place, Preprocessing, open_dataset
+from flperf.data import BatchShare, Preprocessing, open_dataset
 from flperf.data.bouncing_shapes import SHAPES, heatmap_centres, patch_heatmaps, to_pixels, to_unit
 from flperf.data.samplers import ClipBatch
 from flperf.engine.process import compute_dtype
 from flperf.errors import UserError
-from flperf.evaluation.metrics import Sums
-from flperf.files import complete_file, read_tensor_file
+from flperf.evaluation.metrics import MeanAccumulator
+from flperf.files import atomic_file, read_tensor_file
 from flperf.models.encoder import Encoder, build_encoder, encode_clip
-from flperf.models.latents import EPSILON, Normaliser, latent_layout
+from flperf.models.latents import EPSILON, Normaliser, latent_geometry
 from flperf.run import Run
 
 FORMAT = "flperf locator 1"
@@ -80,7 +80,7 @@ LOCATORS = {"coordinates": Coordinates, "heatmap": Heatmaps}
 
 
 class Locator(nn.Module):
-    """One of them for a grid of (height, width, channels), with the mean and deviation of the latents that it was trained on."""
+    """One of them for a grid of (height, width, channels), with the mean and standard deviation of the latents that it was trained on."""
 
     def __init__(self, kind: str, grid: tuple[int, int, int], image_size: int):
         super().__init__()
@@ -133,8 +133,8 @@ class FrameLatents:
         if self.frames == 1:
             latents = self.encoder(video)
         else:
-            layout = latent_layout(self.config, self.frames, *self.grid)
-            latents = torch.cat(encode_clip(self.encoder, video, layout, self.config.backbone.encode), dim=1)
+            geometry = latent_geometry(self.config, self.frames, *self.grid)
+            latents = torch.cat(encode_clip(self.encoder, video, geometry, self.config.backbone.encode), dim=1)
         centres = frame_centres(centres, self.encoder)[:, : latents.shape[1]]
         return self.normaliser(latents).flatten(0, 1), centres.flatten(0, 1)
 
@@ -153,8 +153,8 @@ def train_locator(config: Config, kind: str, steps: int, device: torch.device) -
     locator = Locator(kind, frames.grid, config.dataset.shapes.image_size).to(device)
     optimizer = torch.optim.AdamW(locator.parameters(), LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
-    place = Place(0, 1, BATCH_SIZE, BATCH_SIZE)
-    batches = frames.dataset.train_batches(0, place, device)
+    share = BatchShare(0, 1, BATCH_SIZE, BATCH_SIZE)
+    batches = frames.dataset.train_batches(0, share, device)
     for step in (bar := tqdm(range(steps), "locator", disable=None)):
         latents, centres = frames.of(next(batches))
         if step == 0:
@@ -169,7 +169,7 @@ def train_locator(config: Config, kind: str, steps: int, device: torch.device) -
             bar.set_postfix_str(f"loss {loss.item():.4f}")
     locator.requires_grad_(False).eval()
     errors = []
-    for batch in frames.dataset.validation_batches(place, BATCH_SIZE, CHECKED_CLIPS, device):
+    for batch in frames.dataset.validation_batches(share, BATCH_SIZE, CHECKED_CLIPS, device):
         latents, centres = frames.of(batch)
         error = pixel_errors(locator.locate(latents), centres).view(len(batch.valid), -1)
         errors.append(error[batch.valid.to(device)].flatten())
@@ -192,7 +192,7 @@ def identity(config: Config) -> dict:
 def save_locator(path: Path, locator: Locator, config: Config) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": FORMAT, "head": locator.kind, "grid": json.dumps(locator.grid), "identity": json.dumps(identity(config))}
-    with complete_file(path) as unfinished:
+    with atomic_file(path) as unfinished:
         save_file({name: tensor.cpu().contiguous() for name, tensor in locator.state_dict().items()}, unfinished, metadata)
 
 
@@ -215,13 +215,13 @@ class PixelErrors:
         if run.config.dataset.kind != "bouncing_shapes":
             raise UserError(f"--locator: judges bouncing_shapes, whose positions are known, not dataset.kind {run.config.dataset.kind!r}")
         self.locator, self.run = locator, run
-        self.sums = Sums(run.process.device)
+        self.sums = MeanAccumulator(run.process.device)
 
     def add(self, latents: dict[str, Tensor], batch: ClipBatch) -> None:
         """latents: normalised, fp32, `b t h w d` each (t may be 1)."""
-        layout, device = self.run.layout, self.run.process.device
+        geometry, device = self.run.geometry, self.run.process.device
         centres = frame_centres(batch.centres.to(device), self.run.encoder)
-        centres = centres[:, layout.context_frames : layout.context_frames + layout.target_frames]
+        centres = centres[:, geometry.context_frames : geometry.context_frames + geometry.target_frames]
         valid = batch.valid.to(device)
         self.sums.count(valid)
         for name, values in latents.items():

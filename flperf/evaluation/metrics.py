@@ -18,10 +18,10 @@ ERRORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "energy": lambda forecast, target: (forecast - target).square().mean((2, 3, 4)).sqrt(),  # the energy score of a single forecast
 }
 
-SMALLEST = 1e-12  # what a trivial forecast's error is taken to be where it is perfect
+SMALLEST = 1e-12  # what a baseline's error is taken to be where it is perfect
 
 
-class Sums:
+class MeanAccumulator:
     """Adds up named values of each clip over the valid clips, and over processes in the end."""
 
     def __init__(self, device: torch.device):

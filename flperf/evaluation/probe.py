@@ -19,10 +19,10 @@ from flperf.run import Run
 
 def training_features(run: Run) -> tuple[Tensor, Tensor]:
     """labels [n] and pooled true target latents [n d] of the first `evaluation.probe_clips` training clips, of all processes."""
-    pooled, process = Pooled(), run.process
+    pooled, process = PooledLatents(), run.process
     count = min(run.config.evaluation.probe_clips, run.dataset.train_size)
     mine = range(process.rank, count, process.world_size)
-    for batch in run.dataset.chosen_batches([mine], run.place.micro_batch_size, "train", process.device):
+    for batch in run.dataset.chosen_batches([mine], run.share.micro_batch_size, "train", process.device):
         _, target = run.latents(batch)
         pooled.add({"target": target.float()}, batch)
     labels, features = pooled.gathered()
@@ -48,7 +48,7 @@ def has_classes(labels: list[int]) -> bool:
 
 
 @dataclass
-class Pooled:
+class PooledLatents:
     """Latents of every valid clip averaged over places and frames, by whose forecast they are ("target": the truth), for probes."""
 
     labels: list[Tensor] = field(default_factory=list)

@@ -33,7 +33,7 @@ class Example:
     forecast: Tensor  # one sample
     target: Tensor | None = None
     video: Tensor | None = None  # uint8 f h w c, as the encoder saw it
-    baselines: Baselines | None = None  # on the CPU; for the errors of the trivial forecasts
+    baselines: Baselines | None = None  # on the CPU; for the errors of the baselines
 
     @property
     def true(self) -> Tensor:
@@ -113,7 +113,7 @@ def draw_overview(path: Path, example: Example, projection: Projection) -> Path:
     total = known + ahead
     shown = sorted({round(i * (total - 1) / (COLUMNS - 1)) for i in range(COLUMNS)}) if total > COLUMNS else list(range(total))
     rows = _picture_rows(example, projection, total)
-    figure = Figure(figsize=(1.05 * len(shown) + 1.6, 1.15 * len(rows) + 2.4), layout="constrained")
+    figure = Figure(figsize=(1.05 * len(shown) + 1.6, 1.15 * len(rows) + 2.4), geometry="constrained")
     FigureCanvasAgg(figure)
     pictures, errors = cast(Any, figure.subfigures(2, 1, height_ratios=(1.15 * len(rows) + 0.3, 2.1)))
     axes = pictures.subplots(len(rows), len(shown), squeeze=False)
@@ -172,7 +172,7 @@ def dump_examples(run: Run, folder: Path) -> list[Path]:
     count = min(run.config.evaluation.dump_examples, len(run.dataset.splits[split]))
     baselines = run.baselines.to(torch.device("cpu"))
     pictures = []
-    for batch in run.dataset.chosen_batches([range(count)], run.place.micro_batch_size, split, run.process.device):
+    for batch in run.dataset.chosen_batches([range(count)], run.share.micro_batch_size, split, run.process.device):
         context, target = run.latents(batch)
         samples = forecast(run.objective, run.forecaster, context, batch.sample.to(run.process.device))[:, 0]
         for clip in batch.valid.nonzero()[:, 0].tolist():

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from flperf.errors import UserError
-from flperf.files import write_durably
-from flperf.models.latents import EPSILON, Layout, Normaliser, Statistics
+from flperf.files import write_atomically
+from flperf.models.latents import EPSILON, LatentGeometry, Normaliser, Statistics
 
 BASELINES = ("copy_last", "mean", "median", "ridge")
 RIDGE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # a training token; the best on held-out clips is taken
@@ -58,10 +58,10 @@ def local_features(context: Tensor) -> Tensor:
 class LatentSample:
     """Raw latents of the clips to fit on; each process adds its share, the result is that of all."""
 
-    def __init__(self, normalisation: str, layout: Layout, device: torch.device):
-        self.normalisation, self.layout, self.device = normalisation, layout, device
+    def __init__(self, normalisation: str, geometry: LatentGeometry, device: torch.device):
+        self.normalisation, self.geometry, self.device = normalisation, geometry, device
         self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []  # held out [b], the last two context frames, target
-        self.channels = torch.zeros(2, layout.dim, dtype=torch.float64, device=device)  # sums of values and of squares
+        self.channels = torch.zeros(2, geometry.dim, dtype=torch.float64, device=device)  # sums of values and of squares
         self.tokens = 0
 
     @torch.no_grad()
@@ -78,10 +78,10 @@ class LatentSample:
 
     @torch.no_grad()
     def result(self, channels: tuple[Tensor, Tensor] | None = None) -> tuple[Statistics, Baselines]:
-        """`channels`: mean and deviation [d] known from more clips, which replace those measured here."""
+        """`channels`: mean and standard deviation [d] known from more clips, which replace those measured here."""
         statistics = self._statistics(channels)
         normaliser = Normaliser(self.normalisation, torch.float32, statistics).to(self.device)
-        frames = [self._positions(normaliser, frame) for frame in range(self.layout.target_frames)]
+        frames = [self._positions(normaliser, frame) for frame in range(self.geometry.target_frames)]
         mean, median = (torch.stack(part) for part in zip(*frames, strict=True))
         return statistics, Baselines(mean, median, self._ridge(normaliser))
 
@@ -111,9 +111,9 @@ class LatentSample:
 
     def _ridge(self, normaliser: Normaliser) -> Tensor:
         """[t' 3d+1 d]: least squares with the penalty on everything but the constant that does best on the other half of the clips."""
-        layout, width = self.layout, 3 * self.layout.dim + 1
+        geometry, width = self.geometry, 3 * self.geometry.dim + 1
         gram = torch.zeros(2, width, width, dtype=torch.float64, device=self.device)
-        cross = torch.zeros(2, layout.target_frames, width, layout.dim, dtype=torch.float64, device=self.device)
+        cross = torch.zeros(2, geometry.target_frames, width, geometry.dim, dtype=torch.float64, device=self.device)
         for held_out, context, target in self.pairs:
             x, y = local_features(normaliser(context.to(self.device))).double(), normaliser(target.to(self.device)).double()
             for half in (0, 1):
@@ -147,7 +147,7 @@ def ridge_solution(gram: Tensor, cross: Tensor, penalty: float) -> Tensor:
 
 def save_statistics(path: Path, statistics: Statistics, baselines: Baselines) -> None:
     """The file appears complete or not at all: a run that is killed here measures anew."""
-    write_durably(path, save({name: tensor.cpu().contiguous() for name, tensor in {**vars(statistics), **vars(baselines)}.items()}))
+    write_atomically(path, save({name: tensor.cpu().contiguous() for name, tensor in {**vars(statistics), **vars(baselines)}.items()}))
 
 
 def load_statistics(path: Path, device: torch.device) -> tuple[Statistics, Baselines]:

@@ -15,7 +15,7 @@ from flperf.data.preprocessing import Preprocessing
 from flperf.errors import UserError
 from flperf.models.backbones import BACKBONES
 from flperf.models.compile import compile_forward
-from flperf.models.latents import Layout
+from flperf.models.latents import LatentGeometry
 
 
 class PixelNormalisation(nn.Module):
@@ -82,17 +82,17 @@ def build_encoder(backbone: Backbone, preprocessing: Preprocessing, *, dtype: to
 
 
 @torch.no_grad()
-def encode_clip(encoder: Encoder, video: Tensor, layout: Layout, mode: str) -> tuple[Tensor, Tensor]:
+def encode_clip(encoder: Encoder, video: Tensor, geometry: LatentGeometry, mode: str) -> tuple[Tensor, Tensor]:
     """Raw context and target latents, `b t h w d` each, of uint8 video `b f h w c`.
 
     mode "split" encodes the context frames by themselves, so that nothing of the target can reach the context; "joint" encodes the
     clip as a whole and splits the latents, as FutureLatents does: an encoder that attends over time then leaks the future.
     """
-    context_frames = layout.context_frames * encoder.frames_per_latent
-    last_frame = context_frames + layout.target_frames * encoder.frames_per_latent
+    context_frames = geometry.context_frames * encoder.frames_per_latent
+    last_frame = context_frames + geometry.target_frames * encoder.frames_per_latent
     if mode == "joint":
         latents = encoder(video[:, :last_frame])
-        return latents[:, : layout.context_frames], latents[:, layout.context_frames :]
+        return latents[:, : geometry.context_frames], latents[:, geometry.context_frames :]
     context, target = video[:, :context_frames], video[:, context_frames:last_frame]
     if context.shape == target.shape:  # one call on a double batch, one compilation
         return encoder(torch.cat([context, target])).chunk(2)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from flperf.models.encoder import Encoder
-from flperf.models.latents import Layout
+from flperf.models.latents import LatentGeometry
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -25,14 +25,14 @@ def count_flops(module: nn.Module, *shapes: tuple[int, ...]) -> int:
     return counter.get_total_flops()
 
 
-def encoder_flops(encoder: Encoder, layout: Layout, mode: str) -> int:
+def encoder_flops(encoder: Encoder, geometry: LatentGeometry, mode: str) -> int:
     """Forward FLOPs of encoding one clip."""
-    frames = [layout.context_frames, layout.target_frames] if mode == "split" else [layout.context_frames + layout.target_frames]
+    frames = [geometry.context_frames, geometry.target_frames] if mode == "split" else [geometry.context_frames + geometry.target_frames]
     return sum(count_flops(encoder.backbone, (1, count * encoder.frames_per_latent, 3, *encoder.resolution)) for count in frames)
 
 
-def head_flops(head: nn.Module, layout: Layout, flow_matching: bool) -> int:
+def head_flops(head: nn.Module, geometry: LatentGeometry, flow_matching: bool) -> int:
     """Forward FLOPs of one clip; training costs three times that (the backward pass multiplies twice for each product)."""
-    context = (1, layout.context_frames, layout.height, layout.width, layout.dim)
-    target = (1, layout.target_frames, layout.height, layout.width, layout.dim)
+    context = (1, geometry.context_frames, geometry.height, geometry.width, geometry.dim)
+    target = (1, geometry.target_frames, geometry.height, geometry.width, geometry.dim)
     return count_flops(head, context, *([target, (1,)] if flow_matching else []))

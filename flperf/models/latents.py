@@ -17,7 +17,7 @@ EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
-class Layout:
+class LatentGeometry:
     """A forecast's geometry: `target_frames` latent frames after `context_frames`, each a `height` x `width` grid of `dim` channels."""
 
     context_frames: int
@@ -37,7 +37,7 @@ class Layout:
         return self.target_frames * self.height * self.width
 
 
-def latent_layout(config: Config, frames: int, height: int, width: int, dim: int) -> Layout:
+def latent_geometry(config: Config, frames: int, height: int, width: int, dim: int) -> LatentGeometry:
     """Split `frames` latent frames into context and target as the configuration asks."""
     context = config.model.num_context_latents
     target = config.model.num_target_latents or frames - context
@@ -46,12 +46,12 @@ def latent_layout(config: Config, frames: int, height: int, width: int, dim: int
             f"model.num_context_latents {context} + num_target_latents {config.model.num_target_latents} do not fit the clip: "
             f"dataset.n_frames {config.dataset.n_frames} gives {frames} latent frames"
         )
-    return Layout(context, target, height, width, dim)
+    return LatentGeometry(context, target, height, width, dim)
 
 
 @dataclass
 class Statistics:
-    """Mean and deviation of every channel of the raw latents, fp32 [d]."""
+    """Mean and standard deviation of every channel of the raw latents, fp32 [d]."""
 
     channel_mean: Tensor
     channel_std: Tensor

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flperf.config import Config
 from flperf.errors import UserError
-from flperf.models.latents import Layout
+from flperf.models.latents import LatentGeometry
 from flperf.objectives.flow_matching import FlowMatching
 from flperf.objectives.regression import Regression
 
@@ -36,11 +36,11 @@ def forecast(objective: Regression | FlowMatching, head: nn.Module, context: Ten
 OBJECTIVES: dict[str, type[Regression] | type[FlowMatching]] = {"regression": Regression, "flow_matching": FlowMatching}
 
 
-def build_objective(config: Config, layout: Layout) -> Regression | FlowMatching:
+def build_objective(config: Config, geometry: LatentGeometry) -> Regression | FlowMatching:
     """What the configuration trains for; raises `UserError` where its head can't be trained for that."""
     if config.objective.kind not in OBJECTIVES:
         raise UserError(f"objective.kind: {config.objective.kind!r} is unknown; known: {', '.join(OBJECTIVES)}")
     needs_dit = config.objective.kind == "flow_matching"
     if needs_dit != (config.model.head == "dit"):
         raise UserError(f"objective.kind {config.objective.kind!r} can't train model.head {config.model.head!r} (dit is for flow_matching)")
-    return OBJECTIVES[config.objective.kind](config, layout)
+    return OBJECTIVES[config.objective.kind](config, geometry)

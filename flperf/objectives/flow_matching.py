@@ -9,7 +9,7 @@ from flperf_kernels.flow_matching import flow_matching_loss, flow_matching_noise
 from torch import Tensor, nn
 
 from flperf.config import Config, Objective
-from flperf.models.latents import Layout, Normaliser
+from flperf.models.latents import LatentGeometry, Normaliser
 from flperf.objectives.solvers import Velocity, guided, integrate
 
 # The shift is that of Esser et al. (arXiv:2403.03206, section 5.3.2); the size that needs none is Zheng et al.'s (arXiv:2510.11690).
@@ -22,9 +22,9 @@ TAU_STREAM, SAMPLING_STREAM, DROPOUT_STREAM, PART_STREAM = 1, 2, 3, 2**32
 class FlowMatching:
     """The head outputs the velocity data - noise at x_tau = (1 - tau) noise + tau data (Lipman et al., arXiv:2210.02747)."""
 
-    def __init__(self, config: Config, layout: Layout):
-        self.objective, self.sampling, self.seed, self.layout = config.objective, config.evaluation.sampling, config.seed, layout
-        self.shift = tau_shift(config.objective, layout)
+    def __init__(self, config: Config, geometry: LatentGeometry):
+        self.objective, self.sampling, self.seed, self.geometry = config.objective, config.evaluation.sampling, config.seed, geometry
+        self.shift = tau_shift(config.objective, geometry)
 
     def loss(
         self, head: Callable, context: Tensor, target: Tensor, sample: Tensor, reduction: str = "mean", normaliser: Normaliser | None = None
@@ -56,10 +56,10 @@ class FlowMatching:
     def draw(self, head: nn.Module, context: Tensor, keys: Tensor, part: int = 0) -> Tensor:
         """fp32 `b k t h w d`: a sample for each of `keys` int64 [b k], one after another, all from one computation of the context's keys
         and values. A sample's noise is a function of its key and of the part of a roll-out."""
-        layout = self.layout
+        geometry = self.geometry
 
         def velocity_given(context: Tensor) -> Velocity:
-            memory = head.remember(context)
+            memory = head.encode_context(context)
             return lambda x, tau: head.velocity(x.to(context.dtype), tau.float().repeat(len(x)), memory).float()
 
         velocity = velocity_given(context)
@@ -67,17 +67,17 @@ class FlowMatching:
             velocity = guided(velocity, velocity_given(torch.zeros_like(context)), self.sampling)
         forecasts = []
         for key in keys.unbind(1):
-            noise = philox_normal(key, layout.target_tokens * layout.dim, seed=self.seed + SAMPLING_STREAM + PART_STREAM * part)
-            noise = noise.view(-1, layout.target_frames, layout.height, layout.width, layout.dim)
+            noise = philox_normal(key, geometry.target_tokens * geometry.dim, seed=self.seed + SAMPLING_STREAM + PART_STREAM * part)
+            noise = noise.view(-1, geometry.target_frames, geometry.height, geometry.width, geometry.dim)
             forecasts.append(integrate(velocity, noise, self.sampling))
         return torch.stack(forecasts, dim=1)
 
 
-def tau_shift(objective: Objective, layout: Layout) -> float:
+def tau_shift(objective: Objective, geometry: LatentGeometry) -> float:
     """The configured shift, or sqrt(n d / 4096): the larger a clip's latents, the more noise hides as much of them."""
     if objective.tau_shift is not None:
         return objective.tau_shift
-    return math.sqrt(layout.target_tokens * layout.dim / DIMENSION_SHIFT_BASE)
+    return math.sqrt(geometry.target_tokens * geometry.dim / DIMENSION_SHIFT_BASE)
 
 
 def draw_tau(objective: Objective, shift: float, sample: Tensor, seed: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flperf.config import Config
-from flperf.models.latents import Layout, Normaliser
+from flperf.models.latents import LatentGeometry, Normaliser
 
 
 class Regression:
@@ -15,7 +15,7 @@ class Regression:
 
     samples = 1
 
-    def __init__(self, config: Config, layout: Layout):
+    def __init__(self, config: Config, geometry: LatentGeometry):
         distance = REGRESSION_LOSSES[config.objective.loss]
 
         def errors(prediction: Tensor, target: Tensor) -> Tensor:

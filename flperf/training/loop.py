@@ -15,14 +15,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flperf.config.validate import parse_interval
-from flperf.data.prefetch import copied_ahead
+from flperf.data.prefetch import prefetch_to_device
 from flperf.data.samplers import ClipBatch
 from flperf.engine.checkpoint import Checkpoints
 from flperf.engine.compile_cache import compile_cache_state
 from flperf.engine.devices import memory_gb, peak_flops
 from flperf.engine.engine import head_weights, load_weights
 from flperf.engine.optimizer import set_schedule
-from flperf.engine.preemption import Interrupted, StopVote
+from flperf.engine.preemption import Preempted, PreemptionVote
 from flperf.errors import UserError
 from flperf.evaluation.evaluate import evaluate_run
 from flperf.evaluation.report import summary, table
@@ -59,14 +59,14 @@ class Schedule:
         return int(done / period) > int((done - 1) / period) or done == self.steps.stop
 
 
-class Window:
+class StepMeter:
     """What happened since the last logged line: losses stay on the device until then."""
 
     def __init__(self, run: Run, profile: StepProfile | None = None):
         self.run, self.profile = run, profile
         self.timer = StageTimer(run.process.device)
         flops = sum(flops_per_clip(run).values())
-        self.flops_per_step = flops * run.place.batch_size / run.process.world_size
+        self.flops_per_step = flops * run.share.batch_size / run.process.world_size
         self.peak = peak_flops(run.process.device, run.dtype)
         self.skipped_clips = 0
         self.restart()
@@ -87,7 +87,7 @@ class Window:
         dist.all_reduce(totals)
         loss, skipped = totals.tolist()
         seconds = (time.perf_counter() - self.started) / self.steps
-        layout, engine, stages = self.run.layout, self.run.engine, self.timer.read(self.steps)
+        geometry, engine, stages = self.run.geometry, self.run.engine, self.timer.read(self.steps)
         norm = engine.get_global_grad_norm()
         metrics = {
             "step": step,
@@ -95,8 +95,8 @@ class Window:
             "loss": loss / self.run.process.world_size,
             "lr": rate,
             "grad_norm": None if norm is None else float(norm),
-            "clips_per_s": self.run.place.batch_size / seconds,
-            "tokens_per_s": self.run.place.batch_size * (layout.context_tokens + layout.target_tokens) / seconds,
+            "clips_per_s": self.run.share.batch_size / seconds,
+            "tokens_per_s": self.run.share.batch_size * (geometry.context_tokens + geometry.target_tokens) / seconds,
             "step_ms": seconds * 1e3,
             **stages,
             "head_ms": stages["forward_ms"] + stages["backward_ms"],
@@ -117,7 +117,7 @@ def train(run: Run, folder: RunFolder, *, profiled: bool = False) -> None:
     tracker = Tracker(run.config, folder, run.process.is_main, first_step, schedule.total_steps)
     tracker.say(f"resumed at step {first_step}" if first_step else f"training {schedule.total_steps} steps; the first compiles")
     use_latent_statistics(run, folder)
-    batches = copied_ahead(run.dataset.train_batches(first_step, run.place, run.process.device), run.process.device)
+    batches = prefetch_to_device(run.dataset.train_batches(first_step, run.share, run.process.device), run.process.device)
     try:
         if run.dataset.validation_size and run.config.evaluation.eval_first and first_step == 0:
             validate(run, tracker, schedule, 0)
@@ -146,26 +146,26 @@ def train_steps(
     checkpoints: Checkpoints,
     profile: StepProfile | None,
 ) -> None:
-    config, engine, window, vote = run.config, run.engine, Window(run, profile), StopVote(run.process.device)
+    config, engine, meter, vote = run.config, run.engine, StepMeter(run, profile), PreemptionVote(run.process.device)
     in_a_row = 0
     for step in schedule.steps:
         rate = set_schedule(engine, step, config.trainer, schedule.total_steps)
         skipped_before = engine.skipped_steps
-        window.losses.append(train_step(run, batches, window))
+        meter.losses.append(train_step(run, batches, meter))
         in_a_row = in_a_row + 1 if engine.skipped_steps > skipped_before else 0
         if in_a_row >= config.trainer.max_skipped_updates:
             raise UserError(
                 f"step {step}: {in_a_row} updates in a row had a non-finite loss or gradient and were skipped; lower "
                 "trainer.learning_rate or look at the data (trainer.max_skipped_updates sets this limit)"
             )
-        window.steps += 1
+        meter.steps += 1
         done = step + 1
         tracker.step()
         if profile and profile.step():
             tracker.say(f"{profile.table}\nthe trace is in {profile.folder}; open it at https://ui.perfetto.dev")
         interrupted = vote.passed()
         if done % config.tracking.log_every == 0 or done in (schedule.steps.start + 1, schedule.steps.stop) or interrupted:
-            tracker.log(window.read(done, schedule.epoch(done), rate))
+            tracker.log(meter.read(done, schedule.epoch(done), rate))
         if done == schedule.steps.start + 1:
             say_first_step(tracker)
         paused = time.perf_counter()
@@ -175,11 +175,11 @@ def train_steps(
         if interrupted:
             checkpoints.wait()
             tracker.say(f"stopped by a signal and saved at step {done}; the same command goes on from there")
-            raise Interrupted
+            raise Preempted
         if run.dataset.validation_size and schedule.due(config.evaluation.eval_every, done):
             checkpoints.wait()  # a validation that fails, or is killed, takes no step along
             validate(run, tracker, schedule, done)
-        window.started += time.perf_counter() - paused  # throughput is that of training alone
+        meter.started += time.perf_counter() - paused  # throughput is that of training alone
 
 
 def say_first_step(tracker: Tracker) -> None:
@@ -189,10 +189,10 @@ def say_first_step(tracker: Tracker) -> None:
     tracker.describe(first_step_s=round(seconds, 2), compile_cache=state)
 
 
-def train_step(run: Run, batches: Iterator[ClipBatch], window: Window) -> Tensor:
+def train_step(run: Run, batches: Iterator[ClipBatch], meter: StepMeter) -> Tensor:
     """One update; returns the loss (a scalar on the device), the mean over this process's micro-batches."""
-    stage, losses = window.stage, []
-    for _ in range(run.place.accumulation_steps):
+    stage, losses = meter.stage, []
+    for _ in range(run.share.accumulation_steps):
         with stage("data"):
             batch = next(batches)
         with stage("encode"):
@@ -205,12 +205,12 @@ def train_step(run: Run, batches: Iterator[ClipBatch], window: Window) -> Tensor
         with stage("optim"):
             run.engine.step()
         losses.append(loss.detach())
-        window.skipped_clips += len(batch.skipped)
+        meter.skipped_clips += len(batch.skipped)
     return torch.stack(losses).mean()
 
 
 def validate(run: Run, tracker: Tracker, schedule: Schedule, step: int) -> dict[str, Any]:
-    """Evaluate the averaged weights on the validation clips, log and print the comparison with the trivial forecasts."""
+    """Evaluate the averaged weights on the validation clips, log and print the comparison with the baselines."""
     load_weights(run.forecaster, head_weights(run.engine, average=run.config.trainer.ema_decay is not None), run.dtype)
     result = evaluate_run(run)
     tracker.log({"step": step, "epoch": schedule.epoch(step), "split": "val", **result})
@@ -225,13 +225,13 @@ def validate(run: Run, tracker: Tracker, schedule: Schedule, step: int) -> dict[
 
 
 def use_latent_statistics(run: Run, folder: RunFolder) -> None:
-    """Statistics and trivial forecasts: read from the run's folder, or fitted on the first training clips and written there."""
+    """Statistics and baselines: read from the run's folder, or fitted on the first training clips and written there."""
     device = run.process.device
     if not folder.statistics.exists():
-        latents = LatentSample(run.config.latents.embedding_norm, run.layout, device)
-        batches = run.dataset.train_batches(0, run.place, device)
+        latents = LatentSample(run.config.latents.embedding_norm, run.geometry, device)
+        batches = run.dataset.train_batches(0, run.share, device)
         clips = min(run.config.latents.statistics_clips, run.dataset.train_size)
-        rounds = math.ceil(clips / (run.place.micro_batch_size * run.place.world_size))
+        rounds = math.ceil(clips / (run.share.micro_batch_size * run.share.world_size))
         for _ in tqdm(range(rounds), desc="latent statistics", leave=False, disable=None if run.process.is_main else True):
             batch = next(batches)
             latents.add(*run.raw_latents(batch), batch.sample)

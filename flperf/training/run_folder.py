@@ -19,7 +19,7 @@ from flperf.config import Config, differences, dump_config
 from flperf.data import Dataset
 from flperf.engine.process import Process
 from flperf.errors import UserError
-from flperf.files import write_durably, writing
+from flperf.files import write_atomically, writing
 
 PACKAGES = ("torch", "deepspeed", "xformers", "transformers", "nvidia-dali-cuda130", "triton", "av", "numpy")
 
@@ -81,7 +81,7 @@ class RunFolder:
                     count = 1 + len(list(self.path.parent.glob(f"{self.path.name}.replaced-*")))
                     self.path.rename(self.path.with_name(f"{self.path.name}.replaced-{count}"))
                 self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_durably(self.path / "config.yaml", dump_config(config))
+            write_atomically(self.path / "config.yaml", dump_config(config))
             self.describe(**describe_run(process), training=clips)
         dist.barrier()
 
@@ -95,7 +95,7 @@ class RunFolder:
 
     def describe(self, **facts) -> None:
         """Write facts about this launch into `run.json`, beside or in place of those that stand there."""
-        write_durably(self.path / "run.json", json.dumps(self._described() | facts, indent=2) + "\n")
+        write_atomically(self.path / "run.json", json.dumps(self._described() | facts, indent=2) + "\n")
 
     def run_id(self) -> str:
         """What dashboards know the run by: drawn at its first start and kept, so that every later start goes on with the same one."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flperf.config import Config, Dataset
-from flperf.data import Place, open_dataset
+from flperf.data import BatchShare, open_dataset
 from flperf.data.latent_files import _load as load
 from flperf.errors import UserError
 
@@ -30,7 +30,7 @@ def open_cache(manifest, **keys):
 def test_latents_come_out_as_t_h_w_d(manifest):
     dataset = open_cache(manifest, validation=str(manifest))
     assert dataset.latent_shape == (4, 3, 2, 6) and (dataset.train_size, dataset.validation_size) == (5, 5)
-    batches = list(dataset.validation_batches(Place(0, 1, 2, 2), 2, None, CPU))
+    batches = list(dataset.validation_batches(BatchShare(0, 1, 2, 2), 2, None, CPU))
     assert [batch.valid.tolist() for batch in batches] == [[True, True], [True, True], [True, False]]
     latents, stored = batches[1].latents, torch.load(manifest.parent / "clip 3.pt")
     assert batches[1].video is None and latents.shape == (2, 4, 3, 2, 6) and latents.is_contiguous()
@@ -39,7 +39,7 @@ def test_latents_come_out_as_t_h_w_d(manifest):
 
 
 def test_training_sees_every_clip(manifest):
-    batches = open_cache(manifest).train_batches(0, Place(0, 1, 5, 5), CPU)
+    batches = open_cache(manifest).train_batches(0, BatchShare(0, 1, 5, 5), CPU)
     assert sorted(next(batches).clip.tolist()) == list(range(5))
     batches.close()
 
@@ -47,11 +47,11 @@ def test_training_sees_every_clip(manifest):
 def test_the_type_is_kept(manifest):
     for index in range(5):
         torch.save(torch.zeros(6, 4, 3, 2, dtype=torch.bfloat16), manifest.parent / f"clip {index}.pt")
-    assert next(open_cache(manifest).train_batches(0, Place(0, 1, 2, 2), CPU)).latents.dtype == torch.bfloat16
+    assert next(open_cache(manifest).train_batches(0, BatchShare(0, 1, 2, 2), CPU)).latents.dtype == torch.bfloat16
 
 
 def test_no_validation_is_no_batch(manifest):
-    assert list(open_cache(manifest).validation_batches(Place(0, 1, 2, 2), 2, None, CPU)) == []
+    assert list(open_cache(manifest).validation_batches(BatchShare(0, 1, 2, 2), 2, None, CPU)) == []
 
 
 def test_a_missing_column_is_named(manifest):
@@ -94,7 +94,7 @@ def test_a_bad_file_is_one_clear_line(manifest, content, message):
     elif content is not None:
         torch.save(content, file)
     with pytest.raises(UserError, match=f"clip 3.pt: .*{message}") as caught:
-        next(open_cache(manifest).train_batches(0, Place(0, 1, 5, 5), CPU))
+        next(open_cache(manifest).train_batches(0, BatchShare(0, 1, 5, 5), CPU))
     assert "\n" not in str(caught.value)
 
 

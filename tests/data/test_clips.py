@@ -8,66 +8,66 @@ import torch
 from flperf.config import Config, Dataset
 from flperf.data import open_dataset, prepare_dataset
 from flperf.data.annotations import Annotations, read_annotations, read_labels
-from flperf.data.samplers import Place, TrainingOrder, ValidationOrder, Window
+from flperf.data.samplers import BatchShare, FrameSampling, TrainingSampler, ValidationSampler
 from flperf.errors import UserError
 
 
-def samples(order, first_step, place, steps):
+def samples(sampler, first_step, share, steps):
     """Micro batches of some steps, flattened step by step."""
-    batches = order.batches(first_step, place)
-    return [[draw for _ in range(place.accumulation_steps) for draw in next(batches)] for _ in range(steps)]
+    batches = sampler.batches(first_step, share)
+    return [[draw for _ in range(share.accumulation_steps) for draw in next(batches)] for _ in range(steps)]
 
 
 @pytest.mark.parametrize("size", [1, 5, 37])
 @pytest.mark.parametrize("batch_size", [1, 4, 40])
 def test_every_clip_comes_once_an_epoch(size, batch_size):
     steps = -(-3 * size // batch_size)
-    stream = [draw.clip for step in samples(TrainingOrder(size, 1), 0, Place(0, 1, batch_size, batch_size), steps) for draw in step]
+    stream = [draw.clip for step in samples(TrainingSampler(size, 1), 0, BatchShare(0, 1, batch_size, batch_size), steps) for draw in step]
     for epoch in range(3):
         assert sorted(stream[epoch * size : (epoch + 1) * size]) == list(range(size))
 
 
 def test_epochs_and_seeds_differ():
     def epoch(seed, number):
-        return [TrainingOrder(50, seed).draw(sample).clip for sample in range(50 * number, 50 * number + 50)]
+        return [TrainingSampler(50, seed).draw(sample).clip for sample in range(50 * number, 50 * number + 50)]
 
     assert epoch(0, 0) != epoch(0, 1) != epoch(1, 1)
 
 
 @pytest.mark.parametrize("world_size,micro_batch_size", [(1, 8), (1, 2), (2, 4), (2, 2), (4, 1), (8, 1)])
 def test_layout_changes_nothing_of_a_step(world_size, micro_batch_size):
-    order = TrainingOrder(11, 3)
-    reference = samples(order, 0, Place(0, 1, 8, 8), 5)
-    ranks = [samples(order, 0, Place(rank, world_size, micro_batch_size, 8), 5) for rank in range(world_size)]
+    sampler = TrainingSampler(11, 3)
+    reference = samples(sampler, 0, BatchShare(0, 1, 8, 8), 5)
+    ranks = [samples(sampler, 0, BatchShare(rank, world_size, micro_batch_size, 8), 5) for rank in range(world_size)]
     for step in range(5):
         seen = list(itertools.chain(*(rank[step] for rank in ranks)))
         assert sorted(seen, key=lambda draw: draw.sample) == reference[step]
 
 
 def test_resuming_needs_only_the_step():
-    order, place = TrainingOrder(240_000, 0), Place(1, 2, 4, 16)
-    assert samples(order, 0, place, 7)[5:] == samples(TrainingOrder(240_000, 0), 5, place, 2)
-    far = samples(order, 10**9, place, 1)[0]
+    sampler, share = TrainingSampler(240_000, 0), BatchShare(1, 2, 4, 16)
+    assert samples(sampler, 0, share, 7)[5:] == samples(TrainingSampler(240_000, 0), 5, share, 2)
+    far = samples(sampler, 10**9, share, 1)[0]
     assert [draw.sample for draw in far] == [16 * 10**9 + p for p in (4, 5, 6, 7, 12, 13, 14, 15)]
 
 
 def test_attempts_take_the_next_clips_of_the_same_epoch():
-    order = TrainingOrder(7, 0)
-    epoch = [order.draw(sample).clip for sample in range(7)]
-    assert [order.draw(5, attempt).clip for attempt in range(8)] == [epoch[(5 + a) % 7] for a in range(8)]
-    assert len({order.draw(5, attempt).uniform for attempt in range(8)}) == 8
+    sampler = TrainingSampler(7, 0)
+    epoch = [sampler.draw(sample).clip for sample in range(7)]
+    assert [sampler.draw(5, attempt).clip for attempt in range(8)] == [epoch[(5 + a) % 7] for a in range(8)]
+    assert len({sampler.draw(5, attempt).uniform for attempt in range(8)}) == 8
 
 
 def test_start_numbers_are_uniform():
-    numbers = torch.tensor([TrainingOrder(10, 0).draw(sample).uniform for sample in range(4000)])
+    numbers = torch.tensor([TrainingSampler(10, 0).draw(sample).uniform for sample in range(4000)])
     assert numbers.min() >= 0 and numbers.max() < 1
     assert abs(numbers.mean() - 0.5) < 4 * (1 / 12 / 4000) ** 0.5  # four standard errors
 
 
 @pytest.mark.parametrize("size,world_size,batch_size", [(1, 1, 4), (10, 1, 4), (10, 3, 2), (12, 2, 3), (13, 2, 3)])
 def test_validation_reads_each_clip_once_and_every_rank_as_often(size, world_size, batch_size):
-    order = ValidationOrder(size)
-    ranks = [list(order.batches(Place(rank, world_size, 1, world_size), batch_size)) for rank in range(world_size)]
+    sampler = ValidationSampler(size)
+    ranks = [list(sampler.batches(BatchShare(rank, world_size, 1, world_size), batch_size)) for rank in range(world_size)]
     assert len({len(batches) for batches in ranks}) == 1
     assert {len(batch) for batches in ranks for batch in batches} == {batch_size}
     draws = [draw for batches in ranks for batch in batches for draw in batch]
@@ -78,13 +78,13 @@ def test_validation_reads_each_clip_once_and_every_rank_as_often(size, world_siz
 @pytest.mark.parametrize("length", [1, 3, 16, 17, 40])
 def test_windows_stay_in_the_file(length):
     for start in ("first", "center", "random"):
-        window = Window(n_frames=6, stride=3, start=start)
+        window = FrameSampling(n_frames=6, stride=3, start=start)
         for uniform in (0.0, 0.5, 0.999999):
             frames = window.frames(length, uniform)
             assert len(frames) == 6 and frames[0] >= 0 and frames[-1] <= length - 1
             assert all(b - a == 3 or b == length - 1 for a, b in itertools.pairwise(frames))
-    assert Window(6, 3, "center").frames(40, 0.0)[0] == 12
-    assert {Window(6, 3, "random").start_frame(18, u / 100) for u in range(100)} == {0, 1, 2}
+    assert FrameSampling(6, 3, "center").frames(40, 0.0)[0] == 12
+    assert {FrameSampling(6, 3, "random").start_frame(18, u / 100) for u in range(100)} == {0, 1, 2}
 
 
 def test_annotations(tmp_path):

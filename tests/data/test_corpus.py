@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from flperf.config import Backbone
-from flperf.data import Place, index, pyav
+from flperf.data import BatchShare, index, pyav
 from flperf.data.annotations import Annotations
 from flperf.data.preprocessing import Preprocessing
-from flperf.data.samplers import TrainingOrder, Window
+from flperf.data.samplers import FrameSampling, TrainingSampler
 
 CPU = torch.device("cpu")
 PREPROCESSING = Preprocessing.of(Backbone(architecture={"crop_size": 32}))
-WINDOW = Window(4, 2, "random")
+WINDOW = FrameSampling(4, 2, "random")
 SOURCES = ("h264.mp4", "vp9.webm", "vp8.webm", "mjpeg.avi", "mpeg4.avi")
 
 
@@ -73,8 +73,10 @@ def corpus(videos, tmp_path_factory) -> tuple[Path, Annotations]:
 
 def read(annotations: Annotations, clips: int, batch_size: int = 16):
     """(row, video) of each clip, and the skipped ones, of the first clips of the order."""
-    order = TrainingOrder(len(annotations), 0)
-    batches = pyav.read_batches(order.batches(0, Place(0, 1, batch_size, batch_size)), order, annotations, WINDOW, PREPROCESSING, 2, 2, CPU)
+    sampler = TrainingSampler(len(annotations), 0)
+    batches = pyav.read_batches(
+        sampler.batches(0, BatchShare(0, 1, batch_size, batch_size)), sampler, annotations, WINDOW, PREPROCESSING, 2, 2, CPU
+    )
     for _ in range(clips // batch_size):
         yield next(batches)
     batches.close()

@@ -14,7 +14,7 @@ from flperf.config import Backbone, Dataset
 from flperf.data import dali, pyav
 from flperf.data.annotations import Annotations
 from flperf.data.preprocessing import Preprocessing
-from flperf.data.samplers import Place, TrainingOrder, ValidationOrder, Window
+from flperf.data.samplers import BatchShare, FrameSampling, TrainingSampler, ValidationSampler
 from flperf.errors import UserError
 
 PREPROCESSING = Preprocessing.of(Backbone(architecture={"crop_size": 48}))
@@ -23,11 +23,11 @@ DEVICES = [CPU, pytest.param(GPU, marks=pytest.mark.gpu)]
 MEAN_LEVELS, MAX_LEVELS = 2.0, 24
 
 
-def read(decoder, folder, names, order=None, batches=None, window=None, batch_size=4, device=CPU, **more):
+def read(decoder, folder, names, sampler=None, batches=None, window=None, batch_size=4, device=CPU, **more):
     annotations = Annotations([str(folder / name) for name in names], list(range(len(names))))
-    order = order or TrainingOrder(len(names), 0)
-    batches = batches or order.batches(0, Place(0, 1, batch_size, batch_size))
-    return decoder.read_batches(batches, order, annotations, window or Window(6, 3, "random"), PREPROCESSING, 2, 2, device, **more)
+    sampler = sampler or TrainingSampler(len(names), 0)
+    batches = batches or sampler.batches(0, BatchShare(0, 1, batch_size, batch_size))
+    return decoder.read_batches(batches, sampler, annotations, window or FrameSampling(6, 3, "random"), PREPROCESSING, 2, 2, device, **more)
 
 
 def pairs(folder, names, device, **how):
@@ -49,7 +49,7 @@ def take(batches, count):
 
 @pytest.mark.parametrize("backend", ["mixed", "cpu"])
 def test_the_graph_serialises_without_a_gpu(backend):
-    graph = dali.Graph(Window(6, 3, "random"), backend, 0)
+    graph = dali.Graph(FrameSampling(6, 3, "random"), backend, 0)
     assert b"decoders__Video" in graph.pipeline(lambda: None).serialize()
 
 
@@ -62,7 +62,9 @@ OF_NVDEC = ["h264.mp4", "hevc_large.mp4", "vp9_large.webm", "vp8.webm", "variabl
 )
 @pytest.mark.parametrize("stride", [1, 4])
 def test_agrees_with_pyav(videos, device, name, stride):
-    ours, reference = (take(stream, 2) for stream in pairs(videos, [name], device, window=Window(10, stride, "random"), batch_size=2))
+    ours, reference = (
+        take(stream, 2) for stream in pairs(videos, [name], device, window=FrameSampling(10, stride, "random"), batch_size=2)
+    )
     for a, b in zip(ours, reference, strict=True):
         assert a.video.device == device
         difference = levels(a, b)
@@ -72,7 +74,7 @@ def test_agrees_with_pyav(videos, device, name, stride):
 @pytest.mark.parametrize("device", DEVICES)
 def test_bad_clips_are_replaced_as_pyav_replaces_them_and_no_good_one_is_lost(videos, device):
     names = ["vp9.webm", "damaged.webm", "vp8.webm", "missing.webm", "mjpeg.avi", "empty.webm", "vp9_short.webm", "vp9.webm", "vp8.webm"]
-    window = Window(12, 3, "first")  # the whole of damaged.webm is needed
+    window = FrameSampling(12, 3, "first")  # the whole of damaged.webm is needed
     ours, reference = (take(stream, 6) for stream in pairs(videos, names, device, window=window))
     for a, b in zip(ours, reference, strict=True):
         assert torch.equal(a.clip, b.clip) and torch.equal(a.sample, b.sample) and torch.equal(a.label, a.clip)
@@ -86,9 +88,9 @@ def test_bad_clips_are_replaced_as_pyav_replaces_them_and_no_good_one_is_lost(vi
 def test_validation_leaves_out_what_cannot_be_read(videos, device):
     """A missing file is found by the probe, a damaged one by the decoder; a batch may hold nothing else."""
     names = ["missing", "missing", "vp9", "damaged", "vp8", "missing", "damaged", "vp9", "vp8", "vp9", "missing", "missing", "vp8", "vp9"]
-    files, order, window = [f"{name}.webm" for name in names], ValidationOrder(14), Window(12, 3, "first")
+    files, sampler, window = [f"{name}.webm" for name in names], ValidationSampler(14), FrameSampling(12, 3, "first")
     ours, reference = (
-        list(read(decoder, videos, files, order, order.batches(Place(0, 1, 2, 2), 2), window, device=place))
+        list(read(decoder, videos, files, sampler, sampler.batches(BatchShare(0, 1, 2, 2), 2), window, device=place))
         for decoder, place in ((dali, device), (pyav, CPU))
     )
     for a, b in zip(ours, reference, strict=True):
@@ -111,8 +113,8 @@ def test_a_file_that_vanishes_is_replaced(videos, tmp_path):
 
 
 def test_validation_ends(videos):
-    order = ValidationOrder(5)
-    batches = list(read(dali, videos, ["vp9.webm"] * 5, order, order.batches(Place(1, 2, 1, 2), 2)))
+    sampler = ValidationSampler(5)
+    batches = list(read(dali, videos, ["vp9.webm"] * 5, sampler, sampler.batches(BatchShare(1, 2, 1, 2), 2)))
     assert [batch.clip.tolist() for batch in batches] == [[2, 3], [4, 4]]
     assert [batch.valid.tolist() for batch in batches] == [[True, True], [False, False]]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flperf.config import Backbone, Config, Dataset
-from flperf.data import DATASETS, Place, Preprocessing, demo, open_dataset, prepare_dataset
+from flperf.data import DATASETS, BatchShare, Preprocessing, demo, open_dataset, prepare_dataset
 from flperf.errors import UserError
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 def test_it_is_read_like_kinetics(folder):
     dataset = open_dataset(demo_config(folder), PREPROCESSING, 0)
     assert (dataset.train_size, dataset.validation_size, dataset.classes) == (96, 16, list(demo.CLASSES))
-    batches = dataset.train_batches(0, Place(0, 1, 96, 96), CPU)
+    batches = dataset.train_batches(0, BatchShare(0, 1, 96, 96), CPU)
     batch = next(batches)
     batches.close()
     assert batch.video.shape == (96, 8, 32, 32, 3) and not batch.skipped

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flperf.config import Config, Dataset, Model
-from flperf.data import Place, latent_shards, open_dataset
+from flperf.data import BatchShare, latent_shards, open_dataset
 from flperf.data.annotations import Annotations
 from flperf.errors import UserError
 
@@ -38,7 +38,7 @@ def test_batches_are_the_latents_that_were_written(cache):
     folder, latents = cache
     dataset = open_dataset(configuration(folder), None, 0)
     assert dataset.latent_shape == SHAPE and dataset.splits["train"].labels == [0, 1, 2, 0, 1, 2, 0]
-    batch = next(dataset.train_batches(0, Place(0, 1, 7, 7), CPU))
+    batch = next(dataset.train_batches(0, BatchShare(0, 1, 7, 7), CPU))
     assert sorted(batch.clip.tolist()) == list(range(7)) and batch.latents.dtype == torch.bfloat16
     assert torch.equal(batch.latents, latents[batch.clip])
 

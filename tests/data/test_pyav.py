@@ -14,7 +14,7 @@ from flperf.data import dali, pyav
 from flperf.data.annotations import Annotations
 from flperf.data.prefetch import BadClip, read_ahead
 from flperf.data.preprocessing import Preprocessing
-from flperf.data.samplers import Place, TrainingOrder, ValidationOrder, Window
+from flperf.data.samplers import BatchShare, FrameSampling, TrainingSampler, ValidationSampler
 from flperf.errors import UserError
 
 PREPROCESSING = Preprocessing.of(Backbone(architecture={"crop_size": 48}))
@@ -23,11 +23,11 @@ READABLE = ["h264.mp4", "portrait.mp4", "short.mp4", "hevc.mp4", "mpeg4.avi", "v
 READABLE += ["h264.ts", "variable.mkv"]
 
 
-def read(folder, names, order=None, place=None, window=None, threads=2):
+def read(folder, names, sampler=None, share=None, window=None, threads=2):
     annotations = Annotations([str(folder / name) for name in names], list(range(len(names))))
-    order = order or TrainingOrder(len(names), 0)
-    batches = order.batches(0, place or Place(0, 1, 4, 4))
-    return pyav.read_batches(batches, order, annotations, window or Window(4, 3, "random"), PREPROCESSING, threads, 2, CPU)
+    sampler = sampler or TrainingSampler(len(names), 0)
+    batches = sampler.batches(0, share or BatchShare(0, 1, 4, 4))
+    return pyav.read_batches(batches, sampler, annotations, window or FrameSampling(4, 3, "random"), PREPROCESSING, threads, 2, CPU)
 
 
 @pytest.mark.parametrize(("kept_bytes", "resized_bytes"), [(pyav.KEPT_BYTES, pyav.RESIZED_BYTES), (0, 0)])
@@ -38,7 +38,7 @@ def test_frames_are_those_of_plain_decoding(videos, decode_all, monkeypatch, nam
     together, as small ones are, or each by itself."""
     monkeypatch.setattr(pyav, "KEPT_BYTES", kept_bytes)
     monkeypatch.setattr(pyav, "RESIZED_BYTES", resized_bytes)
-    window = Window(n_frames, stride, "random")
+    window = FrameSampling(n_frames, stride, "random")
     out = torch.full((n_frames, 48, 48, 3), 77, dtype=torch.uint8)
     pyav.read_clip(str(videos / name), window, uniform, PREPROCESSING, out)
     everything = decode_all(videos / name)
@@ -52,21 +52,21 @@ BROKEN = ["empty.webm", "text.mp4", "truncated.mp4", "damaged.webm", "audio.mp4"
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_files_are_bad_clips(videos, name):
     with pytest.raises(BadClip) as caught:
-        pyav.read_clip(str(videos / name), Window(30, 2, "first"), 0.0, PREPROCESSING, torch.empty(30, 48, 48, 3, dtype=torch.uint8))
+        pyav.read_clip(str(videos / name), FrameSampling(30, 2, "first"), 0.0, PREPROCESSING, torch.empty(30, 48, 48, 3, dtype=torch.uint8))
     path, reason = caught.value.args
     assert path == str(videos / name) and reason
 
 
 def test_a_bad_clip_is_replaced_by_the_next_and_logged_once(videos, caplog):
     names = ["h264.mp4", "missing.mp4", "vp9.webm", "mjpeg.avi", "with a space.mp4"]
-    order = TrainingOrder(5, 0)
+    sampler = TrainingSampler(5, 0)
     with caplog.at_level(logging.WARNING):
-        stream = read(videos, names, order)
+        stream = read(videos, names, sampler)
         batches = [next(stream) for _ in range(5)]  # 20 samples: the missing one is due four times
     for batch in batches:
         for sample, clip, label in zip(batch.sample.tolist(), batch.clip.tolist(), batch.label.tolist(), strict=True):
-            due = order.draw(sample).clip
-            assert clip == label == (order.draw(sample, 1).clip if due == 1 else due)
+            due = sampler.draw(sample).clip
+            assert clip == label == (sampler.draw(sample, 1).clip if due == 1 else due)
     skipped = [fault for batch in batches for fault in batch.skipped]
     assert [path for path, _ in skipped] == [str(videos / "missing.mp4")] * 4
     assert "No such file" in skipped[0][1]
@@ -125,9 +125,9 @@ def test_half_a_split_is_too_much(videos, decoder):
 
 
 def _validate(folder, names, decoder=pyav, batch_size=2):
-    annotations, order = Annotations([str(folder / name) for name in names], [0] * len(names)), ValidationOrder(len(names))
-    batches = order.batches(Place(0, 1, batch_size, batch_size), batch_size)
-    return decoder.read_batches(batches, order, annotations, Window(4, 3, "center"), PREPROCESSING, 2, 2, CPU)
+    annotations, sampler = Annotations([str(folder / name) for name in names], [0] * len(names)), ValidationSampler(len(names))
+    batches = sampler.batches(BatchShare(0, 1, batch_size, batch_size), batch_size)
+    return decoder.read_batches(batches, sampler, annotations, FrameSampling(4, 3, "center"), PREPROCESSING, 2, 2, CPU)
 
 
 def test_a_dataset_of_missing_files_ends_with_a_list(videos):
@@ -144,8 +144,8 @@ def test_more_bad_clips_than_good_end_the_run(videos):
 
 def test_runs_agree_and_ranks_share_the_batch(videos):
     names = ["h264.mp4", "vp9.webm", "mjpeg.avi", "text.mp4", "hevc.mp4"]
-    whole = read(videos, names, place=Place(0, 1, 4, 4), threads=3)
-    halves = [read(videos, names, place=Place(rank, 2, 2, 4), threads=1) for rank in (0, 1)]
+    whole = read(videos, names, share=BatchShare(0, 1, 4, 4), threads=3)
+    halves = [read(videos, names, share=BatchShare(rank, 2, 2, 4), threads=1) for rank in (0, 1)]
     for _ in range(4):
         together, parts = next(whole), [next(half) for half in halves]
         assert torch.equal(together.video, torch.cat([part.video for part in parts]))
@@ -208,7 +208,7 @@ def test_decoding_threads_compute_alone_and_leave_torch_as_it_was():
 
 def test_file_handles_stay_few(videos):
     stream = read(
-        videos, ["h264.mp4", "text.mp4", "empty.webm", "vp9.webm", "mjpeg.avi", "vp8.webm", "portrait.mp4"], place=Place(0, 1, 8, 8)
+        videos, ["h264.mp4", "text.mp4", "empty.webm", "vp9.webm", "mjpeg.avi", "vp8.webm", "portrait.mp4"], share=BatchShare(0, 1, 8, 8)
     )
     next(stream)
     before = len(os.listdir("/proc/self/fd"))
@@ -218,7 +218,7 @@ def test_file_handles_stay_few(videos):
 
 
 def test_batches_hold_what_they_say(videos):
-    batch = next(read(videos, ["h264.mp4", "vp9.webm"], window=Window(4, 3, "random")))
+    batch = next(read(videos, ["h264.mp4", "vp9.webm"], window=FrameSampling(4, 3, "random")))
     assert batch.video.dtype == torch.uint8 and batch.video.shape == (4, 4, 48, 48, 3) and batch.latents is None
     assert batch.label.dtype == batch.clip.dtype == batch.sample.dtype == torch.int64 and batch.valid.dtype == torch.bool
     assert np.array_equal(batch.sample, [0, 1, 2, 3])

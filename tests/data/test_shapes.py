@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from flperf.config import Config, Dataset, Shapes
-from flperf.data import Place, open_dataset
+from flperf.data import BatchShare, open_dataset
 from flperf.data.bouncing_shapes import (
     BACKGROUND,
     DISK_COLOUR,
@@ -86,20 +86,20 @@ def dataset(**keys):
 @pytest.mark.parametrize("n_frames", [1, 8])
 def test_as_a_dataset(n_frames):
     shapes = dataset(n_frames=n_frames)
-    place = Place(0, 1, 5, 5)
-    batches = shapes.train_batches(0, place, CPU)
+    share = BatchShare(0, 1, 5, 5)
+    batches = shapes.train_batches(0, share, CPU)
     epoch = [next(batches), next(batches)]
     assert (shapes.train_size, shapes.validation_size, len(shapes.classes)) == (10, 4, 1)
     assert sorted(torch.cat([batch.clip for batch in epoch]).tolist()) == list(range(10))
     assert epoch[0].video.shape == (5, n_frames, 32, 32, 3)
-    held_out = torch.cat([batch.video for batch in shapes.validation_batches(place, 2, None, CPU)])
+    held_out = torch.cat([batch.video for batch in shapes.validation_batches(share, 2, None, CPU)])
     seen = torch.cat([batch.video for batch in epoch])
     assert not any(torch.equal(a, b) for a in held_out for b in seen)
 
 
 def test_a_limit_moves_no_clip():
-    place = Place(0, 1, 1, 1)
-    whole, limited = (next(dataset(n_frames=2, limit=limit).validation_batches(place, 2, None, CPU)) for limit in (None, 2))
+    share = BatchShare(0, 1, 1, 1)
+    whole, limited = (next(dataset(n_frames=2, limit=limit).validation_batches(share, 2, None, CPU)) for limit in (None, 2))
     assert torch.equal(whole.video, limited.video)
 
 
@@ -190,9 +190,9 @@ def test_heatmaps_are_distributions_around_the_centre():
 
 
 def test_batches_carry_centres_and_heatmaps_and_visualisation_is_a_split_of_its_own():
-    place = Place(0, 1, 4, 4)
+    share = BatchShare(0, 1, 4, 4)
     shapes = dataset(n_frames=3)
-    batch = next(shapes.validation_batches(place, 4, None, CPU))
+    batch = next(shapes.validation_batches(share, 4, None, CPU))
     for video, centres in zip(batch.video, batch.centres, strict=True):
         assert torch.equal(video, compared_pixel_by_pixel(centres.numpy(), SHAPES, (32, 32)))
     heatmaps = batch.heatmaps(8, 4)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flperf.data.prefetch import copied_ahead
+from flperf.data.prefetch import prefetch_to_device
 from flperf.data.samplers import ClipBatch
 
 
@@ -25,7 +25,7 @@ class Source:
 
 def test_on_a_cpu_batches_pass_untouched():
     source = Source(pinned=False)
-    assert all(a is b for a, b in zip(copied_ahead(source.read(), torch.device("cpu")), source.batches, strict=True))
+    assert all(a is b for a, b in zip(prefetch_to_device(source.read(), torch.device("cpu")), source.batches, strict=True))
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -33,7 +33,7 @@ def test_closing_ends_the_source(device):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     source = Source(pinned=device == "cuda")
-    batches = copied_ahead(source.read(), torch.device(device))
+    batches = prefetch_to_device(source.read(), torch.device(device))
     next(batches)
     batches.close()
     assert source.closed
@@ -45,7 +45,7 @@ def test_on_a_gpu_copies_hold_what_was_sent():
     source, device = Source(pinned=True), torch.device("cuda")
     work = torch.ones(4096, 4096, device=device)
     sums = []
-    for batch in copied_ahead(source.read(), device):
+    for batch in prefetch_to_device(source.read(), device):
         assert batch.latents.device.type == "cuda"
         sums.append(((work @ work).sum() * 0 + batch.latents.double().mean(), batch.sample.tolist()))  # behind work that takes a while
         del batch  # its memory may be taken by the next copy, but not before it was read

@@ -14,25 +14,25 @@ from flperf.errors import UserError
 from flperf.models.flops import count_parameters, head_flops
 from flperf.models.heads import HEADS, build_head
 from flperf.models.heads.layers import rotary_table, rotate, token_coordinates
-from flperf.models.latents import Layout
+from flperf.models.latents import LatentGeometry
 
-LAYOUT = Layout(context_frames=3, target_frames=2, height=2, width=3, dim=20)
+GEOMETRY = LatentGeometry(context_frames=3, target_frames=2, height=2, width=3, dim=20)
 
 
 def small(name: str, **changes) -> Model:
     return Model(head=name, hidden_dim=32, depth=2, num_heads=2, **changes)
 
 
-def inputs(name: str, layout: Layout = LAYOUT, batch: int = 2) -> list[torch.Tensor]:
+def inputs(name: str, geometry: LatentGeometry = GEOMETRY, batch: int = 2) -> list[torch.Tensor]:
     torch.manual_seed(1)
-    grid = (layout.height, layout.width, layout.dim)
-    context = torch.randn(batch, layout.context_frames, *grid)
-    return [context, torch.randn(batch, layout.target_frames, *grid), torch.rand(batch)] if name == "dit" else [context]
+    grid = (geometry.height, geometry.width, geometry.dim)
+    context = torch.randn(batch, geometry.context_frames, *grid)
+    return [context, torch.randn(batch, geometry.target_frames, *grid), torch.rand(batch)] if name == "dit" else [context]
 
 
-def shaken(name: str, layout: Layout = LAYOUT, **changes) -> torch.nn.Module:
+def shaken(name: str, geometry: LatentGeometry = GEOMETRY, **changes) -> torch.nn.Module:
     """A head whose zero-initialised layers are not zero, so that every path shows in the output."""
-    head = build_head(small(name, **changes), layout, seed=0, compile=False)
+    head = build_head(small(name, **changes), geometry, seed=0, compile=False)
     torch.manual_seed(2)
     with torch.no_grad():
         for parameter in head.parameters():
@@ -42,7 +42,7 @@ def shaken(name: str, layout: Layout = LAYOUT, **changes) -> torch.nn.Module:
 
 @pytest.mark.parametrize("name", HEADS)
 def test_a_fresh_head_forecasts_zero_and_learns_in_every_layer_within_three_updates(name):
-    head = build_head(small(name), LAYOUT, seed=0, compile=False)
+    head = build_head(small(name), GEOMETRY, seed=0, compile=False)
     output = head(*inputs(name))
     assert output.shape == (2, 2, 2, 3, 20) and torch.equal(output, torch.zeros_like(output))
     before = {key: value.clone() for key, value in head.state_dict().items()}
@@ -58,16 +58,16 @@ def test_a_fresh_head_forecasts_zero_and_learns_in_every_layer_within_three_upda
 @pytest.mark.parametrize(("context", "target"), [(1, 4), (4, 1), (3, 3)])
 @pytest.mark.parametrize("name", HEADS)
 def test_target_count_is_free(name, context, target):
-    layout = Layout(context, target, 2, 3, 20)
-    assert build_head(small(name), layout, seed=0, compile=False)(*inputs(name, layout)).shape == (2, target, 2, 3, 20)
+    geometry = LatentGeometry(context, target, 2, 3, 20)
+    assert build_head(small(name), geometry, seed=0, compile=False)(*inputs(name, geometry)).shape == (2, target, 2, 3, 20)
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_weights_depend_on_the_seed_alone(name):
     torch.manual_seed(5)
-    first = build_head(small(name), LAYOUT, seed=3, compile=False).state_dict()
+    first = build_head(small(name), GEOMETRY, seed=3, compile=False).state_dict()
     torch.manual_seed(6)
-    again, other = (build_head(small(name), LAYOUT, seed=seed, compile=False).state_dict() for seed in (3, 4))
+    again, other = (build_head(small(name), GEOMETRY, seed=seed, compile=False).state_dict() for seed in (3, 4))
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
@@ -105,13 +105,13 @@ def test_activation_checkpointing_changes_nothing(name):
 
 @pytest.mark.parametrize(("name", "compiled"), [*((name, False) for name in HEADS), ("predictor", True)])
 def test_checkpointing_saves_memory(name, compiled):
-    layout, held, products = replace(LAYOUT, height=8, width=8), {}, {}
+    geometry, held, products = replace(GEOMETRY, height=8, width=8), {}, {}
     for mode in ("none", "selective", "full"):
         torch._dynamo.reset()
-        head = build_head(small(name, activation_checkpointing=mode), layout, seed=0, compile=compiled)
+        head = build_head(small(name, activation_checkpointing=mode), geometry, seed=0, compile=compiled)
         for parameter in head.parameters():
             parameter.grad = torch.zeros_like(parameter)  # they are there in every update but the first
-        step = partial(pass_through, head, inputs(name, layout))
+        step = partial(pass_through, head, inputs(name, geometry))
         step()  # compiles
         held[mode], products[mode] = profiled(step)
     assert held["none"] > 1.1 * held["selective"] > 1.1 * held["full"], held
@@ -136,12 +136,12 @@ def test_only_full_checkpointing_multiplies_again(name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_checkpointing_saves_memory_on_a_gpu(compiled):
-    layout, held, gradients = replace(LAYOUT, height=16, width=16), {}, {}
+    geometry, held, gradients = replace(GEOMETRY, height=16, width=16), {}, {}
     for mode in ("none", "selective", "full"):
         torch._dynamo.reset()
-        head = build_head(replace(small("dit", activation_checkpointing=mode), depth=8), layout, seed=0, compile=compiled)
+        head = build_head(replace(small("dit", activation_checkpointing=mode), depth=8), geometry, seed=0, compile=compiled)
         head = head.to("cuda", torch.bfloat16)
-        context, target, tau = (x.cuda() for x in inputs("dit", layout))
+        context, target, tau = (x.cuda() for x in inputs("dit", geometry))
         step = partial(pass_through, head, [context.bfloat16(), target.bfloat16(), tau])
         step()  # compiles
         torch.cuda.reset_peak_memory_stats()
@@ -157,7 +157,7 @@ def test_checkpointing_saves_memory_on_a_gpu(compiled):
 def test_blocks_compile_to_one_graph_each_and_agree_with_eager(name):
     torch._dynamo.reset()
     counters.clear()
-    eager, compiled = shaken(name), build_head(small(name), LAYOUT, seed=0, compile=True)
+    eager, compiled = shaken(name), build_head(small(name), GEOMETRY, seed=0, compile=True)
     compiled.load_state_dict(eager.state_dict())
     for head in (eager, compiled, compiled):
         head.zero_grad()
@@ -175,12 +175,12 @@ def test_the_dit_sampler_path_equals_forward(name):
         pytest.skip("only the DiT keeps a context memory")
     head = shaken(name)
     context, noised, tau = inputs(name)
-    assert torch.equal(head(context, noised, tau), head.velocity(noised, tau, head.remember(context)))
+    assert torch.equal(head(context, noised, tau), head.velocity(noised, tau, head.encode_context(context)))
 
 
 def test_reference_sizes():
     """ViT-L latents of 64 frames of 256 x 256: 16 context and 16 target frames of 16 x 16 x 1024, width 1024, depth 12."""
-    layout, d = Layout(16, 16, 16, 16, 1024), 1024
+    geometry, d = LatentGeometry(16, 16, 16, 16, 1024), 1024
     attention, mlp = 4 * d * d + 4 * d, 8 * d * d + 5 * d
     context = d * d + d + 2 * d  # projection, norm
     norms, output = 2 * d, d * d + d
@@ -196,14 +196,14 @@ def test_reference_sizes():
         + output,
     }
     with torch.device("meta"):
-        counts = {name: count_parameters(HEADS[name](Model(head=name), layout)) for name in HEADS}
+        counts = {name: count_parameters(HEADS[name](Model(head=name), geometry)) for name in HEADS}
     assert counts == expected
     assert {name: round(count / 1e6) for name, count in counts.items()} == {"predictor": 153, "cross_attention": 208, "dit": 321}
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_flops_follow_from_the_sizes(name):
-    d, depth, context, target = 32, 2, LAYOUT.context_tokens, LAYOUT.target_tokens
+    d, depth, context, target = 32, 2, GEOMETRY.context_tokens, GEOMETRY.target_tokens
     linear = lambda tokens, rows, columns: 2 * tokens * rows * columns  # noqa: E731
     attend = lambda queries, keys: 4 * queries * keys * d  # noqa: E731
     own = context + target if name == "predictor" else target
@@ -213,12 +213,12 @@ def test_flops_follow_from_the_sizes(name):
     total = linear(context, 20, d) + depth * block + linear(target, d, 20)
     if name == "dit":
         total += linear(target, 20, d) + linear(1, 256, d) + linear(1, d, d) + depth * linear(1, d, 9 * d) + linear(1, d, 2 * d)
-    assert head_flops(build_head(small(name), LAYOUT, seed=0, compile=False), LAYOUT, name == "dit") == total
+    assert head_flops(build_head(small(name), GEOMETRY, seed=0, compile=False), GEOMETRY, name == "dit") == total
 
 
 def test_rotation_keeps_lengths_and_depends_on_distance_alone():
-    layout = Layout(2, 2, 3, 3, 8)
-    coordinates = token_coordinates(layout)
+    geometry = LatentGeometry(2, 2, 3, 3, 8)
+    coordinates = token_coordinates(geometry)
     assert coordinates.tolist() == [list(place) for place in itertools.product(range(4), range(3), range(3))]
     query, key = torch.randn(2, 1, 1, 1, 10, generator=torch.Generator().manual_seed(0))
     product = lambda a, b: (  # noqa: E731
@@ -231,11 +231,11 @@ def test_rotation_keeps_lengths_and_depends_on_distance_alone():
 
 
 def test_weights_decay_but_norms_biases_and_tokens_do_not():
-    head = build_head(small("cross_attention"), LAYOUT, seed=0, compile=False)
+    head = build_head(small("cross_attention"), GEOMETRY, seed=0, compile=False)
     decayed = {name for name, parameter in head.named_parameters() if is_decayed(name, parameter)}
     assert decayed == {name for name in dict(head.named_parameters()) if name.endswith("weight") and "norm" not in name}
 
 
 def test_unknown_head_is_named():
     with pytest.raises(UserError, match="model.head: 'lstm' is unknown; known: predictor, cross_attention, dit"):
-        build_head(Model(head="lstm"), LAYOUT, seed=0, compile=False)
+        build_head(Model(head="lstm"), GEOMETRY, seed=0, compile=False)

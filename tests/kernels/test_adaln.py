@@ -13,7 +13,7 @@ from flperf_kernels.launching import launch
 from benchmarks import kernel_report, norm_report
 from flperf.config import Model
 from flperf.models.heads import build_head
-from flperf.models.latents import Layout
+from flperf.models.latents import LatentGeometry
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Of rows of one or two numbers a norm leaves nothing to differentiate: gradients are what rounding leaves of a difference, times 1,000.
@@ -106,10 +106,10 @@ def test_mistakes_are_named(place, name):
 
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_dit_is_the_same_with_and_without(compile):
-    layout = Layout(2, 2, 3, 3, 12)
+    geometry = LatentGeometry(2, 2, 3, 3, 12)
     model = dict(head="dit", num_context_latents=2, hidden_dim=24, depth=2, num_heads=2)
-    plain = build_head(Model(**model), layout, seed=0, compile=False)
-    fused = build_head(Model(**model, fused_adaln=True), layout, seed=0, compile=compile)
+    plain = build_head(Model(**model), geometry, seed=0, compile=False)
+    fused = build_head(Model(**model, fused_adaln=True), geometry, seed=0, compile=compile)
     with torch.no_grad():  # gates start at zero, which would hide the blocks
         for ours, theirs in zip(plain.parameters(), fused.parameters(), strict=True):
             theirs.copy_(ours.normal_(std=0.1))

@@ -33,11 +33,11 @@ from flperf.engine.checkpoint import Checkpoints
 from flperf.engine.checkpoint_files import Damaged, candidates, check, read_index, read_weights, stored_fragments
 from flperf.engine.engine import build_engine, head_weights, unsharded_masters
 from flperf.engine.optimizer import set_schedule
-from flperf.engine.process import place_among, start_process
+from flperf.engine.process import batch_share, start_process
 from flperf.engine.sharded_state import held_fragments, state_tensors
 from flperf.errors import UserError
 from flperf.models.heads import build_head
-from flperf.models.latents import latent_layout
+from flperf.models.latents import latent_geometry
 
 # One weight above 100,000 elements, which ZeRO 3 does not keep gathered; 37 divides into no number of processes.
 HEAD = ["model.hidden_dim=160", "model.depth=1", "model.num_heads=2", "trainer.batch_size=8"]
@@ -85,9 +85,9 @@ def run_world(size: int, work: Callable, *arguments) -> list:
 def new_engine(process, *overrides: str):
     config = load_config(CONFIG, [*HEAD, *overrides])
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
-    layout = latent_layout(config, *LATENTS)
-    head = build_head(config.model, layout, seed=0, compile=False)
-    return build_engine(head, config, place_among(config.trainer, process), dtype, process.device), config, dtype
+    geometry = latent_geometry(config, *LATENTS)
+    head = build_head(config.model, geometry, seed=0, compile=False)
+    return build_engine(head, config, batch_share(config.trainer, process), dtype, process.device), config, dtype
 
 
 def train(process, engine, config, dtype, steps: int) -> None:

@@ -21,11 +21,11 @@ from flperf.config import load_config
 from flperf.engine import engine as flperf_engine
 from flperf.engine.engine import build_engine
 from flperf.engine.optimizer import AdamWWithEMA, set_schedule
-from flperf.engine.process import compute_dtype, place_among, start_process
+from flperf.engine.process import batch_share, compute_dtype, start_process
 from flperf.models.heads import build_head
-from flperf.models.latents import Layout
+from flperf.models.latents import LatentGeometry
 
-LAYOUT = Layout(context_frames=2, target_frames=2, height=2, width=2, dim=24)
+GEOMETRY = LatentGeometry(context_frames=2, target_frames=2, height=2, width=2, dim=24)
 PERSISTENT = 100_000  # elements below which ZeRO 3 leaves a parameter whole, DeepSpeed's default
 UPDATES = 3  # DeepSpeed watches two before it knows the order in which ZeRO 3 needs parameters
 KINDS = {
@@ -89,8 +89,8 @@ def held_gradients(engine, optimizer: AdamWWithEMA) -> int:
 def measure(config_path: str, overrides: list[str], zero: dict, process) -> dict:
     """Messages of the last update, and the bytes held by this rank after it (gradients: at their most, as the optimizer steps)."""
     config = load_config(config_path, ["name=zero", *overrides])
-    dtype, place = compute_dtype(config.engine.precision, process.device), place_among(config.trainer, process)
-    head = build_head(config.model, LAYOUT, seed=0, compile=False)
+    dtype, share = compute_dtype(config.engine.precision, process.device), batch_share(config.trainer, process)
+    head = build_head(config.model, GEOMETRY, seed=0, compile=False)
     shapes = [parameter.shape for parameter in head.parameters()]
     ordinary = flperf_engine.deepspeed_options
 
@@ -99,7 +99,7 @@ def measure(config_path: str, overrides: list[str], zero: dict, process) -> dict
         return result | {"zero_optimization": result["zero_optimization"] | zero}
 
     with mock.patch.object(flperf_engine, "deepspeed_options", options):
-        engine = build_engine(head, config, place, dtype, process.device)
+        engine = build_engine(head, config, share, dtype, process.device)
     gradients, step = [0], engine.basic_optimizer.step
 
     def observed_step(*arguments, **keywords):
@@ -107,11 +107,11 @@ def measure(config_path: str, overrides: list[str], zero: dict, process) -> dict
         return step(*arguments, **keywords)
 
     engine.basic_optimizer.step = observed_step
-    context = torch.ones(place.micro_batch_size, LAYOUT.context_frames, LAYOUT.height, LAYOUT.width, LAYOUT.dim, dtype=dtype)
+    context = torch.ones(share.micro_batch_size, GEOMETRY.context_frames, GEOMETRY.height, GEOMETRY.width, GEOMETRY.dim, dtype=dtype)
     for update in range(UPDATES):
         set_schedule(engine, update, config.trainer, UPDATES)
         with Collectives() as collectives:
-            for _ in range(place.accumulation_steps):
+            for _ in range(share.accumulation_steps):
                 engine.backward((engine(context).float() - 1).square().mean())
                 engine.step()
     buckets = dtype.itemsize * getattr(engine.optimizer, "reduce_bucket_size", 0)  # one on a CPU; DeepSpeed allocates it in full

@@ -13,20 +13,20 @@ from flperf.models.heads.cross_attention import CrossAttentionPredictor
 from flperf.models.heads.dit import DiT
 from flperf.models.heads.layers import Block, KeysValues
 from flperf.models.heads.predictor import Predictor
-from flperf.models.latents import Layout
+from flperf.models.latents import LatentGeometry
 
 HEADS = {"predictor": Predictor, "cross_attention": CrossAttentionPredictor, "dit": DiT}
 PARTS = {Block: "block", KeysValues: "context projection"}
 REPEATED = tuple(PARTS)  # compiled, checkpointed and, in ZeRO 3, gathered as wholes
 
 
-def build_head(model: Model, layout: Layout, *, seed: int, compile: bool) -> nn.Module:
+def build_head(model: Model, geometry: LatentGeometry, *, seed: int, compile: bool) -> nn.Module:
     """A freshly initialised head in fp32 on the CPU. Its weights depend on `seed` alone."""
     if model.head not in HEADS:
         raise UserError(f"model.head: {model.head!r} is unknown; known: {', '.join(HEADS)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = HEADS[model.head](model, layout)
+        head = HEADS[model.head](model, geometry)
     for kind in REPEATED:
         modules = [module for module in head.modules() if isinstance(module, kind)]
         for number, module in enumerate(modules, start=1):

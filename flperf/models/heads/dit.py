@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flperf.config import Model
 from flperf.models.heads.layers import Block, ContextEmbedding, KeysValues, Positions, TauEmbedding, initialise
-from flperf.models.latents import Layout
+from flperf.models.latents import LatentGeometry
 
 Memory = list[tuple[Tensor, Tensor]]
 
@@ -19,12 +19,12 @@ Memory = list[tuple[Tensor, Tensor]]
 class DiT(nn.Module):
     """Noised target tokens, modulated by tau, that read the context in every block; needs flow matching."""
 
-    def __init__(self, model: Model, layout: Layout):
+    def __init__(self, model: Model, geometry: LatentGeometry):
         super().__init__()
-        self.layout = layout
-        self.positions = Positions(model.positions, layout, model.hidden_dim, model.num_heads)
-        self.context = ContextEmbedding(layout.dim, model.hidden_dim)
-        self.noised = nn.Linear(layout.dim, model.hidden_dim)
+        self.geometry = geometry
+        self.positions = Positions(model.positions, geometry, model.hidden_dim, model.num_heads)
+        self.context = ContextEmbedding(geometry.dim, model.hidden_dim)
+        self.noised = nn.Linear(geometry.dim, model.hidden_dim)
         self.tau = TauEmbedding(model.hidden_dim)
         self.memory = nn.ModuleList(KeysValues(model.hidden_dim, model.num_heads) for _ in range(model.depth))
         self.blocks = nn.ModuleList(
@@ -33,10 +33,10 @@ class DiT(nn.Module):
         )
         self.norm = nn.LayerNorm(model.hidden_dim, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Linear(model.hidden_dim, 2 * model.hidden_dim)
-        self.out = nn.Linear(model.hidden_dim, layout.dim)
+        self.out = nn.Linear(model.hidden_dim, geometry.dim)
         initialise(self, zero=[self.out, self.modulation, *(cast(Block, block).modulation for block in self.blocks)])
 
-    def remember(self, context: Tensor) -> Memory:
+    def encode_context(self, context: Tensor) -> Memory:
         """Every block's keys and values of the context `b t h w c`; a sampler computes them once for all its steps."""
         tokens = self.positions.add(self.context(context), "context")  # b m d
         return [keys_values(tokens, self.positions.rotary("context")) for keys_values in self.memory]
@@ -50,8 +50,8 @@ class DiT(nn.Module):
             x = block(x, self.positions.rotary("target"), keys_values, condition)
         shift, scale = rearrange(self.modulation(F.silu(condition)), "b (two d) -> two b 1 d", two=2).unbind()
         x = self.out(self.norm(x) * (1 + scale) + shift)
-        return rearrange(x, "b (t h w) c -> b t h w c", h=self.layout.height, w=self.layout.width)
+        return rearrange(x, "b (t h w) c -> b t h w c", h=self.geometry.height, w=self.geometry.width)
 
     def forward(self, context: Tensor, noised: Tensor, tau: Tensor) -> Tensor:
         """context `b t h w c`, noised `b t' h w c` at tau [b] to the velocity `b t' h w c`."""
-        return self.velocity(noised, tau, self.remember(context))
+        return self.velocity(noised, tau, self.encode_context(context))

@@ -12,15 +12,15 @@ from flperf_kernels.adaln import residual_modulate
 from torch import Tensor, nn
 
 from flperf.models.attention import attention
-from flperf.models.latents import Layout
+from flperf.models.latents import LatentGeometry
 
 ROTARY_BASE = 10_000.0
 Rotary = tuple[Tensor, Tensor]  # cosine and sine, each fp32 [n, 1, k/2]
 
 
-def token_coordinates(layout: Layout) -> Tensor:
+def token_coordinates(geometry: LatentGeometry) -> Tensor:
     """Integer (t, h, w) of every context token, then of every target token, t-major, on one time axis: [m + n, 3]."""
-    axes = (range(layout.context_frames + layout.target_frames), range(layout.height), range(layout.width))
+    axes = (range(geometry.context_frames + geometry.target_frames), range(geometry.height), range(geometry.width))
     return torch.cartesian_prod(*(torch.tensor(list(axis)) for axis in axes)).reshape(-1, 3)
 
 
@@ -60,10 +60,10 @@ def sine_table(coordinates: Tensor, dim: int) -> Tensor:
 class Positions(nn.Module):
     """Tells context and target tokens where they are: rotary tables for attention, or sine features added to the tokens."""
 
-    def __init__(self, kind: str, layout: Layout, dim: int, num_heads: int):
+    def __init__(self, kind: str, geometry: LatentGeometry, dim: int, num_heads: int):
         super().__init__()
-        coordinates = token_coordinates(layout)
-        parts = {"context": coordinates[: layout.context_tokens], "target": coordinates[layout.context_tokens :], "all": coordinates}
+        coordinates = token_coordinates(geometry)
+        parts = {"context": coordinates[: geometry.context_tokens], "target": coordinates[geometry.context_tokens :], "all": coordinates}
         for part, where in parts.items():
             cosine, sine = rotary_table(where, dim // num_heads) if kind == "rope3d" else (None, None)
             self.register_buffer(f"{part}_cosine", cosine, persistent=False)

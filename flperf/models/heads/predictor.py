@@ -7,29 +7,29 @@ from torch import Tensor, nn
 
 from flperf.config import Model
 from flperf.models.heads.layers import Block, ContextEmbedding, Positions, expand_token, initialise, learned_token
-from flperf.models.latents import Layout
+from flperf.models.latents import LatentGeometry
 
 
 class Predictor(nn.Module):
     """One sequence of context tokens and mask tokens; needs regression."""
 
-    def __init__(self, model: Model, layout: Layout):
+    def __init__(self, model: Model, geometry: LatentGeometry):
         super().__init__()
-        self.layout = layout
-        self.positions = Positions(model.positions, layout, model.hidden_dim, model.num_heads)
-        self.context = ContextEmbedding(layout.dim, model.hidden_dim)
+        self.geometry = geometry
+        self.positions = Positions(model.positions, geometry, model.hidden_dim, model.num_heads)
+        self.context = ContextEmbedding(geometry.dim, model.hidden_dim)
         self.mask_token = learned_token(model.hidden_dim)
         self.blocks = nn.ModuleList(Block(model.hidden_dim, model.num_heads, model.mlp_ratio) for _ in range(model.depth))
         self.norm = nn.LayerNorm(model.hidden_dim, eps=1e-6)
-        self.out = nn.Linear(model.hidden_dim, layout.dim)
+        self.out = nn.Linear(model.hidden_dim, geometry.dim)
         initialise(self, zero=[self.out])
 
     def forward(self, context: Tensor) -> Tensor:
         """Context latents `b t h w c` to forecast target latents `b t' h w c`."""
         tokens = self.context(context)  # b m d
-        masks = expand_token(self.mask_token, len(tokens), self.layout.target_tokens)  # b n d
+        masks = expand_token(self.mask_token, len(tokens), self.geometry.target_tokens)  # b n d
         x = self.positions.add(torch.cat([tokens, masks], dim=1), "all")  # b m+n d
         for block in self.blocks:
             x = block(x, self.positions.rotary("all"))
-        x = self.out(self.norm(x[:, self.layout.context_tokens :]))
-        return rearrange(x, "b (t h w) c -> b t h w c", h=self.layout.height, w=self.layout.width)
+        x = self.out(self.norm(x[:, self.geometry.context_tokens :]))
+        return rearrange(x, "b (t h w) c -> b t h w c", h=self.geometry.height, w=self.geometry.width)
