@@ -1,10 +1,12 @@
 """What all benchmarks share: the device and its measured peaks, how a result is recorded and where it is kept.
 
-On a GPU the reference sizes run (ViT-L, 64 frames of 256 x 256), on a CPU small ones (width 192, 16 frames of 96 x 96). Peaks are
-those of a matrix product and of a copy, measured in the same session: fractions of them compare across machines, seconds don't.
+On a GPU the reference sizes run (ViT-L, 64 frames of 256 x 256), on a CPU small ones (width 192, 16 frames of 96 x
+96). Peaks are those of a matrix product and of a copy, measured in the same session: fractions of them compare across
+machines, seconds don't.
 
-`pytest benchmarks` saves its results in benchmarks/results, which `python -m benchmarks.report` reads. `--quick` runs the first and the
-last case of every benchmark once, at toy sizes, and saves nothing: it says what is broken, not what is slow.
+`pytest benchmarks` saves its results in benchmarks/results, which `python -m benchmarks.report` reads. `--quick` runs
+the first and the last case of every benchmark once, at toy sizes, and saves nothing: it says what is broken, not what
+is slow.
 """
 
 import gc
@@ -25,7 +27,9 @@ KEPT = ("min", "median", "mean", "stddev", "rounds")  # of each benchmark's stat
 
 
 def pytest_addoption(parser):
-    parser.addoption("--quick", action="store_true", help="only check that the benchmarks run: two cases of each, once, at toy sizes")
+    parser.addoption(
+        "--quick", action="store_true", help="only check that the benchmarks run: two cases of each, once, at toy sizes"
+    )
 
 
 def pytest_configure(config):
@@ -76,7 +80,11 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     """Results are compared within a cohort: the same device, versions beside it."""
     from importlib.metadata import version
 
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} threads of {_processor()}"
+    name = (
+        torch.cuda.get_device_name()
+        if DEVICE.type == "cuda"
+        else f"{torch.get_num_threads()} threads of {_processor()}"
+    )
     machine_info["device"] = name
     machine_info["versions"] = {package: version(package) for package in PACKAGES}
 
@@ -98,7 +106,11 @@ def _processor() -> str:
 @pytest.fixture(scope="session")
 def peaks() -> dict[str, float]:
     """FLOP/s of a matrix product in bf16 and fp32, and bytes/s of a copy (read and written), the best of a few."""
-    return {"bf16": measured_flops(DEVICE, torch.bfloat16), "fp32": measured_flops(DEVICE, torch.float32), "copy": copy_rate(DEVICE)}
+    return {
+        "bf16": measured_flops(DEVICE, torch.bfloat16),
+        "fp32": measured_flops(DEVICE, torch.float32),
+        "copy": copy_rate(DEVICE),
+    }
 
 
 @pytest.fixture

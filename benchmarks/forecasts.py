@@ -1,13 +1,14 @@
-"""Trains the three regimes on moving shapes and on the demo's clips and draws how good their forecasts are, at every horizon:
+"""Trains the three regimes on moving shapes and on the demo's clips and draws how good their forecasts are, at every
+horizon:
 
     python -m benchmarks.forecasts --out docs
 
-Encoders that have learnt something come from `benchmarks.small_encoder`. The demo's clips are more than its own 96, which a head soon
-knows by heart, and are encoded once. Then, with one head, `split` against `joint` encoding on natural and on spliced clips (whose future
-nothing tells: skill there is a leak).
+Encoders that have learnt something come from `benchmarks.small_encoder`. The demo's clips are more than its own 96,
+which a head soon knows by heart, and are encoded once. Then, with one head, `split` against `joint` encoding on
+natural and on spliced clips (whose future nothing tells: skill there is a leak).
 
-Runs go to experiment/forecasts/; what is there already is not trained again. Writes forecasts.png, forecasts.md with the tables, and
-overview.png of one clip.
+Runs go to experiment/forecasts/; what is there already is not trained again. Writes forecasts.png, forecasts.md with
+the tables, and overview.png of one clip.
 """
 
 import argparse
@@ -28,10 +29,16 @@ RUNS = Path("experiment/forecasts")
 DEMO_CLIPS, DEMO_FOLDER = {"train": 4096, "validation": 128}, Path("data/forecasts/demo")
 ENCODERS = {"shapes": "configs/shapes/predictor.yaml", "demo": "configs/demo.yaml"}
 REGIMES = ("predictor", "cross_attention", "flow_matching")
-VIDEOS = ["dataset.kind=kinetics_400", *(f"dataset.{key}={DEMO_FOLDER}/{key}.csv" for key in ("train", "validation", "labels"))]
+VIDEOS = [
+    "dataset.kind=kinetics_400",
+    *(f"dataset.{key}={DEMO_FOLDER}/{key}.csv" for key in ("train", "validation", "labels")),
+]
 LATENTS = Path("data/forecasts/demo_latents")
 DEMO = [
-    *("dataset.kind=kinetics_400_cached", *(f"dataset.{split}={LATENTS}/{split}/manifest.csv" for split in ("train", "validation"))),
+    *(
+        "dataset.kind=kinetics_400_cached",
+        *(f"dataset.{split}={LATENTS}/{split}/manifest.csv" for split in ("train", "validation")),
+    ),
     f"dataset.labels={DEMO_FOLDER}/labels.csv",
     *("trainer.batch_size=16", "trainer.learning_rate=3e-3", "evaluation.eval_every=500", "checkpoint.save_every=500"),
 ]
@@ -39,7 +46,12 @@ DEMO_HEADS = {
     "predictor": ["model.head=predictor", "objective.kind=regression", "trainer.max_steps=3000"],
     "cross_attention": ["model.head=cross_attention", "objective.kind=regression", "trainer.max_steps=3000"],
     "flow_matching": [
-        *("objective.tau_distribution=uniform", "evaluation.sampling.samples=16", "trainer.ema_decay=0.99", "trainer.max_steps=8000")
+        *(
+            "objective.tau_distribution=uniform",
+            "evaluation.sampling.samples=16",
+            "trainer.ema_decay=0.99",
+            "trainer.max_steps=8000",
+        )
     ],
 }
 STEPS = ["trainer.max_steps=1500"]  # on shapes
@@ -61,14 +73,30 @@ def call(*arguments: str) -> None:
 def encoder(data: str) -> str:
     folder = f"data/encoders/{data}"
     if not Path(folder, "model.safetensors").is_file():
-        call("-m", "benchmarks.small_encoder", "--config", ENCODERS[data], "--out", folder, *(VIDEOS if data == "demo" else []))
+        call(
+            "-m",
+            "benchmarks.small_encoder",
+            "--config",
+            ENCODERS[data],
+            "--out",
+            folder,
+            *(VIDEOS if data == "demo" else []),
+        )
     return folder
 
 
 def locator(data: str) -> str:
     file = RUNS / f"locator_{data}.safetensors"
     if not file.is_file():
-        call("flperf/cli.py", "locator", "--config", ENCODERS[data], "--out", str(file), f"backbone.weights={encoder(data)}")
+        call(
+            "flperf/cli.py",
+            "locator",
+            "--config",
+            ENCODERS[data],
+            "--out",
+            str(file),
+            f"backbone.weights={encoder(data)}",
+        )
     return str(file)
 
 
@@ -76,7 +104,16 @@ def encode_demo() -> None:
     """The latents of many clips of the demo's kind; what is there already stays."""
     if not DEMO_FOLDER.is_dir():
         write_demo(DEMO_FOLDER, DEMO_CLIPS)
-    call("flperf/cli.py", "encode", "--config", ENCODERS["demo"], "--out", str(LATENTS), *VIDEOS, f"backbone.weights={encoder('demo')}")
+    call(
+        "flperf/cli.py",
+        "encode",
+        "--config",
+        ENCODERS["demo"],
+        "--out",
+        str(LATENTS),
+        *VIDEOS,
+        f"backbone.weights={encoder('demo')}",
+    )
 
 
 def trained(name: str, config: str, data: str, overrides: list[str]) -> dict:
@@ -99,11 +136,20 @@ def draw(regimes: dict[str, dict[str, dict]], leaks: dict[str, dict], out: Path)
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.8), constrained_layout=True)
     for axis, (data, results) in zip(axes, regimes.items(), strict=False):
         for regime, result in results.items():
-            axis.plot(range(1, 1 + len(skills(result, "mse"))), [100 * s for s in skills(result, "mse")], "o-", label=LABELS[regime])
-        axis.set(title=f"skill on {'bouncing shapes' if data == 'shapes' else 'the demo clips'}", ylabel="skill in MSE (%)")
+            axis.plot(
+                range(1, 1 + len(skills(result, "mse"))),
+                [100 * s for s in skills(result, "mse")],
+                "o-",
+                label=LABELS[regime],
+            )
+        axis.set(
+            title=f"skill on {'bouncing shapes' if data == 'shapes' else 'the demo clips'}", ylabel="skill in MSE (%)"
+        )
         axis.legend(fontsize=8)
     for condition, result in leaks.items():
-        axes[2].plot(range(1, 1 + len(skills(result, "mse"))), [100 * s for s in skills(result, "mse")], "o-", label=condition)
+        axes[2].plot(
+            range(1, 1 + len(skills(result, "mse"))), [100 * s for s in skills(result, "mse")], "o-", label=condition
+        )
     axes[2].set(title="encoding split or joint (predictor)", ylabel="skill in MSE (%)")
     axes[2].legend(fontsize=8)
     shown = regimes["shapes"]
@@ -112,7 +158,9 @@ def draw(regimes: dict[str, dict[str, dict]], leaks: dict[str, dict], out: Path)
         axes[3].plot(range(1, 1 + len(errors)), errors, "o-", label=LABELS[regime])
     for name, style in (("copy_last", "k--"), ("target", "k:")):
         errors = shown["predictor"]["locator"][name]
-        axes[3].plot(range(1, 1 + len(errors)), errors, style, label={"copy_last": "copy last", "target": "true latents"}[name])
+        axes[3].plot(
+            range(1, 1 + len(errors)), errors, style, label={"copy_last": "copy last", "target": "true latents"}[name]
+        )
     axes[3].set(title="where the shapes will be", ylabel="mean error of the centres (pixels of 256)", ylim=(0, None))
     axes[3].legend(fontsize=8)
     for axis in axes:
@@ -131,12 +179,21 @@ def tables(regimes: dict[str, dict[str, dict]], leaks: dict[str, dict]) -> str:
     rows += [(f"shapes, {condition}", "predictor", result) for condition, result in leaks.items()]
     for data, head, result in rows:
         for error in ("l1", "mse"):
-            lines.append(f"| {data} | {head} | {error.upper()} | " + " | ".join(f"{skill:.1%}" for skill in skills(result, error)) + " |")
+            lines.append(
+                f"| {data} | {head} | {error.upper()} | "
+                + " | ".join(f"{skill:.1%}" for skill in skills(result, error))
+                + " |"
+            )
     lines += ["", f"| locator, pixels of 256 | {ahead} |", "| --- " * (1 + horizon) + "|"]
     results = regimes["shapes"]
     located = {LABELS[regime]: result["locator"]["forecast"] for regime, result in results.items()}
-    located |= {"copy last": results["predictor"]["locator"]["copy_last"], "true latents": results["predictor"]["locator"]["target"]}
-    lines += [f"| {name} | " + " | ".join(f"{error:.1f}" for error in errors) + " |" for name, errors in located.items()]
+    located |= {
+        "copy last": results["predictor"]["locator"]["copy_last"],
+        "true latents": results["predictor"]["locator"]["target"],
+    }
+    lines += [
+        f"| {name} | " + " | ".join(f"{error:.1f}" for error in errors) + " |" for name, errors in located.items()
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -146,8 +203,13 @@ def main() -> None:
     options = parser.parse_args()
     encode_demo()
     regimes = {
-        "shapes": {regime: trained(f"shapes_{regime}", f"configs/shapes/{regime}.yaml", "shapes", STEPS) for regime in REGIMES},
-        "demo": {regime: trained(f"demo_{regime}", "configs/demo.yaml", "demo", [*DEMO, *DEMO_HEADS[regime]]) for regime in REGIMES},
+        "shapes": {
+            regime: trained(f"shapes_{regime}", f"configs/shapes/{regime}.yaml", "shapes", STEPS) for regime in REGIMES
+        },
+        "demo": {
+            regime: trained(f"demo_{regime}", "configs/demo.yaml", "demo", [*DEMO, *DEMO_HEADS[regime]])
+            for regime in REGIMES
+        },
     }
     leaks = {"natural, split": regimes["shapes"]["predictor"]}
     for condition in list(LEAKS)[1:]:
@@ -156,7 +218,16 @@ def main() -> None:
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     draw(regimes, leaks, out)
-    call("flperf/cli.py", "sample", "--checkpoint", str(RUNS / "shapes_flow_matching"), "--out", str(RUNS / "sample"), "--clips", "1")
+    call(
+        "flperf/cli.py",
+        "sample",
+        "--checkpoint",
+        str(RUNS / "shapes_flow_matching"),
+        "--out",
+        str(RUNS / "sample"),
+        "--clips",
+        "1",
+    )
     shutil.copy(RUNS / "sample/clip_00000/overview.png", out / "overview.png")
     text = tables(regimes, leaks)
     (out / "forecasts.md").write_text(text)

@@ -1,10 +1,12 @@
-"""How the cost of a training step grows with clips, frames, tokens, depth and processes: a table, a picture, and the fitted exponents.
+"""How the cost of a training step grows with clips, frames, tokens, depth and processes: a table, a picture, and the
+fitted exponents.
 
     python -m benchmarks.growth --picture growth.png
 
-One size is doubled at a time while the others stay; the exponent is the slope of log(time) over log(size), fitted to the larger half of the
-points, where constant costs weigh little. Times are CPU seconds of one thread (seconds on a GPU), least of a few. Processes take as many
-clips each, so their time should stay; it is that on the clock, of a whole update with one thread each, and they share this CPU's cores.
+One size is doubled at a time while the others stay; the exponent is the slope of log(time) over log(size), fitted to
+the larger half of the points, where constant costs weigh little. Times are CPU seconds of one thread (seconds on a
+GPU), least of a few. Processes take as many clips each, so their time should stay; it is that on the clock, of a
+whole update with one thread each, and they share this CPU's cores.
 """
 
 import argparse
@@ -34,13 +36,27 @@ ROUNDS = 5
 
 
 def step(clips: int, frames: int, tokens: int, depth: int):
-    """A function that encodes clips, and runs the head on their latents forward and backward; eager, so that nothing compiles anew."""
-    architecture = {"crop_size": 16 * round(tokens**0.5), "hidden_size": 192, "num_hidden_layers": depth, "num_attention_heads": 3}
-    model = ["model.hidden_dim=192", f"model.depth={depth}", "model.num_heads=3", f"model.num_context_latents={frames // 4}"]
+    """A function that encodes clips, and runs the head on their latents forward and backward; eager, so that nothing
+    compiles anew."""
+    architecture = {
+        "crop_size": 16 * round(tokens**0.5),
+        "hidden_size": 192,
+        "num_hidden_layers": depth,
+        "num_attention_heads": 3,
+    }
+    model = [
+        "model.hidden_dim=192",
+        f"model.depth={depth}",
+        "model.num_heads=3",
+        f"model.num_context_latents={frames // 4}",
+    ]
     config = sizes.configuration("predictor", size={"frames": frames, "vjepa2": architecture, "model": model})
     encoder = sizes.encoder_of(config, sizes.DTYPE, False)
     geometry = sizes.geometry_of(config, encoder)
-    head, video = sizes.head_of(config, geometry, sizes.DTYPE, False), sizes.video_of(config)[:1].repeat(clips, 1, 1, 1, 1)
+    head, video = (
+        sizes.head_of(config, geometry, sizes.DTYPE, False),
+        sizes.video_of(config)[:1].repeat(clips, 1, 1, 1, 1),
+    )
 
     def run() -> None:
         context, target = encode_clip(encoder, video, geometry, "split")

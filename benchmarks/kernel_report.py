@@ -1,9 +1,11 @@
-"""What the Triton kernels cost on a GPU, read from the machine code: `python -m benchmarks.kernel_report`. No GPU is needed.
+"""What the Triton kernels cost on a GPU, read from the machine code: `python -m benchmarks.kernel_report`. No GPU is
+needed.
 
-Each kernel is compiled ahead of time as a call on CUDA tensors would compile it, and its cubin is disassembled. Bytes and instructions an
-element follow from the loop over tiles, and from them the time on a chip: the longest of memory traffic / bandwidth and, for each
-pipe of the processor, instructions / rate. The aim is arithmetic below 70% of the memory time: it then hides behind the
-memory even where a processor does not reach these rates. `--all` adds every specialisation that a configuration can launch.
+Each kernel is compiled ahead of time as a call on CUDA tensors would compile it, and its cubin is disassembled. Bytes
+and instructions an element follow from the loop over tiles, and from them the time on a chip: the longest of memory
+traffic / bandwidth and, for each pipe of the processor, instructions / rate. The aim is arithmetic below 70% of the
+memory time: it then hides behind the memory even where a processor does not reach these rates. `--all` adds every
+specialisation that a configuration can launch.
 """
 
 import argparse
@@ -29,7 +31,8 @@ ROOM = 0.7  # share of the memory time below which arithmetic should stay
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peak bandwidth by the data sheet; the clock is the one at which the quoted dense bf16 peak holds (312, 989, 2250 TFLOP/s)."""
+    """Peak bandwidth by the data sheet; the clock is the one at which the quoted dense bf16 peak holds (312, 989,
+    2250 TFLOP/s)."""
 
     name: str
     capability: int
@@ -45,14 +48,16 @@ CHIPS = (
     Chip("B200", 100, 148, 1.85e9, 8.0e12, 128),
 )
 
-# Lanes an SM can start in a cycle (CUDA programming guide, throughput of native arithmetic). The guide does not list wide integer
-# products; half the rate of a 32-bit product is assumed. Packed fp32 pairs take one issue slot and two lanes.
+# Lanes an SM can start in a cycle (CUDA programming guide, throughput of native arithmetic). The guide does not list
+# wide integer products; half the rate of a 32-bit product is assumed. Packed fp32 pairs take one issue slot and two
+# lanes.
 ISSUE_LANES, INTEGER_LANES, PRODUCT_LANES, SPECIAL_LANES = 128, 64, 64, 16
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of an SM, the same for the three
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
-# ----------------------------------------------------------------------------------------------- what a configuration can launch
+# ----------------------------------------------------------------------------------------------- what a configuration
+# can launch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +78,9 @@ class Case:
         short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
         words = [self.op, *([self.loss] if self.op == "loss" else []), f"{short[self.latents]}>{short[self.other]}"]
         words += [self.norm] * (self.norm != "none") + ["standardise"] * self.per_channel + ["weighted"] * self.weighted
-        return " ".join(words + ["value only"] * (not self.training) + [f"d={self.size[2]}"] * (self.size != REFERENCE_SIZE))
+        return " ".join(
+            words + ["value only"] * (not self.training) + [f"d={self.size[2]}"] * (self.size != REFERENCE_SIZE)
+        )
 
     def launch(self):
         """What `flow_matching` would launch, on tensors without memory."""
@@ -84,7 +91,9 @@ class Case:
         if self.op == "noise":
             return fm.noise_launch(latents, vector(b), sample, 1234, mean, mean, self.norm, 1e-6, other)
         weight, gradient = vector(b) if self.weighted else None, other if self.training else None
-        return fm.loss_launch(other, latents, sample, 1234, self.loss, mean, mean, self.norm, 1e-6, weight, gradient, 0.5, 0.5)
+        return fm.loss_launch(
+            other, latents, sample, 1234, self.loss, mean, mean, self.norm, 1e-6, weight, gradient, 0.5, 0.5
+        )
 
     @property
     def bytes_bound(self) -> int:
@@ -95,7 +104,8 @@ class Case:
 # bf16 encoders with bf16 or fp32 heads, caches in fp32 or fp16; fp16 training.
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = ((BF16, BF16), (FP32, BF16), (FP16, BF16), (BF16, FP32), (FP32, FP32), (FP16, FP16))
-# ViT-L divides into the tiles; ViT-B with an odd number of tokens and ViT-g, padded to the next power of two for a norm, don't.
+# ViT-L divides into the tiles; ViT-B with an odd number of tokens and ViT-g, padded to the next power of two for a
+# norm, don't.
 SIZES = (REFERENCE_SIZE, (4, 1569, 768), (2, 2048, 1408))
 PREPARATIONS = ((False, "none"), (True, "none"), (False, "l2"), (False, "layer"), (True, "l2"), (True, "layer"))
 
@@ -128,7 +138,8 @@ def covering(cases: list[Case]) -> list[Case]:
     return chosen
 
 
-# ------------------------------------------------------------------------------------------------------------------- compilation
+# -------------------------------------------------------------------------------------------------------------------
+# compilation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +158,8 @@ class Code:
 
     @property
     def occupancy(self) -> float:
-        """Resident share of an SM's warps: registers come in units of 256 a warp, shared memory with 1 KiB of the driver's own."""
+        """Resident share of an SM's warps: registers come in units of 256 a warp, shared memory with 1 KiB of the
+        driver's own."""
         by_registers = REGISTERS // (-(-self.registers * 32 // 256) * 256) // self.warps
         by_shared = SHARED_BYTES[self.capability] // (self.shared_bytes + 1024)
         return min(by_registers, by_shared, BLOCKS, WARPS // self.warps) * self.warps / WARPS
@@ -162,7 +174,10 @@ def specialise(launch, capability: int):
     """Compile as the launcher would: Triton's own binder derives types, alignment and constants from the arguments."""
     kernel, _, arguments, options = launch
     backend = make_backend(GPUTarget("cuda", capability, 32))
-    options, bind = options | dict(debug=False), create_function_from_signature(kernel.signature, kernel.params, backend)
+    options, bind = (
+        options | dict(debug=False),
+        create_function_from_signature(kernel.signature, kernel.params, backend),
+    )
     parsed, signature, constants, attributes = kernel._pack_args(backend, options, *bind(**arguments, **options))
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=backend.target, options=parsed.__dict__)
@@ -181,19 +196,26 @@ def disassemble(compiled, capability: int) -> Code:
     found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@\S+\s+)?(\S+?)\s*(?:\s(.*?))?;", listing, re.MULTILINE)
     code = [(int(address, 16), opcode, operands) for address, opcode, operands in found if opcode != "NOP"]
     # Backward branches are loops; the branch to itself behind the last EXIT is padding.
-    targets = [(int(operands.split("0x")[-1], 16), at) for at, opcode, operands in code if opcode.startswith("BRA") and "0x" in operands]
+    targets = [
+        (int(operands.split("0x")[-1], 16), at)
+        for at, opcode, operands in code
+        if opcode.startswith("BRA") and "0x" in operands
+    ]
     loops = [(start, end) for start, end in targets if start < end]
     padding = {at for start, at in targets if start == at}
     inside = Counter(opcode for at, opcode, _ in code if any(start <= at <= end for start, end in loops))
     everything = Counter(opcode for at, opcode, _ in code if at not in padding)
     number = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return Code(
-        registers=number["REG"], stack_bytes=number["STACK"], local_bytes=number["LOCAL"], shared_bytes=compiled.metadata.shared,
-        warps=compiled.metadata.num_warps, capability=capability, loops=len(loops), setup=everything - inside, loop=inside,
+        registers=number["REG"], stack_bytes=number["STACK"], local_bytes=number["LOCAL"],
+        shared_bytes=compiled.metadata.shared,
+        warps=compiled.metadata.num_warps, capability=capability, loops=len(loops), setup=everything - inside,
+        loop=inside,
     )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------------------------- model
+# --------------------------------------------------------------------------------------------------------------------
+# ----- model
 
 
 def kind(opcode: str) -> str:
@@ -203,7 +225,22 @@ def kind(opcode: str) -> str:
         return "special"
     if stem in ("LDG", "STG", "LDS", "STS", "LDL", "STL", "LDC", "LDCU", "ULDC"):
         return "memory"
-    if stem in ("IMAD", "IADD", "IADD3", "VIADD", "LOP3", "SHF", "PRMT", "LEA", "ISETP", "SEL", "I2FP", "IABS", "VIMNMX", "IMNMX"):
+    if stem in (
+        "IMAD",
+        "IADD",
+        "IADD3",
+        "VIADD",
+        "LOP3",
+        "SHF",
+        "PRMT",
+        "LEA",
+        "ISETP",
+        "SEL",
+        "I2FP",
+        "IABS",
+        "VIMNMX",
+        "IMNMX",
+    ):
         return "integer"
     return "float" if re.match(r"F|H[A-Z]+2", stem) else "other"
 
@@ -241,25 +278,34 @@ def cost(case: Case, chip: Chip) -> Cost:
     code, (_, _, arguments, _) = compile_case(case, chip.capability), case.launch()
     elements = arguments["R"] * arguments["C"] / (32 * code.warps)  # a thread's, each time round the loop
     b, n, d = case.size
-    useful = d / (-(-d // arguments["C"]) * arguments["C"]) if arguments["MASK"] == "rows" else 1.0  # columns beyond d cost time, too
+    # columns beyond d cost time, too
+    useful = d / (-(-d // arguments["C"]) * arguments["C"]) if arguments["MASK"] == "rows" else 1.0
     weight = Counter({opcode: count / elements / useful for opcode, count in code.loop.items()})
     for opcode, count in code.setup.items():
         weight[opcode] += count / elements / useful / arguments["steps"]
-    rates = dict(issue=ISSUE_LANES, integer=INTEGER_LANES, product=PRODUCT_LANES, special=SPECIAL_LANES, fma=chip.float_lanes)
+    rates = dict(
+        issue=ISSUE_LANES, integer=INTEGER_LANES, product=PRODUCT_LANES, special=SPECIAL_LANES, fma=chip.float_lanes
+    )
     busy, kinds = Counter(), Counter()
     for opcode, count in weight.items():
         kinds[kind(opcode)] += count
         for pipe, used in lanes(opcode).items():
             busy[pipe] += used * count / rates[pipe]
     pipe = max(busy, key=busy.get)
-    accesses = [(re.search(r"\.(64|128)\b|$", opcode)[1] or 32, n) for opcode, n in code.loop.items() if opcode[:3] in ("LDG", "STG")]
+    accesses = [
+        (re.search(r"\.(64|128)\b|$", opcode)[1] or 32, n)
+        for opcode, n in code.loop.items()
+        if opcode[:3] in ("LDG", "STG")
+    ]
     moved = sum(int(bits) // 8 * n for bits, n in accesses) / elements
     return Cost(moved, dict(kinds), pipe, busy[pipe] / (chip.processors * chip.clock), moved / chip.bandwidth)
 
 
 def report(cases: list[Case]) -> str:
     kinds = ("integer", "float", "special", "memory", "other")
-    head = f"{'':36} chip   regs  occ | B/elem bound | instructions an element: " + " ".join(f"{name[:7]:>7}" for name in (*kinds, "sum"))
+    head = f"{'':36} chip   regs  occ | B/elem bound | instructions an element: " + " ".join(
+        f"{name[:7]:>7}" for name in (*kinds, "sum")
+    )
     lines = [head + " |  memory us  arithmetic us (pipe)    ratio"]
     for case in cases:
         elements = case.size[0] * case.size[1] * case.size[2]
@@ -272,7 +318,8 @@ def report(cases: list[Case]) -> str:
                 f"{str(case):36.36} {chip.name:5} {code.registers:5} {code.occupancy:4.0%}"
                 f" | {c.bytes_moved:6.2f} {case.bytes_bound:5} | {'':24}"
                 + " ".join(f"{count:7.2f}" for count in (*counts, sum(counts)))
-                + f" | {elements * c.memory * 1e6:9.1f} {elements * c.arithmetic * 1e6:10.1f} ({c.pipe:7}) {c.ratio:8.0%}  {verdict}"
+                + f" | {elements * c.memory * 1e6:9.1f} {elements * c.arithmetic * 1e6:10.1f} ({c.pipe:7}) "
+                f"{c.ratio:8.0%}  {verdict}"
             )
     return "\n".join(lines)
 

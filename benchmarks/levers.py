@@ -3,9 +3,9 @@
     python -m benchmarks.levers                 # all, about ten minutes on two cores
     python -m benchmarks.levers fp32 threads    # those whose names hold one of these words
 
-The step is that of the predictor at the size of whole steps (sizes.STEP_SIZE: on a CPU the middle one), batch 4, clips drawn, encoded
-`joint`. Each row is a median of rounds, its ratio the median of the rounds' ratios; above 1, ours is the faster one. Milliseconds are
-those of 4 clips.
+The step is that of the predictor at the size of whole steps (sizes.STEP_SIZE: on a CPU the middle one), batch 4,
+clips drawn, encoded `joint`. Each row is a median of rounds, its ratio the median of the rounds' ratios; above 1,
+ours is the faster one. Milliseconds are those of 4 clips.
 """
 
 import argparse
@@ -31,8 +31,13 @@ Build = Callable[..., OurStep]  # of overrides
 
 
 def inductor(**options: object) -> Callable:
-    """Compile with options of Inductor: as arguments, since only those keep the graphs of two ways apart in one process."""
-    return patch.object(torch, "compile", partial(torch.compile, options={key.replace("__", "."): value for key, value in options.items()}))
+    """Compile with options of Inductor: as arguments, since only those keep the graphs of two ways apart in one
+    process."""
+    return patch.object(
+        torch,
+        "compile",
+        partial(torch.compile, options={key.replace("__", "."): value for key, value in options.items()}),
+    )
 
 
 @contextmanager
@@ -104,7 +109,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
 
         def build(*overrides: str) -> OurStep:
-            return OurStep(configuration("predictor", "drawn", "joint", Path(folder), f"trainer.batch_size={BATCH}", *overrides))
+            return OurStep(
+                configuration("predictor", "drawn", "joint", Path(folder), f"trainer.batch_size={BATCH}", *overrides)
+            )
 
         ours = build()
         ours()

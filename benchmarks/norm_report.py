@@ -2,13 +2,15 @@
 
     python -m benchmarks.norm_report
 
-Between two layers of a block stand, in this order, the gated residual of one branch and the norm and modulation of the next:
+Between two layers of a block stand, in this order, the gated residual of one branch and the norm and modulation of
+the next:
 
     x' = x + gate * y        h = LayerNorm(x') * (1 + scale) + shift        [DiT, arXiv:2212.09748, section 3.2]
 
-Forward reads x, y and writes x', h: 4 passes over [b, n, d]. Backward reads the gradients of h and x', and x', y; it writes the
-gradients of x and y: 6 passes, the sums over tokens for gate, shift and scale taken on the way. Inductor counts the bytes of the
-buffers that each kernel it generates reads and writes. There are no matrix products here, so nothing else is counted.
+Forward reads x, y and writes x', h: 4 passes over [b, n, d]. Backward reads the gradients of h and x', and x', y; it
+writes the gradients of x and y: 6 passes, the sums over tokens for gate, shift and scale taken on the way. Inductor
+counts the bytes of the buffers that each kernel it generates reads and writes. There are no matrix products here, so
+nothing else is counted.
 """
 
 import logging

@@ -1,4 +1,5 @@
-"""How a case is timed and what is written down of it: in turns with what it is compared with, within a budget of seconds."""
+"""How a case is timed and what is written down of it: in turns with what it is compared with, within a budget of
+seconds."""
 
 import statistics
 import time
@@ -42,12 +43,13 @@ class Recorder:
         beside: dict[str, Function] | None = None,
         before: Callable[[Function], object] = lambda way: None,
     ) -> dict[str, list[float]]:
-        """Time calls of `function`, each of which handles `count` units; returns the seconds of every round, its own under "".
+        """Time calls of `function`, each of which handles `count` units; returns the seconds of every round, its own
+        under "".
 
-        `beside` names other functions that do the same work: each is called once in every round, so that a machine whose speed drifts
-        shows in all, and the median of the rounds' ratios is recorded. `before` is called, untimed, ahead of every call, with the function
-        that comes next. With `warm` all of them are called before the first round, which compiles, and once more to tell how many of
-        `rounds` the budget allows.
+        `beside` names other functions that do the same work: each is called once in every round, so that a machine
+        whose speed drifts shows in all, and the median of the rounds' ratios is recorded. `before` is called,
+        untimed, ahead of every call, with the function that comes next. With `warm` all of them are called before the
+        first round, which compiles, and once more to tell how many of `rounds` the budget allows.
         """
         ways = {**(beside or {}), "": function}
         seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -79,10 +81,16 @@ class Recorder:
         }
         return seconds
 
-    def rates(self, seconds: float, unit: str, count: float, flops: float, bytes: float, dtype: torch.dtype) -> dict[str, float]:
+    def rates(
+        self, seconds: float, unit: str, count: float, flops: float, bytes: float, dtype: torch.dtype
+    ) -> dict[str, float]:
         rates = {f"{unit}_per_s": count / seconds}
         if flops:
-            rates |= {"FLOPs": flops, "fraction_of_peak": flops / seconds / self.peak(dtype), "peak_TFLOP_per_s": self.peak(dtype) / 1e12}
+            rates |= {
+                "FLOPs": flops,
+                "fraction_of_peak": flops / seconds / self.peak(dtype),
+                "peak_TFLOP_per_s": self.peak(dtype) / 1e12,
+            }
         if bytes:  # read and written, as those of the copy are
             rates |= {"GB_per_s": bytes / seconds / 1e9, "fraction_of_copy": bytes / seconds / self.peaks["copy"]}
         return rates

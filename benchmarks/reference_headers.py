@@ -1,7 +1,7 @@
 """What a reference configuration needs, written on top of its file: `python -m benchmarks.reference_headers`.
 
-Sizes are counted on models built on the meta device, which holds no weights, so that no download and no GPU is needed. They are
-estimates of memory, not measurements.
+Sizes are counted on models built on the meta device, which holds no weights, so that no download and no GPU is
+needed. They are estimates of memory, not measurements.
 """
 
 from pathlib import Path
@@ -47,11 +47,19 @@ def header(file: Path) -> str:
         head = build_head(config.model, geometry, seed=0, compile=False)
     parameters, flow_matching = count_parameters(head), config.objective.kind == "flow_matching"
     frozen = 0 if cached else count_parameters(encoder)
-    flops = [3 * head_flops(head, geometry, flow_matching), 0 if cached else encoder_flops(encoder, geometry, config.backbone.encode)]
-    states = model_states(parameters, config.engine.zero_stage, PROCESSES, BF16, average=config.trainer.ema_decay is not None)
+    flops = [
+        3 * head_flops(head, geometry, flow_matching),
+        0 if cached else encoder_flops(encoder, geometry, config.backbone.encode),
+    ]
+    states = model_states(
+        parameters, config.engine.zero_stage, PROCESSES, BF16, average=config.trainer.ema_decay is not None
+    )
     needs = [NEEDS[config.dataset.kind]] + ([] if cached else [NEEDS[config.backbone.kind]])
     total = (states.total + BF16 * frozen) / 1e9
-    estimate = f"estimated: bf16, ZeRO {config.engine.zero_stage}, {PROCESSES} GPUs; elsewhere `flperf train --dry-run` says it"
+    estimate = (
+        f"estimated: bf16, ZeRO {config.engine.zero_stage}, {PROCESSES} GPUs; elsewhere `flperf train "
+        "--dry-run` says it"
+    )
     lines = [
         f"deepspeed flperf/train.py --config configs/references/{file.name}",
         f"needs       {'; '.join(needs)}",

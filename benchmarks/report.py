@@ -1,11 +1,12 @@
-"""What saved benchmark results say over time: a table and a picture for each cohort, and which are slower than they were.
+"""What saved benchmark results say over time: a table and a picture for each cohort, and which are slower than they
+were.
 
     python -m pytest benchmarks
     python -m benchmarks.report
 
-Results of different devices don't compare, so runs are grouped by device (the cohort). A regression is slower than the median of the
-last five earlier runs of its cohort both by a percentage and by an absolute floor: a percentage alone flags microseconds of noise,
-a floor alone hides what is small.
+Results of different devices don't compare, so runs are grouped by device (the cohort). A regression is slower than
+the median of the last five earlier runs of its cohort both by a percentage and by an absolute floor: a percentage
+alone flags microseconds of noise, a floor alone hides what is small.
 """
 
 import argparse
@@ -37,17 +38,23 @@ class Regression:
     now: float
 
     def __str__(self) -> str:
-        return f"{self.benchmark}: {self.before * 1e3:.2f} ms -> {self.now * 1e3:.2f} ms ({self.now / self.before - 1:+.0%})"
+        return (
+            f"{self.benchmark}: {self.before * 1e3:.2f} ms -> {self.now * 1e3:.2f} ms "
+            f"({self.now / self.before - 1:+.0%})"
+        )
 
 
 def read_results(folder: Path) -> dict[str, list[Saved]]:
-    """Every JSON file below the folder that pytest-benchmark wrote, by cohort, oldest first. Raises `ValueError` naming a broken one."""
+    """Every JSON file below the folder that pytest-benchmark wrote, by cohort, oldest first. Raises `ValueError`
+    naming a broken one."""
     cohorts: dict[str, list[Saved]] = {}
     for path in folder.rglob("*.json"):
         try:
             content = json.loads(path.read_text())
             medians = {entry["fullname"]: entry["stats"]["median"] for entry in content["benchmarks"]}
-            saved = Saved(content["machine_info"]["device"], content["datetime"], content["commit_info"]["id"][:9], medians)
+            saved = Saved(
+                content["machine_info"]["device"], content["datetime"], content["commit_info"]["id"][:9], medians
+            )
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: is not a result of these benchmarks ({type(error).__name__}: {error})") from None
         cohorts.setdefault(saved.cohort, []).append(saved)
@@ -61,7 +68,8 @@ def earlier_median(runs: list[Saved], benchmark: str) -> float | None:
 
 
 def regressions(runs: list[Saved], percent: float, floor: float) -> list[Regression]:
-    """What the newest run of a cohort does slower than the earlier ones, by more than `percent` and by more than `floor` seconds."""
+    """What the newest run of a cohort does slower than the earlier ones, by more than `percent` and by more than
+    `floor` seconds."""
     found = []
     for benchmark, now in runs[-1].medians.items():
         before = earlier_median(runs, benchmark)
@@ -97,7 +105,9 @@ def draw(cohorts: dict[str, list[Saved]], path: Path) -> None:
         for name, points in curves.items():
             label = name.removeprefix("benchmarks/") if name in furthest else None
             style = {"label": label, "linewidth": 1.8} if label else {"color": "lightgrey", "linewidth": 1}
-            axis.plot([i for i, _ in points], [seconds / points[0][1] for _, seconds in points], "o-", markersize=3, **style)
+            axis.plot(
+                [i for i, _ in points], [seconds / points[0][1] for _, seconds in points], "o-", markersize=3, **style
+            )
         axis.set(title=cohort, ylabel="time / first time", xticks=range(len(runs)))
         axis.set_xticklabels([run.commit for run in runs], rotation=45, fontsize=7)
         axis.legend(fontsize=7)
@@ -107,9 +117,13 @@ def draw(cohorts: dict[str, list[Saved]], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
-    parser.add_argument("--picture", type=Path, default=PICTURE, metavar="FILE", help="a PNG of the history (default: %(default)s)")
+    parser.add_argument(
+        "--picture", type=Path, default=PICTURE, metavar="FILE", help="a PNG of the history (default: %(default)s)"
+    )
     parser.add_argument("--percent", type=float, default=10.0, help="how much slower is a regression (default: 10)")
-    parser.add_argument("--floor-ms", type=float, default=1.0, help="and by how many milliseconds at least (default: 1)")
+    parser.add_argument(
+        "--floor-ms", type=float, default=1.0, help="and by how many milliseconds at least (default: 1)"
+    )
     options = parser.parse_args(arguments)
     cohorts = read_results(options.results)
     if not cohorts:

@@ -19,18 +19,25 @@ class Workers:
 
     def __init__(self, count: int, stages: tuple[int, ...]):
         # As many processes as cores on a machine get one thread each, so that is what they are told.
-        common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": os.cpu_count(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        common = {
+            "WORLD_SIZE": count,
+            "LOCAL_WORLD_SIZE": os.cpu_count(),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": free_port(),
+        }
         self.processes = [
             subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.scaling_worker", *map(str, stages)],
-                env={**os.environ, **{name: str(value) for name, value in common.items()}, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                env={**os.environ, **{name: str(value) for name, value in common.items()}, "RANK": str(rank),
+                "LOCAL_RANK": str(rank)},
                 cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL if rank else subprocess.PIPE, text=True,
             )
             for rank in range(count)
         ]  # fmt: skip
 
     def update(self, stage: int = 1, *, profiled: bool = False) -> dict[str, float]:
-        """Take some updates: clips a second and, if they were profiled (which slows them), the share of communication."""
+        """Take some updates: clips a second and, if they were profiled (which slows them), the share of
+        communication."""
         first = self.processes[0]
         print(stage, UPDATES, int(profiled), file=first.stdin, flush=True)
         return json.loads(next(line for line in first.stdout if line.startswith("{")))

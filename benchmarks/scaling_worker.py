@@ -1,8 +1,8 @@
-"""One of the processes of benchmarks/scaling.py: builds a run for each ZeRO stage that it is given and takes updates when its first
-process is told to.
+"""One of the processes of benchmarks/scaling.py: builds a run for each ZeRO stage that it is given and takes updates
+when its first process is told to.
 
-Each line on the standard input of rank 0 is a stage, a number of updates, 0 for the end, and whether to profile them (0 or 1); the
-answer is one line of JSON.
+Each line on the standard input of rank 0 is a stage, a number of updates, 0 for the end, and whether to profile them
+(0 or 1); the answer is one line of JSON.
 """
 
 import json
@@ -39,7 +39,10 @@ class Stage:
         config = configuration("dit", "vjepa2", *keys, "engine.compile=false", "latents.embedding_norm=none")
         self.run = build_run(config, process)
         self.run.normaliser = Normaliser("none", self.run.dtype)
-        self.batches, self.meter = self.run.dataset.train_batches(0, self.run.share, process.device), StepMeter(self.run)
+        self.batches, self.meter = (
+            self.run.dataset.train_batches(0, self.run.share, process.device),
+            StepMeter(self.run),
+        )
         set_schedule(self.run.engine, 100, config.trainer, 1000)
 
     def update(self) -> None:

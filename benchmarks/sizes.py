@@ -1,4 +1,5 @@
-"""The sizes that benchmarks run at: the reference's on a GPU, a small one on a CPU; random weights, so that nothing is downloaded."""
+"""The sizes that benchmarks run at: the reference's on a GPU, a small one on a CPU; random weights, so that nothing
+is downloaded."""
 
 import torch
 
@@ -24,15 +25,33 @@ BACKBONES = ("vjepa2", "dinov3", "4ds")
 REFERENCE = {
     "frames": 64,
     "vjepa2": {},  # transformers' default is ViT-L at 256
-    "dinov3": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096, "image_size": 224},
+    "dinov3": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+        "image_size": 224,
+    },
     "4ds": {"size": "L", "image_size": 224},
     "model": ["model.hidden_dim=1024", "model.depth=12", "model.num_heads=8", "model.num_context_latents=16"],
 }
 SMALL = {
     "frames": 16,
     "vjepa2": {"crop_size": 96, "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3},
-    "dinov3": {"image_size": 96, "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 768},
-    "4ds": {"image_size": 96, "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 768},
+    "dinov3": {
+        "image_size": 96,
+        "hidden_size": 192,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 3,
+        "intermediate_size": 768,
+    },
+    "4ds": {
+        "image_size": 96,
+        "hidden_size": 192,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 3,
+        "intermediate_size": 768,
+    },
     "model": ["model.hidden_dim=256", "model.depth=4", "model.num_heads=4", "model.num_context_latents=4"],
 }
 MIDDLE = {
@@ -44,8 +63,20 @@ SIZE, STEP_SIZE = (REFERENCE, REFERENCE) if ON_GPU else (SMALL, MIDDLE)
 TOY = {
     "frames": 8,
     "vjepa2": {"crop_size": 32, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2},
-    "dinov3": {"image_size": 32, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96},
-    "4ds": {"image_size": 32, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 96},
+    "dinov3": {
+        "image_size": 32,
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 96,
+    },
+    "4ds": {
+        "image_size": 32,
+        "hidden_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "intermediate_size": 96,
+    },
     "model": ["model.hidden_dim=48", "model.depth=2", "model.num_heads=2", "model.num_context_latents=2"],
 }
 QUICK = False
@@ -58,7 +89,9 @@ def be_quick() -> None:
     SIZE, STEP_SIZE, BATCH, QUICK = TOY, TOY, 2, True
 
 
-def configuration(head: str = "predictor", backbone: str = "vjepa2", *overrides: str, size: dict | None = None) -> Config:
+def configuration(
+    head: str = "predictor", backbone: str = "vjepa2", *overrides: str, size: dict | None = None
+) -> Config:
     """Drawn clips, the backbone with random weights, a head, all at this device's size."""
     size = size or SIZE
     # The demo's backbone is replaced key by key: what this size does not set must not be the demo's.
@@ -67,11 +100,15 @@ def configuration(head: str = "predictor", backbone: str = "vjepa2", *overrides:
     stride = ["backbone.frame_stride=4" if ON_GPU else "backbone.frame_stride=2"] if backbone == "dinov3" else []
     common = ["dataset.kind=bouncing_shapes", f"dataset.n_frames={size['frames']}", f"trainer.batch_size={BATCH}"]
     kind = ["objective.kind=regression", *HEADS[head]]
-    return load_config(DEMO, [*common, f"backbone.kind={backbone}", *architecture, *stride, *size["model"], *kind, *overrides])
+    return load_config(
+        DEMO, [*common, f"backbone.kind={backbone}", *architecture, *stride, *size["model"], *kind, *overrides]
+    )
 
 
 def encoder_of(config: Config, dtype: torch.dtype, compile: bool) -> Encoder:
-    return build_encoder(config.backbone, Preprocessing.of(config.backbone), dtype=dtype, device=DEVICE, compile=compile)
+    return build_encoder(
+        config.backbone, Preprocessing.of(config.backbone), dtype=dtype, device=DEVICE, compile=compile
+    )
 
 
 def compiled_normalisation(preprocessing: Preprocessing, dtype: torch.dtype) -> PixelNormalisation:

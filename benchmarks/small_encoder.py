@@ -1,10 +1,12 @@
-"""Trains a small V-JEPA 2 as a masked autoencoder, so that forecasts can be judged on an encoder that has learnt something:
+"""Trains a small V-JEPA 2 as a masked autoencoder, so that forecasts can be judged on an encoder that has learnt
+something:
 
     python -m benchmarks.small_encoder --config configs/shapes/predictor.yaml --out data/encoders/shapes
 
-Random weights barely attend, so they can show neither what a good latent gains nor what joint encoding leaks. Three quarters of the
-tubelets are hidden behind a learned token, and a linear layer paints their pixels from what the encoder makes of the rest (SimMIM,
-arXiv:2111.09886, on tubelets). Written as transformers writes a model: `backbone.weights` takes the folder.
+Random weights barely attend, so they can show neither what a good latent gains nor what joint encoding leaks. Three
+quarters of the tubelets are hidden behind a learned token, and a linear layer paints their pixels from what the
+encoder makes of the rest (SimMIM, arXiv:2111.09886, on tubelets). Written as transformers writes a model:
+`backbone.weights` takes the folder.
 """
 
 import argparse
@@ -70,20 +72,26 @@ def pretrain(config, out: Path, steps: int, batch_size: int) -> float:
         bar.set_postfix_str(f"loss {losses[-1]:.4f}")
     batches.close()
     model.save_pretrained(out)
-    (out / "video_preprocessor_config.json").write_text(json.dumps({"crop_size": config.backbone.architecture["crop_size"]}))
+    (out / "video_preprocessor_config.json").write_text(
+        json.dumps({"crop_size": config.backbone.architecture["crop_size"]})
+    )
     last = losses[-max(1, steps // 10) :]
     return sum(last) / len(last)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="FILE", help="whose dataset and backbone.architecture are taken")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="whose dataset and backbone.architecture are taken"
+    )
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args()
-    loss = pretrain(load_config(options.config, options.overrides), Path(options.out), options.steps, options.batch_size)
+    loss = pretrain(
+        load_config(options.config, options.overrides), Path(options.out), options.steps, options.batch_size
+    )
     print(f"{options.out}: loss {loss:.4f} after {options.steps} steps")
 
 

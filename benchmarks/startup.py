@@ -2,8 +2,9 @@
 
     python -m benchmarks.startup                # 24 encoder and 12 head layers of width 64
 
-Each way compiles from nothing in a process of its own (an empty cache), encoder forward and head forward and backward. Seconds are the
-process's CPU time, its compiler workers' included, so that other work on the machine counts little.
+Each way compiles from nothing in a process of its own (an empty cache), encoder forward and head forward and
+backward. Seconds are the process's CPU time, its compiler workers' included, so that other work on the machine counts
+little.
 """
 
 import argparse
@@ -47,7 +48,16 @@ def compile_once(way: str, encoder_layers: int, head_layers: int) -> None:
 
 
 def measure(way: str, encoder_layers: int, head_layers: int) -> tuple[float, float]:
-    command = [sys.executable, "-m", "benchmarks.startup", "--way", way, "--layers", str(encoder_layers), str(head_layers)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.startup",
+        "--way",
+        way,
+        "--layers",
+        str(encoder_layers),
+        str(head_layers),
+    ]
     with tempfile.TemporaryDirectory() as cache:
         output = subprocess.check_output(command, text=True, env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache})
     cpu, wall = map(float, output.split()[-2:])

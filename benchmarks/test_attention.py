@@ -1,5 +1,6 @@
-"""Attention of the reference encoder (width 64) and heads (width 128) over 64 frames of 256 x 256, forward and backward, by each of the
-kernels of PyTorch that could run it (its FlashAttention-2 is also what xFormers runs where it has no other).
+"""Attention of the reference encoder (width 64) and heads (width 128) over 64 frames of 256 x 256, forward and
+backward, by each of the kernels of PyTorch that could run it (its FlashAttention-2 is also what xFormers runs where
+it has no other).
 
     python -m pytest benchmarks/test_attention.py
 """
@@ -33,7 +34,9 @@ def ways() -> dict[str, Callable]:
 @pytest.mark.parametrize("heads, width", [(16, 64), (8, 128)] if ON_GPU else [(3, 64)])
 def test_attention(benchmark, record, heads, width):
     benchmark.group = f"attention, {heads} heads of {width}"
-    inputs = [torch.randn(BATCH, TOKENS, heads, width, device=DEVICE, dtype=DTYPE, requires_grad=True) for _ in range(3)]
+    inputs = [
+        torch.randn(BATCH, TOKENS, heads, width, device=DEVICE, dtype=DTYPE, requires_grad=True) for _ in range(3)
+    ]
     gradient = torch.randn_like(inputs[0])
 
     def forward_and_backward(function: Callable) -> None:

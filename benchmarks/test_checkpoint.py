@@ -1,8 +1,10 @@
-"""How long a checkpoint holds training up, copied and written beside it, against waiting for the write and DeepSpeed's; and its loading.
+"""How long a checkpoint holds training up, copied and written beside it, against waiting for the write and
+DeepSpeed's; and its loading.
 
     python -m pytest benchmarks/test_checkpoint.py
 
-All save the same state. DeepSpeed's own files are left in the page cache; ours are on disk (fsync) when they count as written.
+All save the same state. DeepSpeed's own files are left in the page cache; ours are on disk (fsync) when they count as
+written.
 """
 
 from itertools import count
@@ -68,9 +70,19 @@ def test_save(record, engine, checkpoints, tmp_path):
         save()
         checkpoints.wait()
 
-    beside = {"waiting for the write": wait_for, "DeepSpeed": lambda: engine.save_checkpoint(str(tmp_path / "deepspeed"), tag="last")}
+    beside = {
+        "waiting for the write": wait_for,
+        "DeepSpeed": lambda: engine.save_checkpoint(str(tmp_path / "deepspeed"), tag="last"),
+    }
     # The write of the round before is not the copy's.
-    record(save, "GB", state_bytes(engine) / 1e9, bytes=2 * state_bytes(engine), beside=beside, before=lambda _: checkpoints.wait())
+    record(
+        save,
+        "GB",
+        state_bytes(engine) / 1e9,
+        bytes=2 * state_bytes(engine),
+        beside=beside,
+        before=lambda _: checkpoints.wait(),
+    )
 
 
 @pytest.mark.benchmark(group="loading a checkpoint")

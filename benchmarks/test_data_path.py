@@ -2,8 +2,9 @@
 
     python -m pytest benchmarks/test_data_path.py
 
-Data-path efficiency is the time of a step on a batch that is there already over that of a step on real video: 1 means that clips
-are always decoded before they are needed. `cat` of the same shards to /dev/null is what the disk and the page cache can give.
+Data-path efficiency is the time of a step on a batch that is there already over that of a step on real video: 1 means
+that clips are always decoded before they are needed. `cat` of the same shards to /dev/null is what the disk and the
+page cache can give.
 """
 
 import itertools
@@ -48,7 +49,9 @@ def configuration(folder: Path, source: str) -> Config:
     csv = {"video": "demo/train.csv", "cache": "latents/train/manifest.csv"}[source]
     kind = {"video": "kinetics_400", "cache": "kinetics_400_cached"}[source]
     keys = [f"dataset.kind={kind}", f"dataset.train={folder / csv}", "dataset.validation=null", "dataset.labels=null"]
-    return load_config(DEMO, [*keys, "latents.statistics_clips=16", f"experiment={folder}", f"engine.compile={not QUICK}"])
+    return load_config(
+        DEMO, [*keys, "latents.statistics_clips=16", f"experiment={folder}", f"engine.compile={not QUICK}"]
+    )
 
 
 class Steps:
@@ -98,7 +101,9 @@ def shards(tmp_path_factory) -> tuple[latent_shards.Shards, Annotations]:
     length = BATCH if QUICK else latent_shards.clips_per_shard(shape, torch.bfloat16)
     for number in range(4):
         latents = torch.randn(length, *shape, dtype=torch.bfloat16)
-        latent_shards.write_shard(latent_shards.shard_path(folder, number), torch.arange(length) + number * length, latents, about)
+        latent_shards.write_shard(
+            latent_shards.shard_path(folder, number), torch.arange(length) + number * length, latents, about
+        )
     names = [str(clip) for clip in range(4 * length)]
     latent_shards.write_manifest(folder, Annotations(names, [0] * len(names)), length)
     return latent_shards.open_shards(str(folder / latent_shards.MANIFEST), config, None)
@@ -113,7 +118,9 @@ def stream(shards: latent_shards.Shards, annotations: Annotations) -> Iterator[C
     sampler = TrainingSampler(len(annotations), 0)
     share = BatchShare(0, 1, BATCH, BATCH)
     threads = len(os.sched_getaffinity(0))
-    return latent_shards.read_batches(sampler.batches(0, share), sampler, annotations, shards, threads, AHEAD, torch.device("cpu"))
+    return latent_shards.read_batches(
+        sampler.batches(0, share), sampler, annotations, shards, threads, AHEAD, torch.device("cpu")
+    )
 
 
 def forget(shards: latent_shards.Shards) -> None:

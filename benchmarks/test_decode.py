@@ -2,11 +2,12 @@
 
     python -m pytest benchmarks/test_decode.py
 
-Clips of 64 frames at stride 2, from 340 x 256 to 256 x 256. The baseline is a PyTorch DataLoader with decord and the steps of the Hugging
-Face processor, a clip at a time: resize (antialiased; in float, and on bytes as torchvision does), crop, rescale, normalise. It is left out
-where decord (of the extra `benchmark`) is not installed. The pipeline hands on uint8, which the encoder normalises in its compiled graph;
-`normalised` adds that step here, a clip at a time, for a comparison of like with like. DALI decodes H.264 by NVDEC on a GPU, and VP9 and
-MJPEG on a CPU, against PyAV and, on a GPU, against both sharing the clips as in training.
+Clips of 64 frames at stride 2, from 340 x 256 to 256 x 256. The baseline is a PyTorch DataLoader with decord and the
+steps of the Hugging Face processor, a clip at a time: resize (antialiased; in float, and on bytes as torchvision
+does), crop, rescale, normalise. It is left out where decord (of the extra `benchmark`) is not installed. The pipeline
+hands on uint8, which the encoder normalises in its compiled graph; `normalised` adds that step here, a clip at a
+time, for a comparison of like with like. DALI decodes H.264 by NVDEC on a GPU, and VP9 and MJPEG on a CPU, against
+PyAV and, on a GPU, against both sharing the clips as in training.
 """
 
 import os
@@ -45,8 +46,8 @@ DALI_FORMATS = ("h264",) if ON_GPU else ("vp9", "mjpeg")
 
 
 def write_videos(folder: Path, name: str) -> list[str]:
-    """The paths of a batch, each file as often as the other: 150 frames of moving noise over a gradient, encoded as Kinetics usually is,
-    or in another format."""
+    """The paths of a batch, each file as often as the other: 150 frames of moving noise over a gradient, encoded as
+    Kinetics usually is, or in another format."""
     extension, codec, pixels, options = FORMATS[name]
     paths = [str(folder / f"{index}.{extension}") for index in range(min(2, BATCH))]
     for index, path in enumerate(paths):
@@ -56,7 +57,9 @@ def write_videos(folder: Path, name: str) -> list[str]:
             stream = container.add_stream(codec, rate=Fraction(30), options=options)
             stream.width, stream.height, stream.pix_fmt = 340, 256, pixels
             for frame in range(150):
-                image = texture[frame : frame + 256, 2 * frame : 2 * frame + 340] + random.integers(0, 16, (256, 340, 1), dtype=np.uint8)
+                image = texture[frame : frame + 256, 2 * frame : 2 * frame + 340] + random.integers(
+                    0, 16, (256, 340, 1), dtype=np.uint8
+                )
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
             container.mux(stream.encode(None))
     return paths * (BATCH // len(paths))
@@ -109,8 +112,12 @@ def test_decode(benchmark, record, tmp_path):
     normalise = compiled_normalisation(PREPROCESSING, torch.float32)
     beside = usual_ways | {"ours, normalised": partial(ours, pyav.read_batches, paths, normalise=normalise)}
     beside["ours, normalised"]()  # compiles; nothing else here has to
-    seconds = record(partial(ours, pyav.read_batches, paths), "clips", BATCH * BATCHES, rounds=LEAST, warm=False, beside=beside)
-    benchmark.extra_info["normalised"] = record.ratios({way: seconds[way] for way in ("ours, normalised", *usual_ways)}, "ours, normalised")
+    seconds = record(
+        partial(ours, pyav.read_batches, paths), "clips", BATCH * BATCHES, rounds=LEAST, warm=False, beside=beside
+    )
+    benchmark.extra_info["normalised"] = record.ratios(
+        {way: seconds[way] for way in ("ours, normalised", *usual_ways)}, "ours, normalised"
+    )
 
 
 @pytest.mark.benchmark(group="decode by DALI, 64 frames of 340 x 256")
@@ -119,7 +126,9 @@ def test_dali(record, tmp_path, name):
     paths = write_videos(tmp_path, name)
     beside = {"PyAV": lambda: ours(pyav.read_batches, paths)}
     if ON_GPU:
-        beside["both"] = lambda: ours(partial(dali.read_batches, lanes=NVDEC_LANES), paths, DEVICE, workers=WORKERS + NVDEC_LANES)
+        beside["both"] = lambda: ours(
+            partial(dali.read_batches, lanes=NVDEC_LANES), paths, DEVICE, workers=WORKERS + NVDEC_LANES
+        )
     record(lambda: ours(dali.read_batches, paths, DEVICE), "clips", BATCH * BATCHES, rounds=LEAST, beside=beside)
 
 

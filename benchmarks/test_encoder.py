@@ -1,8 +1,10 @@
-"""The frozen encoder, compiled in the compute dtype, against eager in fp32 and in that dtype, and transformers' own layers: in turns.
+"""The frozen encoder, compiled in the compute dtype, against eager in fp32 and in that dtype, and transformers' own
+layers: in turns.
 
     python -m pytest benchmarks/test_encoder.py
 
-`joint` attends over the whole clip, as FutureLatents does; `split` encodes context and target apart, which is also less work.
+`joint` attends over the whole clip, as FutureLatents does; `split` encodes context and target apart, which is also
+less work.
 """
 
 from functools import partial
@@ -27,7 +29,10 @@ def test_encode(benchmark, record, backbone, mode):
     others = {"eager fp32": encoder_of(config, torch.float32, False), "eager": encoder_of(config, DTYPE, False)}
     if (backbone, mode) == ("vjepa2", "joint"):
         with patch.dict(backbones.BACKBONES, vjepa2=TransformersVJEPA2):
-            others |= {f"transformers' layers, {way}": encoder_of(config, DTYPE, way == "compiled") for way in ("eager", "compiled")}
+            others |= {
+                f"transformers' layers, {way}": encoder_of(config, DTYPE, way == "compiled")
+                for way in ("eager", "compiled")
+            }
     geometry, video = geometry_of(config, ours), video_of(config)
     beside = {name: partial(encode_clip, encoder, video, geometry, mode) for name, encoder in others.items()}
     flops = BATCH * encoder_flops(ours, geometry, mode)

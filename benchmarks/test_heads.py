@@ -1,9 +1,10 @@
-"""Each head, compiled in the compute dtype, against eager in fp32 and in that dtype: forward alone, and with its backward pass.
+"""Each head, compiled in the compute dtype, against eager in fp32 and in that dtype: forward alone, and with its
+backward pass.
 
     python -m pytest benchmarks/test_heads.py
 
-Forward and backward count three times the forward's operations. What may be switched on (activation checkpointing, the DiT's fused adaLN)
-is timed against the same head without it.
+Forward and backward count three times the forward's operations. What may be switched on (activation checkpointing,
+the DiT's fused adaLN) is timed against the same head without it.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,18 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks.sizes import BATCH, DEVICE, DTYPE, HEADS, ON_GPU, configuration, encoder_of, geometry_of, head_of, latents_of
+from benchmarks.sizes import (
+    BATCH,
+    DEVICE,
+    DTYPE,
+    HEADS,
+    ON_GPU,
+    configuration,
+    encoder_of,
+    geometry_of,
+    head_of,
+    latents_of,
+)
 from flperf.models.flops import head_flops
 from flperf.models.latents import LatentGeometry
 

@@ -1,10 +1,10 @@
-"""The objectives, 8 x 4096 x 1024 in bf16: flow matching's noising and loss as fused ops, against plain PyTorch eager and compiled; the
-regression losses.
+"""The objectives, 8 x 4096 x 1024 in bf16: flow matching's noising and loss as fused ops, against plain PyTorch eager
+and compiled; the regression losses.
 
     python -m pytest benchmarks/test_objective.py
 
-The fused op is Triton on CUDA and compiled PyTorch on a CPU. Achieved GB/s counts the bytes that have to move: 4 an element for the noise,
-6 for a loss with its gradient. A copy of as many bytes takes its turn in every round.
+The fused op is Triton on CUDA and compiled PyTorch on a CPU. Achieved GB/s counts the bytes that have to move: 4 an
+element for the noise, 6 for a loss with its gradient. A copy of as many bytes takes its turn in every round.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,8 @@ def plain_noise(latents, tau, sample):
 
 
 def plain_loss(prediction, latents, sample):
-    """The velocity costs the noise again; that it would otherwise be kept from the noising, in 4 bytes an element, is left out."""
+    """The velocity costs the noise again; that it would otherwise be kept from the noising, in 4 bytes an element, is
+    left out."""
     velocity = latents.float() - torch.randn(latents.shape, device=latents.device)
     return (prediction.float() - velocity).square().mean()
 

@@ -1,8 +1,10 @@
-"""One update of the head's parameters by ours, which keeps the moving average too; against PyTorch's loop over tensors and fused AdamW.
+"""One update of the head's parameters by ours, which keeps the moving average too; against PyTorch's loop over
+tensors and fused AdamW.
 
     python -m pytest benchmarks/test_optimizer.py
 
-An update is bound by memory: bytes are weights, gradients and moments, read and written once (and the average's read and write).
+An update is bound by memory: bytes are weights, gradients and moments, read and written once (and the average's read
+and write).
 """
 
 from collections.abc import Callable

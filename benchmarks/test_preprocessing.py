@@ -2,9 +2,9 @@
 
     python -m pytest benchmarks/test_preprocessing.py
 
-A clip of 64 frames of 340 x 256, already decoded. The processor's steps: resize (antialiased; in fp32, or on bytes as torchvision does),
-crop, rescale, normalise, each over whole frames. Ours resizes bytes and only what the crop keeps; pixels are then normalised in the
-encoder's compiled graph, which `normalised` adds here.
+A clip of 64 frames of 340 x 256, already decoded. The processor's steps: resize (antialiased; in fp32, or on bytes as
+torchvision does), crop, rescale, normalise, each over whole frames. Ours resizes bytes and only what the crop keeps;
+pixels are then normalised in the encoder's compiled graph, which `normalised` adds here.
 """
 
 from functools import partial

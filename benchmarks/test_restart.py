@@ -1,9 +1,10 @@
-"""Time from launch to the first step: with nothing compiled before, and with the compile cache that an earlier start left.
+"""Time from launch to the first step: with nothing compiled before, and with the compile cache that an earlier start
+left.
 
     python -m pytest benchmarks/test_restart.py
 
-Each round is a process of its own, as a requeued job is: it imports, builds encoder, head and engine, fits latent statistics on a few
-clips and does one step of flow matching, which compiles, or finds its graphs.
+Each round is a process of its own, as a requeued job is: it imports, builds encoder, head and engine, fits latent
+statistics on a few clips and does one step of flow matching, which compiles, or finds its graphs.
 """
 
 import os
@@ -24,9 +25,12 @@ CLIPS = ["dataset.shapes.train_clips=64", "dataset.shapes.validation_clips=0", "
 def test_first_step(record, tmp_path):
     """A cold start, which takes a minute or two, leaves the cache for the warm one that follows."""
     experiment, path = tmp_path / "experiment", tmp_path / "config.yaml"
-    path.write_text(dump_config(configuration("dit", "vjepa2", *CLIPS, "tracking.wandb=none", f"experiment={experiment}")))
+    path.write_text(
+        dump_config(configuration("dit", "vjepa2", *CLIPS, "tracking.wandb=none", f"experiment={experiment}"))
+    )
     command = [sys.executable, "-u", "flperf/train.py", "--config", str(path), "--overwrite"]
-    environment = {name: value for name, value in os.environ.items() if name not in CACHE_VARIABLES}  # a benchmark before has set them
+    # a benchmark before has set them
+    environment = {name: value for name, value in os.environ.items() if name not in CACHE_VARIABLES}
 
     def start(cache: str) -> None:
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:

@@ -1,4 +1,5 @@
-"""Forecasts of the DiT, compiled, all samples from one projection of the context; against eager, and a projection at every evaluation.
+"""Forecasts of the DiT, compiled, all samples from one projection of the context; against eager, and a projection at
+every evaluation.
 
 python -m pytest benchmarks/test_sampler.py
 """
@@ -30,7 +31,9 @@ def test_sample(record):
     config = configuration("dit", "vjepa2", *sampling)
     geometry = geometry_of(config, encoder_of(config, DTYPE, False))
     objective, (context, _) = build_objective(config, geometry), latents_of(geometry, DTYPE)
-    compiled, eager, again = (head_of(config, geometry, DTYPE, compile).requires_grad_(False) for compile in (True, False, False))
+    compiled, eager, again = (
+        head_of(config, geometry, DTYPE, compile).requires_grad_(False) for compile in (True, False, False)
+    )
     velocity = again.velocity
     again.velocity = lambda x, tau, memory: velocity(x, tau, again.encode_context(context))
     sample = torch.arange(BATCH, device=DEVICE)

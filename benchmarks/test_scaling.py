@@ -1,10 +1,11 @@
-"""Weak scaling from one process to two on this machine, one thread each, and the share of an update that goes into communication.
+"""Weak scaling from one process to two on this machine, one thread each, and the share of an update that goes into
+communication.
 
     python -m pytest benchmarks/test_scaling.py
 
-An update is a whole one: clips drawn, encoder, head, backward, optimizer. One process and two take turns, so that what else the
-machine does touches both. The efficiency is the time of one over that of two, which take twice the clips; communication is the time in
-which a collective is under way, waiting for the other process included.
+An update is a whole one: clips drawn, encoder, head, backward, optimizer. One process and two take turns, so that
+what else the machine does touches both. The efficiency is the time of one over that of two, which take twice the
+clips; communication is the time in which a collective is under way, waiting for the other process included.
 """
 
 from functools import partial

@@ -2,8 +2,9 @@
 
     python -m pytest benchmarks/test_shapes.py
 
-`PIL` draws each frame and stacks the pictures into one array `f h w c`; `PIL, f c h w` hands them on as FutureLatents' dataset does. In
-turns, each finds the caches as the other leaves them: cold, as between two steps of training.
+`PIL` draws each frame and stacks the pictures into one array `f h w c`; `PIL, f c h w` hands them on as
+FutureLatents' dataset does. In turns, each finds the caches as the other leaves them: cold, as between two steps of
+training.
 """
 
 import numpy as np

@@ -25,16 +25,24 @@ CLIPS = 16  # of the cache
 
 
 def configuration(regime: str, source: str, mode: str, folder: Path, *overrides: str) -> Config:
-    """`source`: "drawn" (clips of moving shapes, encoded in the step), "video" (the demo's files, written on first use) or "cache"
-    (latents that `write_cache` wrote to the folder).
+    """`source`: "drawn" (clips of moving shapes, encoded in the step), "video" (the demo's files, written on first
+    use) or "cache" (latents that `write_cache` wrote to the folder).
 
     No moving average, which the usual way doesn't keep either.
     """
-    clips = [f"dataset.shapes.train_clips={CLIPS}", "dataset.shapes.validation_clips=0", f"latents.statistics_clips={sizes.BATCH}"]
+    clips = [
+        f"dataset.shapes.train_clips={CLIPS}",
+        "dataset.shapes.validation_clips=0",
+        f"latents.statistics_clips={sizes.BATCH}",
+    ]
     files = {
         "drawn": [],
         "video": ["dataset.kind=demo", f"dataset.train={folder}/demo/train.csv", "dataset.validation=null"],
-        "cache": ["dataset.kind=kinetics_400_cached", f"dataset.train={folder}/{mode}/train/manifest.csv", "dataset.validation=null"],
+        "cache": [
+            "dataset.kind=kinetics_400_cached",
+            f"dataset.train={folder}/{mode}/train/manifest.csv",
+            "dataset.validation=null",
+        ],
     }
     clips += ["engine.compile=false"] if sizes.QUICK else []
     keys = [*clips, f"backbone.encode={mode}", "trainer.ema_decay=null", f"experiment={folder}", "dataset.labels=null"]
@@ -73,7 +81,9 @@ def usual(run: Run, source: str, folder: Path, autocast: bool) -> UsualStep:
     """The usual way on the clips of a run and from the same source."""
     device = run.process.device
     if source == "cache":
-        batches = latent_batches(folder / "files/train/manifest.csv", run.share.batch_size, len(os.sched_getaffinity(0)))
+        batches = latent_batches(
+            folder / "files/train/manifest.csv", run.share.batch_size, len(os.sched_getaffinity(0))
+        )
     else:
         batches = (batch.video for batch in run.dataset.train_batches(0, run.share, device))
     return UsualStep(run.config, run.geometry, batches, device, autocast)

@@ -1,8 +1,10 @@
-"""The usual way to train a head on a frozen encoder, as FutureLatents does it: what whole training steps are compared with.
+"""The usual way to train a head on a frozen encoder, as FutureLatents does it: what whole training steps are compared
+with.
 
-transformers' own backbone and our head modules, nothing compiled: pixels normalised in fp32 in the forward, as the Hugging Face processor
-does; the whole clip encoded at once; fp32 weights, in bf16 under autocast or not at all; PyTorch's AdamW as it comes; a loss read at
-every step. From a cache it reads one file a clip with `torch.load` in a DataLoader.
+transformers' own backbone and our head modules, nothing compiled: pixels normalised in fp32 in the forward, as the
+Hugging Face processor does; the whole clip encoded at once; fp32 weights, in bf16 under autocast or not at all;
+PyTorch's AdamW as it comes; a loss read at every step. From a cache it reads one file a clip with `torch.load` in a
+DataLoader.
 """
 
 import csv
@@ -42,17 +44,29 @@ class TransformersVJEPA2(nn.Module):
 class UsualStep:
     """Calling it takes one step on the next of `batches`: uint8 video `b f h w c`, or latents `b d t h w`."""
 
-    def __init__(self, config: Config, geometry: LatentGeometry, batches: Iterator[Tensor], device: torch.device, autocast: bool):
-        self.config, self.geometry, self.batches, self.device, self.autocast = config, geometry, batches, device, autocast
+    def __init__(
+        self, config: Config, geometry: LatentGeometry, batches: Iterator[Tensor], device: torch.device, autocast: bool
+    ):
+        self.config, self.geometry, self.batches, self.device, self.autocast = (
+            config,
+            geometry,
+            batches,
+            device,
+            autocast,
+        )
         self.preprocessing = Preprocessing.of(config.backbone)
-        self.encoder = TransformersVJEPA2(config.backbone, self.preprocessing.size).to(device).requires_grad_(False).eval()
+        self.encoder = (
+            TransformersVJEPA2(config.backbone, self.preprocessing.size).to(device).requires_grad_(False).eval()
+        )
         self.head = build_head(config.model, geometry, seed=config.seed, compile=False).to(device)
         self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=config.trainer.learning_rate)
 
     def __call__(self) -> float:
         batch = next(self.batches).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16) if self.autocast else nullcontext():
-            latents = self.encode(batch) if batch.dtype == torch.uint8 else rearrange(batch.float(), "b d t h w -> b t h w d")
+            latents = (
+                self.encode(batch) if batch.dtype == torch.uint8 else rearrange(batch.float(), "b d t h w -> b t h w d")
+            )
             latents = F.normalize(latents, dim=-1)
             loss = self.loss(latents[:, : self.geometry.context_frames], latents[:, self.geometry.context_frames :])
         self.optimizer.zero_grad()
@@ -63,7 +77,10 @@ class UsualStep:
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
-        mean, std = (torch.tensor(x, device=self.device)[:, None, None] for x in (self.preprocessing.mean, self.preprocessing.std))
+        mean, std = (
+            torch.tensor(x, device=self.device)[:, None, None]
+            for x in (self.preprocessing.mean, self.preprocessing.std)
+        )
         pixels = rearrange(video, "b f h w c -> b f c h w").float() * self.preprocessing.rescale
         return self.encoder((pixels - mean) / std)
 
@@ -82,7 +99,8 @@ PROCESSORS = {
 
 
 def processed(frames: Tensor, preprocessing: Preprocessing, dtype: torch.dtype) -> Tensor:
-    """The Hugging Face processor's steps over whole frames, resized in `dtype`: uint8 `f h w c` to normalised fp32 `f c h w`."""
+    """The Hugging Face processor's steps over whole frames, resized in `dtype`: uint8 `f h w c` to normalised fp32 `f
+    c h w`."""
     geometry = preprocessing.geometry(*frames.shape[1:3])
     resized = F.interpolate(frames.permute(0, 3, 1, 2).to(dtype), geometry.resized, mode="bilinear", antialias=True)
     if dtype.is_floating_point:

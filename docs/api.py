@@ -23,7 +23,12 @@ MODULES = [
         "flperf.models.heads.dit",
         "flperf.models.heads.layers",
     ),
-    *("flperf.models.attention", "flperf.models.backbones.vjepa2", "flperf.models.backbones.dinov3", "flperf.models.backbones.four_ds"),
+    *(
+        "flperf.models.attention",
+        "flperf.models.backbones.vjepa2",
+        "flperf.models.backbones.dinov3",
+        "flperf.models.backbones.four_ds",
+    ),
     *(
         "flperf.data.dataset",
         "flperf.data.samplers",

@@ -22,13 +22,21 @@ BOXES = {  # name → (x, y of the centre, text, whether it learns)
 }
 ARROWS = [
     *(("files", "decoder"), ("decoder", "encoder"), ("encoder", "latents"), ("encoder", "cache"), ("cache", "latents")),
-    *(("latents", "head"), ("latents", "trivial"), ("objective", "head"), ("objective", "engine"), ("head", "judge"), ("trivial", "judge")),
+    *(
+        ("latents", "head"),
+        ("latents", "trivial"),
+        ("objective", "head"),
+        ("objective", "engine"),
+        ("head", "judge"),
+        ("trivial", "judge"),
+    ),
 ]
 
 
 def draw(axes: Axes) -> None:
     styles = {
-        learns: {"boxstyle": "round,pad=0.4", "fc": colour, "ec": "0.3"} for learns, colour in ((False, "#eef3fa"), (True, "#ffe3c2"))
+        learns: {"boxstyle": "round,pad=0.4", "fc": colour, "ec": "0.3"}
+        for learns, colour in ((False, "#eef3fa"), (True, "#ffe3c2"))
     }
     texts = {
         name: axes.text(x, y, text, ha="center", va="center", fontsize=9, bbox=styles[learns])

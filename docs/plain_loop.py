@@ -1,7 +1,8 @@
-"""flperf's parts in a loop of plain PyTorch, without its engine: `python docs/plain_loop.py configs/shapes/predictor.yaml`.
+"""flperf's parts in a loop of plain PyTorch, without its engine: `python docs/plain_loop.py
+configs/shapes/predictor.yaml`.
 
-Every name below is a piece that can be taken by itself: the clips, the frozen encoder, the latent contract `b t h w d`, a head, an
-objective. What the engine adds is left out: ZeRO, averaged weights, evaluation, checkpoints.
+Every name below is a piece that can be taken by itself: the clips, the frozen encoder, the latent contract `b t h w
+d`, a head, an objective. What the engine adds is left out: ZeRO, averaged weights, evaluation, checkpoints.
 """
 
 import sys
@@ -21,12 +22,16 @@ def train(config: Config, device: torch.device) -> list[float]:
     prepare_dataset(config)
     preprocessing = Preprocessing.of(config.backbone)
     dataset = open_dataset(config, preprocessing, config.seed)
-    encoder = build_encoder(config.backbone, preprocessing, dtype=torch.float32, device=device, compile=config.engine.compile)
+    encoder = build_encoder(
+        config.backbone, preprocessing, dtype=torch.float32, device=device, compile=config.engine.compile
+    )
     geometry = latent_geometry(config, *encoder.latent_shape(config.dataset.n_frames))
     head = build_head(config.model, geometry, seed=config.seed, compile=config.engine.compile).to(device)
     objective = build_objective(config, geometry)
     normalise = Normaliser("layer", torch.float32)  # needs no statistics, unlike the default
-    optimizer = torch.optim.AdamW(head.parameters(), lr=config.trainer.learning_rate, weight_decay=config.trainer.weight_decay)
+    optimizer = torch.optim.AdamW(
+        head.parameters(), lr=config.trainer.learning_rate, weight_decay=config.trainer.weight_decay
+    )
 
     losses = []
     size = config.trainer.batch_size

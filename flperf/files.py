@@ -1,4 +1,5 @@
-"""Files that are whole at any moment, whatever is killed and however full the disk; and safetensors files that say what they are."""
+"""Files that are whole at any moment, whatever is killed and however full the disk; and safetensors files that say
+what they are."""
 
 import os
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ if TYPE_CHECKING:  # commands that only look at files need not wait for torch
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Where to write what replaces `path` once it is on disk: complete or not at all. Raises `UserError` that names the file."""
+    """Where to write what replaces `path` once it is on disk: complete or not at all. Raises `UserError` that names
+    the file."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     with writing(path):
         yield unfinished
@@ -54,8 +56,11 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def read_tensor_file(path: str | Path, file_format: str, writer: str, device: "torch.device") -> tuple[dict[str, "Tensor"], dict[str, str]]:
-    """Tensors by name and metadata of a file of `file_format`, which `writer` writes. Raises `UserError` that names the file."""
+def read_tensor_file(
+    path: str | Path, file_format: str, writer: str, device: "torch.device"
+) -> tuple[dict[str, "Tensor"], dict[str, str]]:
+    """Tensors by name and metadata of a file of `file_format`, which `writer` writes. Raises `UserError` that names
+    the file."""
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
@@ -63,5 +68,7 @@ def read_tensor_file(path: str | Path, file_format: str, writer: str, device: "t
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: is not a safetensors file that can be read ({error})") from None
     if metadata.get("format") != file_format:
-        raise UserError(f"{path}: was not written by `{writer}` (format {metadata.get('format')!r}, expected {file_format!r})")
+        raise UserError(
+            f"{path}: was not written by `{writer}` (format {metadata.get('format')!r}, expected {file_format!r})"
+        )
     return tensors, metadata

@@ -1,7 +1,8 @@
-"""A trained head outside training: read from a run, from one of its checkpoints or from an exported file; and put to use in Python.
+"""A trained head outside training: read from a run, from one of its checkpoints or from an exported file; and put to
+use in Python.
 
-An export is one safetensors file: the head's weights (`head.*`) and the statistics of its latents (`statistics.*`), with the resolved
-configuration and the step in the metadata. It holds no encoder, which the configuration names.
+An export is one safetensors file: the head's weights (`head.*`) and the statistics of its latents (`statistics.*`),
+with the resolved configuration and the step in the metadata. It holds no encoder, which the configuration names.
 """
 
 from collections.abc import Sequence
@@ -51,7 +52,8 @@ class Trained:
 
 
 def read_trained(path: str | Path, *, average: bool = True) -> Trained:
-    """From an exported file, a run's folder (its newest checkpoint) or one checkpoint's folder; its averaged weights if it keeps any.
+    """From an exported file, a run's folder (its newest checkpoint) or one checkpoint's folder; its averaged weights
+    if it keeps any.
 
     Raises `UserError` that names what is missing.
     """
@@ -87,7 +89,9 @@ def write_export(trained: Trained, path: str | Path) -> None:
 def _read_export(path: Path) -> Trained:
     tensors, metadata = read_tensor_file(path, FORMAT, "flperf export", CPU)
     weights = {name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")}
-    measured = {name.removeprefix("statistics."): tensor for name, tensor in tensors.items() if name.startswith("statistics.")}
+    measured = {
+        name.removeprefix("statistics."): tensor for name, tensor in tensors.items() if name.startswith("statistics.")
+    }
     return Trained(str(path), metadata["config"], int(metadata["step"]), weights, *split_statistics(measured))
 
 
@@ -97,7 +101,8 @@ class Forecaster:
         forecaster = load_forecaster("forecaster.safetensors")
         latents = forecaster.forecast(video)  # video: uint8 f h w c, any size
 
-    `context_frames` is how many video frames it looks at; `config`, `geometry` and `statistics` say what it was trained with.
+    `context_frames` is how many video frames it looks at; `config`, `geometry` and `statistics` say what it was
+    trained with.
     """
 
     def __init__(self, trained: Trained, device: torch.device, overrides: list[str], compile: bool):
@@ -106,7 +111,12 @@ class Forecaster:
         dtype = compute_dtype(config.engine.precision, device)
         self.preprocessing = Preprocessing.of(config.backbone)
         self.encoder = build_encoder(config.backbone, self.preprocessing, dtype=dtype, device=device, compile=compile)
-        self.head = build_head(config.model, self.geometry, seed=config.seed, compile=compile).to(device).requires_grad_(False).eval()
+        self.head = (
+            build_head(config.model, self.geometry, seed=config.seed, compile=compile)
+            .to(device)
+            .requires_grad_(False)
+            .eval()
+        )
         load_weights(self.head, trained.weights, dtype)
         self.normaliser = Normaliser(config.latents.embedding_norm, dtype, trained.statistics).to(device)
         self.objective = build_objective(config, self.geometry)
@@ -114,12 +124,15 @@ class Forecaster:
 
     @torch.no_grad()
     def context(self, video: Tensor) -> Tensor:
-        """Normalised latents `1 t h w d` of the last `context_frames` frames of a video, uint8 `f h w c`, at the stride of training."""
+        """Normalised latents `1 t h w d` of the last `context_frames` frames of a video, uint8 `f h w c`, at the
+        stride of training."""
         stride = self.config.dataset.stride
         frames = video[-1 - (self.context_frames - 1) * stride :: stride]
         if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[-1] != 3 or len(frames) < self.context_frames:
             needed = (self.context_frames - 1) * stride + 1
-            raise ValueError(f"video: needs uint8 f h w c of at least {needed} frames, got {video.dtype} {list(video.shape)}")
+            raise ValueError(
+                f"video: needs uint8 f h w c of at least {needed} frames, got {video.dtype} {list(video.shape)}"
+            )
         pixels = self.preprocessing.apply(frames)[None].contiguous().to(self.device)
         return self.normaliser(self.encoder(pixels))
 
@@ -127,8 +140,8 @@ class Forecaster:
     def forecast(self, video: Tensor, frames: int | None = None, seed: int = 0) -> Tensor:
         """fp32 `k t h w d`: samples (one in regression) of the normalised latents that follow a video, uint8 `f h w c`.
 
-        frames: how many latent frames (default: those of training; more are rolled out). Raises `ValueError` for a video of another shape,
-        or too short.
+        frames: how many latent frames (default: those of training; more are rolled out). Raises `ValueError` for a
+        video of another shape, or too short.
         """
         sample = torch.tensor([seed], device=self.device)
         return forecast(self.objective, self.head, self.context(video), sample, frames)[0]

@@ -42,7 +42,8 @@ class Run:
     baselines: Baselines | None = None
 
     def raw_latents(self, batch: ClipBatch) -> tuple[Tensor, Tensor]:
-        """Context and target latents of a batch as the encoder (or the cache) gives them, `b t h w d`, on the device."""
+        """Context and target latents of a batch as the encoder (or the cache) gives them, `b t h w d`, on the
+        device."""
         if batch.latents is not None:
             latents = batch.latents.to(self.process.device, non_blocking=True)
             split = self.geometry.context_frames
@@ -68,8 +69,8 @@ class Run:
 
 
 def build_run(config: Config, process: Process, *, training: bool = True) -> Run:
-    """Data, encoder, head and, for training, the engine. Takes no step and writes nothing (but the demo's clips, if they are not there
-    yet)."""
+    """Data, encoder, head and, for training, the engine. Takes no step and writes nothing (but the demo's clips, if
+    they are not there yet)."""
     dtype = compute_dtype(config.engine.precision, process.device)
     share = batch_share(config.trainer, process) if training else evaluation_share(config, process)
     if process.local_rank == 0:
@@ -79,7 +80,9 @@ def build_run(config: Config, process: Process, *, training: bool = True) -> Run
     dataset = open_dataset(config, preprocessing, config.seed)
     encoder, shape = None, dataset.latent_shape
     if shape is None:
-        encoder = build_encoder(config.backbone, preprocessing, dtype=dtype, device=process.device, compile=config.engine.compile)
+        encoder = build_encoder(
+            config.backbone, preprocessing, dtype=dtype, device=process.device, compile=config.engine.compile
+        )
         shape = encoder.latent_shape(config.dataset.n_frames)
     geometry = latent_geometry(config, *shape)
     objective = build_objective(config, geometry)
@@ -103,7 +106,10 @@ def evaluation_share(config: Config, process: Process) -> BatchShare:
 def flops_per_clip(run: Run) -> dict[str, int]:
     """Forward FLOPs of the encoder, training FLOPs (three forward passes) of the head, for one clip."""
     encode = encoder_flops(run.encoder, run.geometry, run.config.backbone.encode) if run.encoder else 0
-    return {"encoder": encode, "head": 3 * head_flops(run.forecaster, run.geometry, isinstance(run.objective, FlowMatching))}
+    return {
+        "encoder": encode,
+        "head": 3 * head_flops(run.forecaster, run.geometry, isinstance(run.objective, FlowMatching)),
+    }
 
 
 def describe(run: Run) -> str:
@@ -116,16 +122,22 @@ def describe(run: Run) -> str:
     compute_bytes = torch.finfo(run.dtype).bits // 8
     state = (2 * compute_bytes + (12 + 4 * (config.trainer.ema_decay is not None)) / shared) * head_parameters
     lines = [
-        f"data      {config.dataset.kind}: {run.dataset.train_size} training clips, {run.dataset.validation_size} validation clips",
+        f"data      {config.dataset.kind}: {run.dataset.train_size} training clips, "
+        f"{run.dataset.validation_size} validation clips",
         f"latents   {geometry.context_frames} context + {geometry.target_frames} target frames, "
         f"{geometry.height} x {geometry.width} x {geometry.dim} each",
     ]
     if run.encoder:
-        lines.append(f"encoder   {config.backbone.kind}, {count_parameters(run.encoder) / 1e6:.1f} M parameters, frozen, {run.dtype}")
+        lines.append(
+            f"encoder   {config.backbone.kind}, {count_parameters(run.encoder) / 1e6:.1f} M parameters, frozen, "
+            f"{run.dtype}"
+        )
     lines += [
         f"head      {config.model.head}, {head_parameters / 1e6:.1f} M parameters",
-        f"attention {attention_operator(config.model.hidden_dim // config.model.num_heads, run.dtype, run.process.device)}",
-        f"batch     {share.batch_size} = {share.micro_batch_size} x {share.accumulation_steps} accumulation x {share.world_size} processes",
+        "attention "
+        f"{attention_operator(config.model.hidden_dim // config.model.num_heads, run.dtype, run.process.device)}",
+        f"batch     {share.batch_size} = {share.micro_batch_size} x {share.accumulation_steps} accumulation x "
+        f"{share.world_size} processes",
         f"FLOPs     {flops['encoder'] / 1e9:.2f} G encoder + {flops['head'] / 1e9:.2f} G head a clip in training",
         f"memory    {state / 1e9:.3f} GB of model states a process at ZeRO {config.engine.zero_stage}; "
         f"{memory_gb(run.process.device):.2f} GB held now by this process, before activations",

@@ -11,17 +11,24 @@ from flperf.engine.compile_cache import use_compile_cache
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = command_parser(
         "train",
-        "Train a head on one process; under the deepspeed launcher (deepspeed flperf/train.py …) on all devices. The same command resumes.",
+        "Train a head on one process; under the deepspeed launcher (deepspeed flperf/train.py …) on all "
+        "devices. The same command resumes.",
         "flperf train --config configs/demo.yaml",
-        "deepspeed flperf/train.py --config configs/references/vjepa2_kinetics_400.yaml dataset.train=/data/k400/train.csv",
+        "deepspeed flperf/train.py --config configs/references/vjepa2_kinetics_400.yaml "
+        "dataset.train=/data/k400/train.csv",
         debug="a few clips and steps, tracebacks, no dashboards; writes experiment/debug/",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the file")
     parser.add_argument("--overwrite", action="store_true", help="put an earlier run of this name aside and start anew")
-    parser.add_argument("--dry-run", action="store_true", help="build everything, say its sizes, take no step, write no run")
-    parser.add_argument("--profile", action="store_true", help="watch a few steps: where their time goes, as a table and a trace")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher passes it; the environment says the same
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build everything, say its sizes, take no step, write no run"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="watch a few steps: where their time goes, as a table and a trace"
+    )
+    # the launcher passes it; the environment says the same
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(arguments)
 
 

@@ -1,13 +1,16 @@
-"""What stands between two layers of a DiT block, one pass each way: the gated residual of one branch, the norm and modulation of the next.
+"""What stands between two layers of a DiT block, one pass each way: the gated residual of one branch, the norm and
+modulation of the next.
 
-    x' = x + gate y        h = (x' - mean(x')) / sqrt(var(x') + eps) (1 + scale) + shift        [DiT, arXiv:2212.09748, section 3.2]
+    x' = x + gate y        h = (x' - mean(x')) / sqrt(var(x') + eps) (1 + scale) + shift        [DiT,
+    arXiv:2212.09748, section 3.2]
 
-Forward reads x, y and writes x', h, as Inductor's own kernel does. Backward reads the gradients of x' and h, and x', y, writes those
-of x and y, and sums those of gate, shift and scale over tokens on the way; Inductor takes these sums, which run across the rows of
-the norm, in passes of their own (`python -m benchmarks.norm_report` counts both).
+Forward reads x, y and writes x', h, as Inductor's own kernel does. Backward reads the gradients of x' and h, and x',
+y, writes those of x and y, and sums those of gate, shift and scale over tokens on the way; Inductor takes these sums,
+which run across the rows of the norm, in passes of their own (`python -m benchmarks.norm_report` counts both).
 
-Shapes: x, y [b, n, d]; gate, shift, scale [b, d]. Arithmetic is fp32, and the norm is that of x' as it is stored. The sums are taken in two
-stages without atomics: the same input gives the same bits. On CUDA the ops run Triton, on a CPU plain PyTorch.
+Shapes: x, y [b, n, d]; gate, shift, scale [b, d]. Arithmetic is fp32, and the norm is that of x' as it is stored. The
+sums are taken in two stages without atomics: the same input gives the same bits. On CUDA the ops run Triton, on a CPU
+plain PyTorch.
 """
 
 import torch
@@ -21,13 +24,17 @@ PROGRAMS = 1024  # about what fills a device; each then takes the rows that are 
 MAX_ROWS = 64
 
 
-def residual_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """(x', h), each [b, n, d]. x, y: [b, n, d]; gate, shift, scale: [b, d]; all in one dtype. Raises ValueError otherwise."""
+def residual_modulate(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """(x', h), each [b, n, d]. x, y: [b, n, d]; gate, shift, scale: [b, d]; all in one dtype. Raises ValueError
+    otherwise."""
     return torch.ops.flperf.residual_modulate(x, y, gate, shift, scale, eps)
 
 
 def reference(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As one would write it, for autograd to differentiate: (x', h), each [b, n, d] in the dtype of x, computed in at least fp32.
+    """As one would write it, for autograd to differentiate: (x', h), each [b, n, d] in the dtype of x, computed in at
+    least fp32.
 
     x, y: [b, n, d]; gate, shift, scale: [b, d], of any dtypes.
     """
@@ -56,7 +63,9 @@ def forward_kernel(x, y, gate, shift, scale, out, h, rows, steps, width, eps, EV
     for step in range(steps):
         row = tl.program_id(0) * steps + step
         here, mask = (b * rows + row) * width + column, inside if EVEN else inside & (row < rows)
-        summed = tl.load(x + here, mask=mask, other=0.0).to(tl.float32) + gain * tl.load(y + here, mask=mask, other=0.0).to(tl.float32)
+        summed = tl.load(x + here, mask=mask, other=0.0).to(tl.float32) + gain * tl.load(
+            y + here, mask=mask, other=0.0
+        ).to(tl.float32)
         stored = summed.to(out.dtype.element_ty)
         tl.store(out + here, stored, mask=mask)
         standard, _ = _normalised(stored.to(tl.float32), inside, width, eps)
@@ -65,7 +74,8 @@ def forward_kernel(x, y, gate, shift, scale, out, h, rows, steps, width, eps, EV
 
 @triton.jit(do_not_specialize=["steps", "rows"])
 def backward_kernel(
-    grad_out, grad_h, out, y, gate, scale, grad_x, grad_y, partial, rows, steps, width, eps, EVEN: tl.constexpr, C: tl.constexpr
+    grad_out, grad_h, out, y, gate, scale, grad_x, grad_y, partial, rows, steps, width, eps,
+    EVEN: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
     b, column = tl.program_id(1).to(tl.int64), tl.arange(0, C)
     inside = column < width
@@ -97,19 +107,35 @@ def _tiling(x: Tensor) -> tuple[int, dict, dict]:
     steps = min(MAX_ROWS, max(1, b * n // PROGRAMS))
     columns = triton.next_power_of_2(d)
     sizes = dict(rows=n, steps=steps, width=d, EVEN=n % steps == 0, C=columns)
-    return triton.cdiv(n, steps), sizes, dict(num_warps=min(16, max(4, columns * x.itemsize // 512)))  # 16 bytes a thread
+    # 16 bytes a thread
+    return triton.cdiv(n, steps), sizes, dict(num_warps=min(16, max(4, columns * x.itemsize // 512)))
 
 
 def forward_launch(x, y, gate, shift, scale, eps, out, h):
     programs, sizes, options = _tiling(x)
-    return forward_kernel, (programs, len(x)), dict(x=x, y=y, gate=gate, shift=shift, scale=scale, out=out, h=h, eps=eps) | sizes, options
+    return (
+        forward_kernel,
+        (programs, len(x)),
+        dict(x=x, y=y, gate=gate, shift=shift, scale=scale, out=out, h=h, eps=eps) | sizes,
+        options,
+    )
 
 
 def backward_launch(grad_out, grad_h, out, y, gate, scale, eps, grad_x, grad_y):
     """The kernel fills grad_x, grad_y and `partial` [b, programs, (gate, shift, scale), d], which it allocates."""
     programs, sizes, options = _tiling(out)
     partial = torch.empty(len(out), programs, 3, out.shape[-1], dtype=torch.float32, device=out.device)
-    tensors = dict(grad_out=grad_out, grad_h=grad_h, out=out, y=y, gate=gate, scale=scale, grad_x=grad_x, grad_y=grad_y, partial=partial)
+    tensors = dict(
+        grad_out=grad_out,
+        grad_h=grad_h,
+        out=out,
+        y=y,
+        gate=gate,
+        scale=scale,
+        grad_x=grad_x,
+        grad_y=grad_y,
+        partial=partial,
+    )
     return backward_kernel, (programs, len(out)), tensors | dict(eps=eps) | sizes, options
 
 
@@ -117,7 +143,12 @@ def _check(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> 
     if x.dim() != 3:
         raise ValueError(f"x must be [b, n, d], got {list(x.shape)}")
     b, _, d = x.shape
-    for name, tensor, shape in (("y", y, list(x.shape)), ("gate", gate, [b, d]), ("shift", shift, [b, d]), ("scale", scale, [b, d])):
+    for name, tensor, shape in (
+        ("y", y, list(x.shape)),
+        ("gate", gate, [b, d]),
+        ("shift", shift, [b, d]),
+        ("scale", scale, [b, d]),
+    ):
         if list(tensor.shape) != shape or tensor.dtype != x.dtype or tensor.device != x.device:
             found = f"{list(tensor.shape)} in {tensor.dtype} on {tensor.device}"
             raise ValueError(f"{name} must be {shape} in {x.dtype} on {x.device}, got {found}")
@@ -146,7 +177,9 @@ def _(x, y, gate, shift, scale, eps):
 
 
 @torch.library.custom_op("flperf::residual_modulate_backward", mutates_args=())
-def _backward(grad_out: Tensor, grad_h: Tensor, out: Tensor, y: Tensor, gate: Tensor, scale: Tensor, eps: float) -> list[Tensor]:
+def _backward(
+    grad_out: Tensor, grad_h: Tensor, out: Tensor, y: Tensor, gate: Tensor, scale: Tensor, eps: float
+) -> list[Tensor]:
     """Gradients of x, y [b, n, d] and of gate, shift, scale [b, d]."""
     dtype = torch.promote_types(out.dtype, torch.float32)
     dout, dh, x, branch = (tensor.to(dtype) for tensor in (grad_out, grad_h, out, y))

@@ -1,13 +1,16 @@
-"""Flow matching's two memory-bound steps, one pass each: noising the target latents, and the loss together with its gradient.
+"""Flow matching's two memory-bound steps, one pass each: noising the target latents, and the loss together with its
+gradient.
 
-    data  = (normalise(latents) - mean) / std     noise = philox_normal(sample, seed), see philox.py
-    x_tau = (1 - tau) noise + tau data            velocity = data - noise     [Lipman et al., "Flow matching", 2023; noise at 0]
-    loss  = mean over n, d of l(prediction - velocity),  l in mse | l1 | smooth_l1 (beta 1)
+    data  = (normalise(latents) - mean) / std     noise = philox_normal(sample, seed), see philox.py x_tau = (1 - tau)
+    noise + tau data            velocity = data - noise     [Lipman et al., "Flow matching", 2023; noise at 0] loss  =
+    mean over n, d of l(prediction - velocity),  l in mse | l1 | smooth_l1 (beta 1)
 
-Noise and velocity never exist in memory: both kernels draw the same noise from its counter. The loss writes the gradient of the
-prediction while it holds the residual, so the backward has only a scalar left to multiply by, and that is usually one.
+Noise and velocity never exist in memory: both kernels draw the same noise from its counter. The loss writes the
+gradient of the prediction while it holds the residual, so the backward has only a scalar left to multiply by, and
+that is usually one.
 
-Shapes: b samples, n tokens, d channels. Arithmetic is fp32. On CUDA the ops run Triton, on a CPU the PyTorch code they are tested against.
+Shapes: b samples, n tokens, d channels. Arithmetic is fp32. On CUDA the ops run Triton, on a CPU the PyTorch code
+they are tested against.
 """
 
 import torch
@@ -22,15 +25,19 @@ NORMS, LOSSES, REDUCTIONS = ("none", "l2", "layer"), ("mse", "l1", "smooth_l1"),
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-# ---------------------------------------------------------------------------------------------------------------- interface
+# ----------------------------------------------------------------------------------------------------------------
+# interface
 
 
-def flow_matching_noise(latents, tau, sample, *, seed, mean=None, std=None, norm="none", eps=1e-6, out_dtype=None) -> Tensor:
+def flow_matching_noise(
+    latents, tau, sample, *, seed, mean=None, std=None, norm="none", eps=1e-6, out_dtype=None
+) -> Tensor:
     """x_tau [b, n, d], contiguous, in `out_dtype` (default: that of the latents). Not differentiable.
 
-    latents [b, n, d] fp32 | bf16 | fp16 with any strides; tau fp32 [b]; sample int64 [b], the global index of each sample, unique in
-    the run, which with `seed` determines its noise; `norm` divides each token by its L2 norm ("l2", at least eps) or standardises
-    it over channels ("layer", eps under the root); then mean and std, fp32 [d], standardise each channel. Raises ValueError otherwise.
+    latents [b, n, d] fp32 | bf16 | fp16 with any strides; tau fp32 [b]; sample int64 [b], the global index of each
+    sample, unique in the run, which with `seed` determines its noise; `norm` divides each token by its L2 norm ("l2",
+    at least eps) or standardises it over channels ("layer", eps under the root); then mean and std, fp32 [d],
+    standardise each channel. Raises ValueError otherwise.
     """
     _refuse_gradient(latents=latents, tau=tau)
     out_dtype = out_dtype or latents.dtype
@@ -38,14 +45,28 @@ def flow_matching_noise(latents, tau, sample, *, seed, mean=None, std=None, norm
 
 
 def flow_matching_loss(
-    prediction, latents, sample, *, seed, loss="mse", mean=None, std=None, norm="none", eps=1e-6, weight=None, reduction="sample", scale=1.0
+    prediction,
+    latents,
+    sample,
+    *,
+    seed,
+    loss="mse",
+    mean=None,
+    std=None,
+    norm="none",
+    eps=1e-6,
+    weight=None,
+    reduction="sample",
+    scale=1.0,
 ) -> Tensor:
-    """Loss of a predicted velocity [b, n, d], differentiable in the prediction only; arguments as in `flow_matching_noise`.
+    """Loss of a predicted velocity [b, n, d], differentiable in the prediction only; arguments as in
+    `flow_matching_noise`.
 
     reduction "sample": fp32 [b], for each sample scale * weight * mean over n, d of l(prediction - velocity).
-    reduction "mean": the mean of those over b, an fp32 scalar. Either way the forward writes the gradient of the returned value, and the
-    backward leaves it alone where the incoming gradient is 1: call backward on the "mean" itself, and put factors such as
-    1 / accumulation steps in `scale`. The stored gradient is scaled in place, so a second backward over the same graph raises.
+    reduction "mean": the mean of those over b, an fp32 scalar. Either way the forward writes the gradient of the
+    returned value, and the backward leaves it alone where the incoming gradient is 1: call backward on the "mean"
+    itself, and put factors such as 1 / accumulation steps in `scale`. The stored gradient is scaled in place, so a
+    second backward over the same graph raises.
     """
     _refuse_gradient(latents=latents, weight=weight)
     arguments = (signed_64(seed), loss, mean, std, norm, eps, weight, reduction, scale)
@@ -58,7 +79,8 @@ def flow_matching_velocity(latents, sample, *, seed, mean=None, std=None, norm="
     return data - _noise_like(data, sample, seed)
 
 
-# ---------------------------------------------------------------------------------------------------------------- reference
+# ----------------------------------------------------------------------------------------------------------------
+# reference
 
 
 def flow_matching_data(latents: Tensor, mean: Tensor | None, std: Tensor | None, norm: str, eps: float) -> Tensor:
@@ -78,13 +100,15 @@ def _noise_like(data: Tensor, sample: Tensor, seed: int) -> Tensor:
 
 
 def noise_reference(latents, tau, sample, seed, mean, std, norm, eps, out_dtype) -> Tensor:
-    """`flow_matching_noise` in plain PyTorch: latents [b, n, d], tau [b] and sample int64 [b] to x_tau [b, n, d] in `out_dtype`."""
+    """`flow_matching_noise` in plain PyTorch: latents [b, n, d], tau [b] and sample int64 [b] to x_tau [b, n, d] in
+    `out_dtype`."""
     data = flow_matching_data(latents, mean, std, norm, eps)
     return _noise_like(data, sample, seed).lerp_(data, tau.to(data.dtype)[:, None, None]).to(out_dtype)
 
 
 def loss_reference(prediction, latents, sample, seed, loss, mean, std, norm, eps, weight, reduction, scale) -> Tensor:
-    """`flow_matching_loss` as one would write it, for autograd to differentiate: [b], or a scalar for reduction "mean", in at least fp32.
+    """`flow_matching_loss` as one would write it, for autograd to differentiate: [b], or a scalar for reduction
+    "mean", in at least fp32.
 
     prediction and latents [b, n, d]; sample int64 [b]; weight [b] and mean, std [d], or None each.
     """
@@ -96,7 +120,8 @@ def loss_reference(prediction, latents, sample, seed, loss, mean, std, norm, eps
 
 
 def loss_and_derivative(residual: Tensor, loss: str) -> tuple[Tensor, Tensor]:
-    """l and its derivative l' of each element of a residual of any shape, both of that shape and dtype; loss is one of LOSSES."""
+    """l and its derivative l' of each element of a residual of any shape, both of that shape and dtype; loss is one
+    of LOSSES."""
     if loss == "mse":
         return residual.square(), 2.0 * residual
     if loss == "l1":
@@ -105,10 +130,10 @@ def loss_and_derivative(residual: Tensor, loss: str) -> tuple[Tensor, Tensor]:
     return clamped * (residual - 0.5 * clamped), clamped
 
 
-# ------------------------------------------------------------------------------------------------------------------ kernels
-# A program works down `steps` tiles [R, C] of one sample: R rows (tokens), C columns (channels). Where every element is treated alike
-# the sample is one run of numbers instead, cut into rows of C. Where a tile begins is 64-bit and the same for all threads; offsets inside
-# it are 32-bit unless WIDE, which saves the registers that hold them.
+# ------------------------------------------------------------------------------------------------------------------
+# kernels A program works down `steps` tiles [R, C] of one sample: R rows (tokens), C columns (channels). Where every
+# element is treated alike the sample is one run of numbers instead, cut into rows of C. Where a tile begins is 64-bit
+# and the same for all threads; offsets inside it are 32-bit unless WIDE, which saves the registers that hold them.
 
 
 @triton.jit
@@ -123,19 +148,32 @@ def _offset(stride_n, stride_d, WIDE: tl.constexpr, R: tl.constexpr, C: tl.const
 
 @triton.jit
 def _load(
-    pointer, sample, row, stride_b, stride_n, stride_d, mask, WIDE: tl.constexpr, FAST: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+    pointer,
+    sample,
+    row,
+    stride_b,
+    stride_n,
+    stride_d,
+    mask,
+    WIDE: tl.constexpr,
+    FAST: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
 ):
     pointer += sample.to(tl.int64) * stride_b + row * stride_n + (tl.program_id(1) * C).to(tl.int64) * stride_d
     x = tl.load(pointer + _offset(stride_n, stride_d, WIDE, R, C), mask=mask, other=0.0)
     if FAST and x.dtype == tl.bfloat16:  # the compiler takes three instructions to widen two numbers, this is two
-        x = tl.inline_asm_elementwise("{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000; }", "=r,=r,r", [x], tl.int32, True, 2)
+        x = tl.inline_asm_elementwise(
+            "{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000; }", "=r,=r,r", [x], tl.int32, True, 2
+        )
         x = x.to(tl.float32, bitcast=True)
     return x.to(tl.float32)
 
 
 @triton.jit
 def _channel_statistics(mean, std, width, STANDARDISE: tl.constexpr, C: tl.constexpr):
-    """(x - mean) / std as x scale + shift, [1, C]: one instruction. It rounds by what the latents' own rounding amounts to."""
+    """(x - mean) / std as x scale + shift, [1, C]: one instruction. It rounds by what the latents' own rounding
+    amounts to."""
     if STANDARDISE:
         column = (tl.program_id(1) * C + tl.arange(0, C))[None, :]
         scale = 1.0 / tl.load(std + column, mask=column < width, other=1.0)
@@ -177,9 +215,11 @@ def _tile(step, steps, rows, width, total, MASK: tl.constexpr, WIDE: tl.constexp
 @triton.jit
 def _noise(
     index, element, width, seed, variance,
-    GROUPED: tl.constexpr, SMALL: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    GROUPED: tl.constexpr, SMALL: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr, R: tl.constexpr,
+    C: tl.constexpr,
 ):  # fmt: skip
-    """Noise of the tile [R, C] that begins at an element. GROUPED: rows begin at multiples of 4; SMALL: groups fit 32 bits."""
+    """Noise of the tile [R, C] that begins at an element. GROUPED: rows begin at multiples of 4; SMALL: groups fit 32
+    bits."""
     if GROUPED:
         first, inside = element // 4, _offset(width // 4, 1, WIDE, R, C // 4)
         group = first.to(tl.uint32) + inside.to(tl.uint32) if SMALL else first.to(tl.uint64) + inside.to(tl.uint64)
@@ -191,7 +231,8 @@ def _noise(
 @triton.jit(do_not_specialize=["steps", "rows", "seed"])  # their values change no code
 def noise_kernel(
     latents, tau, sample, mean, std, out, stride_b, stride_n, stride_d, steps, rows, width, total, seed: tl.int64, eps,
-    NORM: tl.constexpr, STANDARDISE: tl.constexpr, GROUPED: tl.constexpr, SMALL: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr,
+    NORM: tl.constexpr, STANDARDISE: tl.constexpr, GROUPED: tl.constexpr, SMALL: tl.constexpr,
+    MASK: tl.constexpr, WIDE: tl.constexpr,
     FAST: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(2)
@@ -212,7 +253,8 @@ def noise_kernel(
 def loss_kernel(
     prediction, latents, sample, mean, std, weight, gradient, partial, prediction_b, prediction_n, prediction_d,
     stride_b, stride_n, stride_d, steps, rows, width, total, seed: tl.int64, eps, gain, gradient_gain,
-    LOSS: tl.constexpr, NORM: tl.constexpr, STANDARDISE: tl.constexpr, GROUPED: tl.constexpr, SMALL: tl.constexpr, MASK: tl.constexpr,
+    LOSS: tl.constexpr, NORM: tl.constexpr, STANDARDISE: tl.constexpr, GROUPED: tl.constexpr,
+    SMALL: tl.constexpr, MASK: tl.constexpr,
     WIDE: tl.constexpr, FAST: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(2)
@@ -231,12 +273,16 @@ def loss_kernel(
         if LOSS == "mse":
             value, derivative = residual * residual, residual * (2.0 * gradient_gain)
         elif LOSS == "l1":
-            value, derivative = tl.abs(residual), tl.where(residual > 0, gradient_gain, tl.where(residual < 0, -gradient_gain, 0.0))
+            value, derivative = (
+                tl.abs(residual),
+                tl.where(residual > 0, gradient_gain, tl.where(residual < 0, -gradient_gain, 0.0)),
+            )
         else:
             clamped = tl.clamp(residual, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
             value, derivative = clamped * (residual - 0.5 * clamped), clamped * gradient_gain
         value = value if MASK == "none" else tl.where(mask, value, 0.0)
-        loss += tl.sum(value.reshape(R, C // 4, 4), 2)  # four neighbours sit in one thread: a quarter of the registers, no exchange
+        # four neighbours sit in one thread: a quarter of the registers, no exchange
+        loss += tl.sum(value.reshape(R, C // 4, 4), 2)
         if gradient is not None:
             here = gradient + b.to(tl.int64) * total + element
             tl.store(here + _offset(width, 1, WIDE, R, C), derivative.to(gradient.dtype.element_ty), mask=mask)
@@ -267,7 +313,8 @@ def scale_kernel(gradient, factor, factor_stride, gain, total, steps, BLOCK: tl.
             tl.store(gradient + b * total + element, (x.to(tl.float32) * scale).to(x.dtype), mask=element < total)
 
 
-# ------------------------------------------------------------------------------------------------------------------- launch
+# -------------------------------------------------------------------------------------------------------------------
+# launch
 
 
 def _tiling(latents: Tensor, strided: tuple[Tensor, ...], per_channel: bool, norm: str, per_thread: int):
@@ -280,25 +327,40 @@ def _tiling(latents: Tensor, strided: tuple[Tensor, ...], per_channel: bool, nor
         rows, width, c = n, d, triton.next_power_of_2(d) if norm != "none" or power < 64 else power
         c = max(16, c if norm != "none" else min(c, tile))
     r, chunks = max(1, tile // c), triton.cdiv(width, c)
-    # The tiles of up to 2^15 elements share a program's setup, as long as about a thousand programs are left, which is what fills a device.
+    # The tiles of up to 2^15 elements share a program's setup, as long as about a thousand programs are left, which
+    # is what fills a device.
     programs = triton.cdiv(rows, r) * chunks * b
     steps = 1 << max(1, min(2**15 // (r * c), programs // 1024)).bit_length() - 1
     even = rows % (r * steps) == 0 and (n * d if flat else d) % c == 0
     strides = [(t.stride(0), width, 1) if flat else t.stride() for t in strided]
     extent = max(abs(stride_n) * r + abs(stride_d) * c for _, stride_n, stride_d in (*strides, (0, width, 1)))
     arguments = dict(steps=steps, rows=rows, width=width, total=n * d, NORM=norm, STANDARDISE=per_channel, R=r, C=c)
-    arguments |= dict(GROUPED=flat or d % 4 == 0, SMALL=n * d <= 2**34, MASK="none" if even else "flat" if flat else "rows")
+    arguments |= dict(
+        GROUPED=flat or d % 4 == 0, SMALL=n * d <= 2**34, MASK="none" if even else "flat" if flat else "rows"
+    )
     arguments |= dict(WIDE=extent >= 2**31, FAST=not latents.is_cpu)
-    return (triton.cdiv(rows, r * steps), chunks, b), arguments, strides, dict(num_warps=min(32, max(4, r * c // (32 * per_thread))))
+    return (
+        (triton.cdiv(rows, r * steps), chunks, b),
+        arguments,
+        strides,
+        dict(num_warps=min(32, max(4, r * c // (32 * per_thread)))),
+    )
 
 
-# Elements a thread: as many as leave half of a processor's threads room for their registers, which the tests hold for every combination.
+# Elements a thread: as many as leave half of a processor's threads room for their registers, which the tests hold for
+# every combination.
 
 
 def noise_launch(latents, tau, sample, seed, mean, std, norm, eps, out):
     per_thread = 8 if norm != "none" else 16 if mean is not None or max(latents.itemsize, out.itemsize) > 2 else 32
     grid, arguments, [strides], options = _tiling(latents, (latents,), mean is not None, norm, per_thread)
-    arguments |= dict(zip(("stride_b", "stride_n", "stride_d"), strides, strict=True), latents=latents, tau=tau, sample=sample, out=out)
+    arguments |= dict(
+        zip(("stride_b", "stride_n", "stride_d"), strides, strict=True),
+        latents=latents,
+        tau=tau,
+        sample=sample,
+        out=out,
+    )
     return noise_kernel, grid, arguments | dict(mean=mean, std=std, seed=seed, eps=eps), options
 
 
@@ -306,34 +368,58 @@ def loss_launch(prediction, latents, sample, seed, loss, mean, std, norm, eps, w
     """The kernel fills `partial` [b, tiles], which it allocates, and `gradient` unless that is None."""
     grid, arguments, strides, options = _tiling(latents, (prediction, latents), mean is not None, norm, per_thread=8)
     names = ("prediction_b", "prediction_n", "prediction_d", "stride_b", "stride_n", "stride_d")
-    arguments |= dict(zip(names, (*strides[0], *strides[1]), strict=True), prediction=prediction, latents=latents, sample=sample)
+    arguments |= dict(
+        zip(names, (*strides[0], *strides[1]), strict=True), prediction=prediction, latents=latents, sample=sample
+    )
     partial = torch.empty((grid[2], grid[0] * grid[1]), dtype=torch.float32, device=latents.device)
-    arguments |= dict(mean=mean, std=std, weight=weight, gradient=gradient, partial=partial, seed=seed, eps=eps, LOSS=loss)
+    arguments |= dict(
+        mean=mean, std=std, weight=weight, gradient=gradient, partial=partial, seed=seed, eps=eps, LOSS=loss
+    )
     return loss_kernel, grid, arguments | dict(gain=gain, gradient_gain=gradient_gain), options
 
 
 def sum_launch(values: Tensor, out: Tensor):
-    return sum_kernel, (values.shape[0],), dict(values=values, out=out, count=values.shape[1], BLOCK=1024), dict(num_warps=4)
+    return (
+        sum_kernel,
+        (values.shape[0],),
+        dict(values=values, out=out, count=values.shape[1], BLOCK=1024),
+        dict(num_warps=4),
+    )
 
 
 def scale_launch(gradient: Tensor, factor: Tensor, gain: float):
     b, total, block, steps = gradient.shape[0], gradient[0].numel(), 2048, 8
-    arguments = dict(gradient=gradient, factor=factor, factor_stride=factor.dim(), gain=gain)  # one for all, or one a sample
+    # one for all, or one a sample
+    arguments = dict(gradient=gradient, factor=factor, factor_stride=factor.dim(), gain=gain)
     grid = (triton.cdiv(total, block * steps), b)
     return scale_kernel, grid, arguments | dict(total=total, steps=steps, BLOCK=block), dict(num_warps=4)
 
 
-# -------------------------------------------------------------------------------------------------------------- registration
+# --------------------------------------------------------------------------------------------------------------
+# registration
 
 
 def _refuse_gradient(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"flow matching is differentiable in the prediction only, but {name} requires a gradient: detach it first")
+            raise ValueError(
+                f"flow matching is differentiable in the prediction only, but {name} requires a gradient: detach it "
+                "first"
+            )
 
 
 def _check(
-    latents, sample, mean, std, norm, prediction=None, tau=None, weight=None, loss="mse", reduction="mean", out_dtype=torch.float32
+    latents,
+    sample,
+    mean,
+    std,
+    norm,
+    prediction=None,
+    tau=None,
+    weight=None,
+    loss="mse",
+    reduction="mean",
+    out_dtype=torch.float32,
 ) -> None:
     """What every implementation relies on; the fake ones check it too, so compiled code fails while it is traced."""
     if latents.dim() != 3 or latents.dtype not in DTYPES:
@@ -343,23 +429,33 @@ def _check(
     expected = dict(prediction=(prediction, [b, n, d], DTYPES), sample=(sample, [b], integers), tau=(tau, [b], float32))
     expected |= dict(weight=(weight, [b], float32), mean=(mean, [d], float32), std=(std, [d], float32))
     for name, (tensor, shape, dtypes) in expected.items():
-        if tensor is not None and (list(tensor.shape) != shape or tensor.dtype not in dtypes or tensor.device != latents.device):
+        if tensor is not None and (
+            list(tensor.shape) != shape or tensor.dtype not in dtypes or tensor.device != latents.device
+        ):
             wanted = f"{shape} in {' or '.join(map(str, dtypes))} on {latents.device}"
             raise ValueError(f"{name} must be {wanted}, got {list(tensor.shape)} in {tensor.dtype} on {tensor.device}")
     if (mean is None) != (std is None):
         raise ValueError("mean and std go together")
-    choices = dict(norm=(norm, NORMS), loss=(loss, LOSSES), reduction=(reduction, REDUCTIONS), out_dtype=(out_dtype, DTYPES))
+    choices = dict(
+        norm=(norm, NORMS), loss=(loss, LOSSES), reduction=(reduction, REDUCTIONS), out_dtype=(out_dtype, DTYPES)
+    )
     for name, (value, allowed) in choices.items():
         if value not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
 
 
-# By schema and not by torch.library.custom_op, which turns torch.compile off inside its kernels: the CPU's noise is compiled.
+# By schema and not by torch.library.custom_op, which turns torch.compile off inside its kernels: the CPU's noise is
+# compiled.
 library = torch.library.Library("flperf", "FRAGMENT")
 PREPARATION = "SymInt seed, Tensor? mean, Tensor? std, str norm, float eps"
-LOSS = "Tensor prediction, Tensor latents, Tensor sample, SymInt seed, str loss, Tensor? mean, Tensor? std, str norm, float eps, "
+LOSS = (
+    "Tensor prediction, Tensor latents, Tensor sample, SymInt seed, str loss, Tensor? mean, Tensor? std, "
+    "str norm, float eps, "
+)
 LOSS += "Tensor? weight, str reduction, float scale"
-library.define(f"flow_matching_noise(Tensor latents, Tensor tau, Tensor sample, {PREPARATION}, ScalarType out_dtype) -> Tensor")
+library.define(
+    f"flow_matching_noise(Tensor latents, Tensor tau, Tensor sample, {PREPARATION}, ScalarType out_dtype) -> Tensor"
+)
 library.define(f"flow_matching_loss({LOSS}) -> Tensor")
 library.define(f"flow_matching_loss_and_gradient({LOSS}, bool with_gradient) -> (Tensor loss, Tensor gradient)")
 library.define("scale_gradient_(Tensor(a!) gradient, Tensor factor, float gain) -> ()")
@@ -385,7 +481,8 @@ def _noise_cuda(latents, tau, sample, seed, mean, std, norm, eps, out_dtype):
 def _gains(prediction: Tensor, reduction: str, scale: float) -> tuple[float, float, float]:
     """Factors of the loss, of the gradient that is stored and of the gradient in the backward.
 
-    1 / (b n d) of an fp16 number would vanish, so fp16 gradients are stored without it and meet it, and the loss scale, in the backward.
+    1 / (b n d) of an fp16 number would vanish, so fp16 gradients are stored without it and meet it, and the loss
+    scale, in the backward.
     """
     b, n, d = prediction.shape
     gain = scale / max(1, n * d * (b if reduction == "mean" else 1))
@@ -399,12 +496,15 @@ def _loss_fake(prediction, latents, sample, seed, loss, mean, std, norm, eps, we
 
 
 def _loss_cpu(prediction, latents, sample, seed, loss, mean, std, norm, eps, weight, reduction, scale, with_gradient):
-    out, gradient = _loss_fake(prediction, latents, sample, seed, loss, mean, std, norm, eps, weight, reduction, scale, with_gradient)
+    out, gradient = _loss_fake(
+        prediction, latents, sample, seed, loss, mean, std, norm, eps, weight, reduction, scale, with_gradient
+    )
     if prediction.numel() == 0:
         return out.fill_(torch.nan), gradient  # as PyTorch has it for the mean of nothing
     gain, gradient_gain, _ = _gains(prediction, reduction, scale)
     data = flow_matching_data(latents, mean, std, norm, eps)
-    residual = _noise_like(data, sample, seed).add_(prediction).sub_(data)  # in place: fresh memory costs a CPU more than arithmetic
+    # in place: fresh memory costs a CPU more than arithmetic
+    residual = _noise_like(data, sample, seed).add_(prediction).sub_(data)
     value, derivative = loss_and_derivative(residual, loss)
     weight = torch.ones_like(sample, dtype=torch.float32) if weight is None else weight
     per_sample = value.sum((1, 2)) * (weight * gain)
@@ -414,7 +514,9 @@ def _loss_cpu(prediction, latents, sample, seed, loss, mean, std, norm, eps, wei
 
 
 def _loss_cuda(prediction, latents, sample, seed, loss, mean, std, norm, eps, weight, reduction, scale, with_gradient):
-    out, gradient = _loss_fake(prediction, latents, sample, seed, loss, mean, std, norm, eps, weight, reduction, scale, with_gradient)
+    out, gradient = _loss_fake(
+        prediction, latents, sample, seed, loss, mean, std, norm, eps, weight, reduction, scale, with_gradient
+    )
     if prediction.numel() == 0:
         return out.fill_(torch.nan), gradient
     written, gains = gradient if with_gradient else None, _gains(prediction, reduction, scale)[:2]

@@ -1,8 +1,10 @@
-"""Counter-based normal noise: the same number for the same (seed, sample, element), on any device and for any split of the work.
+"""Counter-based normal noise: the same number for the same (seed, sample, element), on any device and for any split
+of the work.
 
-Element e of sample s takes Philox4x32 [Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11] keyed by the 64-bit
-seed at the counter (64-bit e // 4, 64-bit s); its four 32-bit outputs become four normals by Box–Muller. Nothing is stored and
-nothing is drawn in order, so the noise of a clip survives any block size, grid, rank or micro-batch, and a second draw is free of memory.
+Element e of sample s takes Philox4x32 [Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11] keyed by
+the 64-bit seed at the counter (64-bit e // 4, 64-bit s); its four 32-bit outputs become four normals by Box–Muller.
+Nothing is stored and nothing is drawn in order, so the noise of a clip survives any block size, grid, rank or
+micro-batch, and a second draw is free of memory.
 
 The PyTorch functions are the definition and the CPU path, the Triton functions the same words in registers.
 """
@@ -16,8 +18,9 @@ from flperf_kernels.launching import launch
 from torch import Tensor
 from triton.language.extra import libdevice
 
-# Seven rounds are the fewest that pass BigCrush (table 2 of the paper; ten is its default, with a margin). A round is one instruction
-# an element, and a B200 has time for only 17 while its memory moves the 4 bytes of an element of the noising.
+# Seven rounds are the fewest that pass BigCrush (table 2 of the paper; ten is its default, with a margin). A round is
+# one instruction an element, and a B200 has time for only 17 while its memory moves the 4 bytes of an element of the
+# noising.
 ROUNDS = tl.constexpr(7)
 MULTIPLIER_A, MULTIPLIER_B = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
 ASSEMBLY_A = tl.constexpr("{ .reg .b64 p; mul.wide.u32 p, $2, 0xD2511F53; mov.b64 {$0, $1}, p; }")
@@ -25,16 +28,20 @@ ASSEMBLY_B = tl.constexpr("{ .reg .b64 p; mul.wide.u32 p, $2, 0xCD9E8D57; mov.b6
 WEYL_A, WEYL_B = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
 
 LOW = 0xFFFFFFFF
-UNIFORM_STEP = tl.constexpr(2.0**-32)  # u = (word + 1/2) / 2^32 is never 0, so the logarithm is finite: |normal| <= 6.77
+# u = (word + 1/2) / 2^32 is never 0, so the logarithm is finite: |normal| <= 6.77
+UNIFORM_STEP = tl.constexpr(2.0**-32)
 ANGLE_STEP = tl.constexpr(2.0 * math.pi / 2.0**32)
 TWO_LN2 = tl.constexpr(2.0 * math.log(2.0))
 
 
-def philox_words(group: Tensor, sample: Tensor, seed: Tensor | int, rounds: int = ROUNDS.value) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox_words(
+    group: Tensor, sample: Tensor, seed: Tensor | int, rounds: int = ROUNDS.value
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four 32-bit words (each in int64, since PyTorch has no full uint32) of the counter (group, sample).
 
-    group and sample: int64, of shapes that broadcast to the one of each word; seed: an int or int64, of which all 64 bits count.
-    A product of two 32-bit numbers wraps to a negative int64, but its bits are right, and shift and mask read the halves off them.
+    group and sample: int64, of shapes that broadcast to the one of each word; seed: an int or int64, of which all 64
+    bits count. A product of two 32-bit numbers wraps to a negative int64, but its bits are right, and shift and mask
+    read the halves off them.
     """
     c0, c1, c2, c3 = group & LOW, (group >> 32) & LOW, sample & LOW, (sample >> 32) & LOW
     k0, k1 = seed & LOW, (seed >> 32) & LOW
@@ -58,19 +65,22 @@ def normal_reference(sample: Tensor, count: int, seed: Tensor | int) -> Tensor:
 
 
 def _groups(sample: Tensor, count: int, seed: Tensor | int) -> Tensor:
-    w0, w1, w2, w3 = philox_words(torch.arange(count, device=sample.device)[None, :], sample[:, None], seed)  # each [b, count]
+    # each [b, count]
+    w0, w1, w2, w3 = philox_words(torch.arange(count, device=sample.device)[None, :], sample[:, None], seed)
     return torch.stack((*box_muller(w0, w1), *box_muller(w2, w3)), dim=-1).flatten(1)
 
 
-# On a CPU this one compiled function is all that needs to be fast; the rest of the ops is a few cheap passes. 4 x 512 x 384 and
-# 4 x 1568 x 1024 elements on 2 cores with AVX-512, ns an element: this 2.8 and 3.2; eager 34; torch.randn 10 and 14 (a Mersenne twister
-# on one core); torch.randn compiled 96 (Inductor draws it one number at a time). Compiling whole ops would save another 1 to 2 ns, but
-# takes 15 s for every combination of options instead of 10 s once. The seed is a tensor, as a number it would be a constant of the code.
+# On a CPU this one compiled function is all that needs to be fast; the rest of the ops is a few cheap passes. 4 x 512
+# x 384 and 4 x 1568 x 1024 elements on 2 cores with AVX-512, ns an element: this 2.8 and 3.2; eager 34; torch.randn
+# 10 and 14 (a Mersenne twister on one core); torch.randn compiled 96 (Inductor draws it one number at a time).
+# Compiling whole ops would save another 1 to 2 ns, but takes 15 s for every combination of options instead of 10 s
+# once. The seed is a tensor, as a number it would be a constant of the code.
 _groups_compiled = torch.compile(_groups, dynamic=True)
 
 
 def philox_normal(sample: Tensor, count: int, *, seed: int) -> Tensor:
-    """Standard normal noise, fp32 [b, count], of global sample indices int64 [b]; `seed` is any Python int, taken modulo 2^64."""
+    """Standard normal noise, fp32 [b, count], of global sample indices int64 [b]; `seed` is any Python int, taken
+    modulo 2^64."""
     seed = signed_64(seed)
     if sample.numel() * count == 0 or torch.compiler.is_compiling():
         return normal_reference(sample, count, seed)
@@ -78,7 +88,8 @@ def philox_normal(sample: Tensor, count: int, *, seed: int) -> Tensor:
         out = torch.empty(len(sample), count, device=sample.device)
         launch(*normal_launch(sample, out, seed))
         return out
-    # By count alone and not by the batch, whose split must not change a bit: eager and compiled code may round a cosine differently.
+    # By count alone and not by the batch, whose split must not change a bit: eager and compiled code may round a
+    # cosine differently.
     if count < 1024:
         return normal_reference(sample, count, seed)
     return _groups_compiled(sample, -(-count // 4), torch.tensor(seed))[:, :count].contiguous()
@@ -89,13 +100,14 @@ def signed_64(seed: int) -> int:
     return (seed + 2**63) % 2**64 - 2**63
 
 
-# FAST, below: inline assembly and the special-function unit's own log, sine and cosine. The interpreter, which has neither, takes the
-# exact operations instead; the difference is about 1e-6 of the radius.
+# FAST, below: inline assembly and the special-function unit's own log, sine and cosine. The interpreter, which has
+# neither, takes the exact operations instead; the difference is about 1e-6 of the radius.
 
 
 @triton.jit
 def _product(x, MULTIPLIER: tl.constexpr, ASSEMBLY: tl.constexpr, FAST: tl.constexpr):
-    """Low and high half of x * MULTIPLIER. Left to itself the compiler often splits the one wide product into two narrow ones."""
+    """Low and high half of x * MULTIPLIER. Left to itself the compiler often splits the one wide product into two
+    narrow ones."""
     if FAST:
         return tl.inline_asm_elementwise(ASSEMBLY, "=r,=r,r", [x], (tl.uint32, tl.uint32), True, 1)
     else:
@@ -105,7 +117,8 @@ def _product(x, MULTIPLIER: tl.constexpr, ASSEMBLY: tl.constexpr, FAST: tl.const
 
 @triton.jit
 def draw_words(group, sample, seed, FAST: tl.constexpr):
-    """`philox_words` of a block of unsigned group indices (32 bits where the caller knows them to suffice) and a scalar sample."""
+    """`philox_words` of a block of unsigned group indices (32 bits where the caller knows them to suffice) and a
+    scalar sample."""
     c0 = group.to(tl.uint32)
     c1 = tl.zeros_like(c0) if group.dtype == tl.uint32 else (group >> 32).to(tl.uint32)
     c2, c3 = sample.to(tl.uint32), (sample.to(tl.uint64) >> 32).to(tl.uint32)
@@ -124,7 +137,8 @@ def _polar(radius_word, angle_word, variance, FAST: tl.constexpr):
     uniform = radius_word.to(tl.float32) * UNIFORM_STEP + UNIFORM_STEP / 2
     angle = angle_word.to(tl.float32) * ANGLE_STEP
     if FAST:
-        # |log| because the approximate logarithm may come out as a tiny positive number near 1; negating would cost the same.
+        # |log| because the approximate logarithm may come out as a tiny positive number near 1; negating would cost
+        # the same.
         radius = tl.sqrt(tl.abs(libdevice.fast_log2f(uniform)) * (TWO_LN2 * variance))
         return radius * libdevice.fast_cosf(angle), radius * libdevice.fast_sinf(angle)
     else:
@@ -141,8 +155,8 @@ def _pack(low, high):
 def draw_normals(group, sample, seed, variance, FAST: tl.constexpr):
     """Noise of [R, G] groups as [R, 4 G] consecutive elements, times the root of `variance`.
 
-    The words are joined before Box–Muller, two of them as one 64-bit number: with a join for each of the four outputs the compiler
-    can't give the noise the layout of the loads for free and sends it through shared memory.
+    The words are joined before Box–Muller, two of them as one 64-bit number: with a join for each of the four outputs
+    the compiler can't give the noise the layout of the loads for free and sends it through shared memory.
     """
     w0, w1, w2, w3 = draw_words(group, sample, seed, FAST)
     pair = tl.join(_pack(w0, w1), _pack(w2, w3))  # [R, G, 2]

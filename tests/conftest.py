@@ -1,5 +1,5 @@
-"""Fixtures and marks that several tests share. Tests see the GPUs with `-m gpu` alone: the others are of processes on a CPU, two of which
-could not share one GPU.
+"""Fixtures and marks that several tests share. Tests see the GPUs with `-m gpu` alone: the others are of processes on
+a CPU, two of which could not share one GPU.
 """
 
 import os

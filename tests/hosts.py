@@ -1,4 +1,5 @@
-"""Two hosts on this machine: two network namespaces joined by a veth pair, each with its own name, address and half of the cores.
+"""Two hosts on this machine: two network namespaces joined by a veth pair, each with its own name, address and half
+of the cores.
 
 They lie in a user namespace of their own, so that no rights are needed where the kernel lets users make one.
 """
@@ -27,7 +28,9 @@ class TwoHosts:
         with contextlib.ExitStack() as stack:
             stack.callback(self.__exit__)
             self._boot(["unshare", "--user", "--map-root-user"])
-            self._boot(["nsenter", "--target", str(self.sleepers[0].pid), "--user", "--preserve-credentials", "unshare"])
+            self._boot(
+                ["nsenter", "--target", str(self.sleepers[0].pid), "--user", "--preserve-credentials", "unshare"]
+            )
             self._do(0, f"ip link add {INTERFACE} type veth peer name {INTERFACE} netns {self.sleepers[1].pid}")
             for host, address in enumerate(ADDRESSES):
                 self._do(host, f"ip address add {address}/24 dev {INTERFACE}")
@@ -48,18 +51,30 @@ class TwoHosts:
         cores = sorted(os.sched_getaffinity(0))
         half = max(1, len(cores) // 2)
         own = ",".join(map(str, cores[:half] if host == 0 else cores[-half:]))
-        enter = ["nsenter", "--target", str(self.sleepers[host].pid), "--user", "--net", "--uts", "--preserve-credentials"]
+        enter = [
+            "nsenter",
+            "--target",
+            str(self.sleepers[host].pid),
+            "--user",
+            "--net",
+            "--uts",
+            "--preserve-credentials",
+        ]
         return [*enter, "taskset", "--cpu-list", own, *command]
 
     def processes(self, host: int) -> list[psutil.Process]:
         """What runs on a host."""
         sleeper, network = self.sleepers[host].pid, self.networks[host]
-        return [process for process in psutil.process_iter() if process.pid != sleeper and _network(process.pid) == network]
+        return [
+            process for process in psutil.process_iter() if process.pid != sleeper and _network(process.pid) == network
+        ]
 
     def rank(self, rank: int) -> psutil.Process:
         """The training process of a rank, one of which runs on each host."""
         for process in self.processes(rank):
-            if process.environ().get("RANK") == str(rank) and any(part.endswith("train.py") for part in process.cmdline()):
+            if process.environ().get("RANK") == str(rank) and any(
+                part.endswith("train.py") for part in process.cmdline()
+            ):
                 return process
         raise AssertionError(f"rank {rank} does not run on host {rank}")
 

@@ -35,10 +35,17 @@ REGIMES = {
 DINOV3 = {"crop_size": "null", "image_size": 32, "intermediate_size": 48, "num_register_tokens": 4}
 BACKBONES = {
     "vjepa2": [],
-    "dinov3": ["backbone.kind=dinov3", "backbone.frame_stride=2", *(f"backbone.architecture.{k}={v}" for k, v in DINOV3.items())],
+    "dinov3": [
+        "backbone.kind=dinov3",
+        "backbone.frame_stride=2",
+        *(f"backbone.architecture.{k}={v}" for k, v in DINOV3.items()),
+    ],
 }
 
-FOUR_DS = ["backbone.kind=4ds", *(f"backbone.architecture.{size}" for size in ("crop_size=null", "image_size=32", "intermediate_size=48"))]
+FOUR_DS = [
+    "backbone.kind=4ds",
+    *(f"backbone.architecture.{size}" for size in ("crop_size=null", "image_size=32", "intermediate_size=48")),
+]
 
 
 def free_port() -> int:
@@ -47,14 +54,22 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def launch(processes: int, *command: str, timeout: float = 600, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+def launch(
+    processes: int, *command: str, timeout: float = 600, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess:
     """`deepspeed --num_accelerators N command…` on this machine; returns it finished, with its output as text."""
     launcher = Path(sys.executable).with_name("deepspeed")
     arguments = [str(launcher), "--num_accelerators", str(processes), "--master_port", str(free_port()), *command]
     # The launcher starts `python3` of the PATH.
     path = f"{launcher.parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
-        arguments, env={**os.environ, "PATH": path, **environment}, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False
+        arguments,
+        env={**os.environ, "PATH": path, **environment},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
 
 

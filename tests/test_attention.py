@@ -5,7 +5,12 @@ import torch
 
 from flperf.models.attention import _xformers_is_fastest, attention, attention_operator
 
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+    ),
+]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -13,7 +18,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipi
 def test_attention_is_its_formula(device, width):
     """On parts of one projection, as blocks have them, and with other lengths of keys and queries."""
     generator = torch.Generator().manual_seed(0)
-    query, key, value = torch.randn(2, 37, 3, 4, width, generator=generator).to(device, torch.float16).unbind(2)  # each b n a k
+    # each b n a k
+    query, key, value = torch.randn(2, 37, 3, 4, width, generator=generator).to(device, torch.float16).unbind(2)
     query = query[:, :20]
     scores = torch.einsum("bnak, bmak -> banm", query.double(), key.double()) / width**0.5
     expected = torch.einsum("banm, bmak -> bnak", scores.softmax(-1), value.double())

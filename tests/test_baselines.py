@@ -53,14 +53,17 @@ def test_latents_that_are_not_finite_are_one_clear_line(value):
 
 
 def test_ridge_finds_linear_motion_and_copying_does_not():
-    """Latents that go on by their last change: last + j * change at frame j ahead, a linear function of the features."""
+    """Latents that go on by their last change: last + j * change at frame j ahead, a linear function of the
+    features."""
     generator = torch.Generator().manual_seed(0)
     previous, change = (torch.randn(200, 1, 2, 2, 5, generator=generator) for _ in range(2))
     last = previous + change
     target = torch.cat([last + j * change for j in (1, 2, 3)], dim=1)
     context = torch.cat([previous, last], dim=1)
     _, baselines = fitted("none", (context, target, torch.arange(200)))
-    errors = {name: (forecast - target).square().mean().item() for name, forecast in baselines.forecasts(context).items()}
+    errors = {
+        name: (forecast - target).square().mean().item() for name, forecast in baselines.forecasts(context).items()
+    }
     assert errors["ridge"] < 1e-3 < 1 < min(errors["copy_last"], errors["mean"], errors["median"])
 
 
@@ -79,7 +82,9 @@ def test_ridge_solution_is_that_of_the_normal_equations():
     x, y = torch.randn(50, 4, generator=generator).double(), torch.randn(50, 3, generator=generator).double()
     x[:, -1] = 1
     penalty = torch.tensor([0.1, 0.1, 0.1, 0.0]).double() * 50
-    expected = torch.linalg.lstsq(torch.cat([x, penalty.sqrt().diag()]), torch.cat([y, torch.zeros(4, 3).double()])).solution
+    expected = torch.linalg.lstsq(
+        torch.cat([x, penalty.sqrt().diag()]), torch.cat([y, torch.zeros(4, 3).double()])
+    ).solution
     torch.testing.assert_close(ridge_solution(x.T @ x, (x.T @ y)[None], 0.1)[0], expected)
 
 

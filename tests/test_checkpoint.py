@@ -15,7 +15,15 @@ from runs import ROOT, TINY
 from safetensors.torch import load_file
 
 from flperf.config import Trainer
-from flperf.engine.checkpoint_files import Damaged, candidates, check, index_text, latest_checkpoint, read_index, read_weights
+from flperf.engine.checkpoint_files import (
+    Damaged,
+    candidates,
+    check,
+    index_text,
+    latest_checkpoint,
+    read_index,
+    read_weights,
+)
 from flperf.engine.process import Process, batch_share
 from flperf.errors import UserError
 
@@ -26,7 +34,9 @@ NEWEST = "step_00000002"
 def tmpfs(tmp_path_factory):
     """A small file system of its own, or None where mounting is not permitted."""
     folder = tmp_path_factory.mktemp("tmpfs")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
     yield None if mounted.returncode else folder
     if not mounted.returncode:
         subprocess.run(["umount", str(folder)], check=True)
@@ -55,8 +65,8 @@ def report(folder, tmpfs) -> dict:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("world_size", ["1", "4"])
 def test_what_two_processes_wrote_at_zero_2_is_the_same_state_anywhere(report, world_size, precision, stage):
-    """Bit for bit, as values are copied and never computed: master weights, moments, moving average, Adam's step, the parameters that
-    are computed with on every process, and what is written from there again."""
+    """Bit for bit, as values are copied and never computed: master weights, moments, moving average, Adam's step, the
+    parameters that are computed with on every process, and what is written from there again."""
     assert report["tensors"] == 1 + 4 * 21  # the step, and four states of 21 parameters
     differences = [found[f"{precision} ZeRO {stage}"] for found in report["states"][world_size]]
     assert differences == [[]] * int(world_size)
@@ -69,8 +79,8 @@ def test_a_checkpoint_of_an_untrained_head_changes_nothing(report):
 
 @pytest.mark.parametrize("rest", ["rest on 1", "rest on 4"])
 def test_the_loss_goes_on_at_another_world_size_and_stage(report, rest):
-    """2 processes at ZeRO 2, then 1 at ZeRO 0 or 4 at ZeRO 3, against one undisturbed run: the order of sums alone differs, hence the
-    fp32 tolerance derived in test_training (1e-5)."""
+    """2 processes at ZeRO 2, then 1 at ZeRO 0 or 4 at ZeRO 3, against one undisturbed run: the order of sums alone
+    differs, hence the fp32 tolerance derived in test_training (1e-5)."""
     whole, first, second = (report["curves"][name] for name in ("whole", "first", rest))
     assert second["step"] == whole["step"] == [1, 2, 3, 4, 5, 6]
     assert first["seen"] + second["seen"] == whole["seen"] and len(whole["seen"]) == 6
@@ -103,7 +113,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(report, harm, 
 
 def test_if_all_are_damaged_the_error_names_them_all(report):
     for found in report["damage"]["both"]:
-        assert f"{NEWEST}/rank_00000.safetensors" in found["error"] and "step_00000001/rank_00001.safetensors" in found["error"]
+        assert (
+            f"{NEWEST}/rank_00000.safetensors" in found["error"]
+            and "step_00000001/rank_00001.safetensors" in found["error"]
+        )
 
 
 @pytest.mark.parametrize("harm", ["none", "lost latest"])
@@ -129,7 +142,8 @@ def test_a_damaged_latest_hides_no_checkpoint(tmp_path, latest, steps, expected)
 
 @pytest.mark.parametrize("limit", ["size", "tmpfs"])
 def test_a_full_disk_ends_in_one_error_and_the_checkpoint_before(report, limit):
-    """A full tmpfs; and a limit on file sizes (RLIMIT_FSIZE) on the second process alone, of which the first must hear."""
+    """A full tmpfs; and a limit on file sizes (RLIMIT_FSIZE) on the second process alone, of which the first must
+    hear."""
     if limit not in report["disk"]:
         pytest.skip("mounting a tmpfs is not permitted here")
     for found in report["disk"][limit]:
@@ -174,18 +188,24 @@ def test_weights_and_their_average_are_read_without_an_engine(report, folder, tm
 
     index = read_index(checkpoint)
     copy = shutil.copytree(checkpoint, tmp_path / "without_average")
-    (copy / "checkpoint.json").write_text(index_text(replace(index, states=[state for state in index.states if state != "ema"])))
+    (copy / "checkpoint.json").write_text(
+        index_text(replace(index, states=[state for state in index.states if state != "ema"]))
+    )
     with pytest.raises(UserError, match=f"{copy}: holds no moving average"):
         read_weights(copy, average=True)
     assert latest_checkpoint(tmp_path) is None
 
 
 def place(world_size: int, batch_size: int, micro_batch_size: int | None):
-    return batch_share(Trainer(batch_size=batch_size, micro_batch_size=micro_batch_size), Process(0, 0, world_size, torch.device("cpu")))
+    return batch_share(
+        Trainer(batch_size=batch_size, micro_batch_size=micro_batch_size),
+        Process(0, 0, world_size, torch.device("cpu")),
+    )
 
 
 @pytest.mark.parametrize(
-    ("world_size", "micro_batch_size", "expected"), [(1, None, 24), (1, 8, 8), (2, 8, 6), (4, 8, 6), (8, 8, 3), (3, 5, 4), (24, 8, 1)]
+    ("world_size", "micro_batch_size", "expected"),
+    [(1, None, 24), (1, 8, 8), (2, 8, 6), (4, 8, 6), (8, 8, 3), (3, 5, 4), (24, 8, 1)],
 )
 def test_the_batch_stays_at_any_world_size(capsys, world_size, micro_batch_size, expected):
     found = place(world_size, 24, micro_batch_size)
@@ -195,5 +215,7 @@ def test_the_batch_stays_at_any_world_size(capsys, world_size, micro_batch_size,
 
 @pytest.mark.parametrize("world_size", [5, 16, 48])
 def test_a_batch_that_cannot_be_shared_out_is_refused(world_size):
-    with pytest.raises(UserError, match=f"trainer.batch_size: 24 clips cannot be shared out evenly among {world_size} processes"):
+    with pytest.raises(
+        UserError, match=f"trainer.batch_size: 24 clips cannot be shared out evenly among {world_size} processes"
+    ):
         place(world_size, 24, 8)

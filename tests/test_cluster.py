@@ -24,10 +24,15 @@ SBATCH = ROOT / "configs/cluster/train.sbatch"
 FAULTS = ["SIGUSR1", "SIGTERM", "SIGKILL", "SIGKILL of rank 0", "link cut"]  # in the order in which they strike one run
 STEPS, SAVE_EVERY = 90, 7
 TIMEOUT = 50  # seconds: a process silent for a tenth of it is lost
-# By design noticed after 1.2 tenths at the latest and published for 0.4: 8 s. The launchers' own end takes seconds on a busy machine. A
-# hang would last at least TIMEOUT.
+# By design noticed after 1.2 tenths at the latest and published for 0.4: 8 s. The launchers' own end takes seconds on
+# a busy machine. A hang would last at least TIMEOUT.
 BOUND = TIMEOUT / 2
-RUN = [f"trainer.max_steps={STEPS}", f"engine.timeout={TIMEOUT}", f"checkpoint.save_every={SAVE_EVERY}", "evaluation.dump_examples=0"]
+RUN = [
+    f"trainer.max_steps={STEPS}",
+    f"engine.timeout={TIMEOUT}",
+    f"checkpoint.save_every={SAVE_EVERY}",
+    "evaluation.dump_examples=0",
+]
 
 
 @dataclass
@@ -84,7 +89,12 @@ class Cluster:
             for command in self.commands(launcher):
                 launchers.append(subprocess.Popen(command, env=environment, cwd=cwd, stdout=output, stderr=output))
                 stack.callback(launchers[-1].kill)
-            wait_until(lambda: len(steps_in(self.metrics)) >= before + 8 or any(launcher.poll() is not None for launcher in launchers))
+            wait_until(
+                lambda: (
+                    len(steps_in(self.metrics)) >= before + 8
+                    or any(launcher.poll() is not None for launcher in launchers)
+                )
+            )
             fault()
             struck = time.monotonic()
             status = [launcher.wait(timeout=120) for launcher in launchers]
@@ -96,7 +106,8 @@ class Cluster:
         return Start(status, text, seconds, steps, losses, self.requeues.exists())
 
 
-# In Slurm's place: the command on each node; when it fails on one it is terminated on the other, and the highest status counts.
+# In Slurm's place: the command on each node; when it fails on one it is terminated on the other, and the highest
+# status counts.
 SRUN = """#!/usr/bin/env bash
 shift
 SLURM_NODEID=0 $ENTER_0 "$@" & tasks=$!
@@ -147,7 +158,8 @@ def config(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(config) -> list[float]:
-    """The loss after every step of the run on one host with two processes, in the environment that launchers pass on by ssh."""
+    """The loss after every step of the run on one host with two processes, in the environment that launchers pass on
+    by ssh."""
     finished = launch(2, TRAIN, "--config", str(config), "name=one_host", *RUN, cwd=ROOT, PYTHONPATH=str(ROOT))
     assert finished.returncode == 0, finished.stderr[-3000:]
     return [line["loss"] for line in steps_in(config.parent / "experiment/one_host/metrics.jsonl")]
@@ -155,7 +167,8 @@ def undisturbed(config) -> list[float]:
 
 @pytest.fixture(scope="module")
 def starts(hosts, config) -> dict[str, Start]:
-    """The run on two hosts, with a fault in every start but the last, each of which goes on from what the one before left."""
+    """The run on two hosts, with a fault in every start but the last, each of which goes on from what the one before
+    left."""
     cluster = Cluster(hosts, config)
     found = {
         "SIGUSR1": cluster.start("sbatch", lambda: hosts.signal_all(signal.SIGUSR1, 0, 1)),
@@ -169,7 +182,8 @@ def starts(hosts, config) -> dict[str, Start]:
 
 
 def test_two_hosts_and_the_launchers_environment_do_not_change_the_loss(starts, undisturbed):
-    """The first two starts run in the root, where `kernels/` hides a package that transformers looks for, the others elsewhere."""
+    """The first two starts run in the root, where `kernels/` hides a package that transformers looks for, the others
+    elsewhere."""
     assert len(undisturbed) == STEPS
     for start in starts.values():
         assert len(start.steps) >= 8, start.output[-3000:]
@@ -178,7 +192,8 @@ def test_two_hosts_and_the_launchers_environment_do_not_change_the_loss(starts, 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_next_start_goes_on_by_itself(starts, fault):
-    """After a signal with the very next step; after a loss with the newest checkpoint, at most one interval and a write in flight back."""
+    """After a signal with the very next step; after a loss with the newest checkpoint, at most one interval and a
+    write in flight back."""
     end, after = starts[fault].steps[-1], list(starts.values())[FAULTS.index(fault) + 1]
     assert f"resumed at step {after.steps[0] - 1}\n" in after.output
     assert after.steps == list(range(after.steps[0], after.steps[-1] + 1))
@@ -194,13 +209,18 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_queues_it_again(starts, fau
     assert start.status == [os.EX_TEMPFAIL] and start.requeued
 
 
-@pytest.mark.parametrize(("fault", "told"), [("SIGKILL", [(0, 1)]), ("SIGKILL of rank 0", [(1, 0)]), ("link cut", [(0, 1), (1, 0)])])
+@pytest.mark.parametrize(
+    ("fault", "told"), [("SIGKILL", [(0, 1)]), ("SIGKILL of rank 0", [(1, 0)]), ("link cut", [(0, 1), (1, 0)])]
+)
 def test_a_lost_process_is_named_in_time(starts, fault, told):
     start = starts[fault]
     assert 0 not in start.status, start.output[-3000:]
     assert start.seconds < BOUND
     for rank, lost in told:
-        assert re.search(rf"flperf: rank {rank} \(host host-{rank}, .* ends: rank {lost} \(host host-{lost}, process \d+\) ", start.output)
+        assert re.search(
+            rf"flperf: rank {rank} \(host host-{rank}, .* ends: rank {lost} \(host host-{lost}, process \d+\) ",
+            start.output,
+        )
 
 
 def test_the_last_start_ends_the_run(starts):
@@ -211,7 +231,8 @@ def test_a_second_start_compiles_nothing(config):
     """Cold, then warm: the second start of a run finds every graph of the first beside it."""
     overrides = ["name=compiled", "engine.compile=true", "trainer.stop_after=1", "dataset.shapes.validation_clips=0"]
     described = []
-    environment = {name: value for name, value in os.environ.items() if name not in CACHE_VARIABLES}  # runs in this process have set them
+    # runs in this process have set them
+    environment = {name: value for name, value in os.environ.items() if name not in CACHE_VARIABLES}
     for _ in range(2):
         command = [sys.executable, TRAIN, "--config", str(config), *overrides]
         subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
@@ -232,4 +253,5 @@ def test_the_batch_file_asks_for_what_a_run_needs():
     assert {"--ntasks-per-node=1", "--gpus-per-node=8", "--requeue", "--open-mode=append"} <= flags
     (lead,) = (int(flag.removeprefix("--signal=USR1@")) for flag in flags if flag.startswith("--signal="))
     assert lead >= 600  # a validation that has begun is ended before the signal is heard
-    assert text.index("export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}") < text.index("\nsrun ")  # else a task has one core
+    # else a task has one core
+    assert text.index("export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}") < text.index("\nsrun ")

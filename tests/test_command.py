@@ -45,7 +45,9 @@ def test_a_mistake_is_one_line_and_a_traceback_with_debug():
         run_command(fail, ["--debug"])
 
 
-@pytest.mark.parametrize(("typed", "hint"), [("evalute", "did you mean evaluate?"), ("bogus", "known: doctor, estimate")])
+@pytest.mark.parametrize(
+    ("typed", "hint"), [("evalute", "did you mean evaluate?"), ("bogus", "known: doctor, estimate")]
+)
 def test_an_unknown_command_is_named_in_one_line(typed, hint, monkeypatch):
     monkeypatch.setattr("sys.argv", ["flperf", typed])
     with pytest.raises(SystemExit) as ended:

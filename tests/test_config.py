@@ -86,7 +86,10 @@ def test_overrides_win_and_interpolations_resolve(write):
         ("model: {depth: [", "not valid YAML"),
         ("- a list", "must be a mapping"),
         ("inherits: [base.yaml]\ntrainer: {max_epochs: 2}", "max_steps and trainer.max_epochs"),
-        ("inherits: [base.yaml]\nmodel: {num_heads: 5}", "model.hidden_dim: must be an even multiple of model.num_heads 5, is 64"),
+        (
+            "inherits: [base.yaml]\nmodel: {num_heads: 5}",
+            "model.hidden_dim: must be an even multiple of model.num_heads 5, is 64",
+        ),
         ("inherits: [base.yaml]\nmodel: {hidden_dim: 27, num_heads: 3}", "model.hidden_dim: must be an even multiple"),
         ("inherits: [base.yaml]\ndataset: {stride: 0}", "dataset.stride"),
         ("inherits: [base.yaml]\nengine: {zero_stage: 4}", "engine.zero_stage"),
@@ -131,14 +134,22 @@ def keys(tree: dict, prefix: str = "") -> dict:
 ZERO_MEANS_NONE = {  # or no correction, or a rate; anywhere else a zero is a mistake
     *("seed", "dataset.shapes.validation_clips", "dataset.shapes.visualisation_clips", "dataset.shapes.splice_at"),
     *("objective.tau_mean", "objective.tau_std", "objective.context_dropout", "engine.zero_stage"),
-    *("trainer.learning_rate", "trainer.final_learning_rate", "trainer.weight_decay", "trainer.warmup_steps", "trainer.ema_decay"),
+    *(
+        "trainer.learning_rate",
+        "trainer.final_learning_rate",
+        "trainer.weight_decay",
+        "trainer.warmup_steps",
+        "trainer.ema_decay",
+    ),
     *("evaluation.sampling.guidance", "evaluation.dump_examples", "evaluation.probe_clips"),
 }
 
 
 def test_every_number_has_a_range():
     defaults = keys(OmegaConf.to_container(OmegaConf.structured(Config)))
-    numbers = {key for key, value in defaults.items() if isinstance(value, int | float | list) and not isinstance(value, bool)}
+    numbers = {
+        key for key, value in defaults.items() if isinstance(value, int | float | list) and not isinstance(value, bool)
+    }
     unset = {key for key, value in defaults.items() if value is None}
     texts = {"backbone.weights", "dataset.train", "dataset.validation", "dataset.labels", "model.initial_weights"}
     assert numbers | unset - texts == ALLOWED.keys()
@@ -147,7 +158,8 @@ def test_every_number_has_a_range():
 def refused(key: str, value) -> bool:
     config = Config(name="own")
     config.trainer.max_steps = None if key == "trainer.max_epochs" else 3
-    config.objective.context_dropout, config.model.num_heads, config.model.positions = 0.1, 1, "none"  # which fit any other value
+    # which fit any other value
+    config.objective.context_dropout, config.model.num_heads, config.model.positions = 0.1, 1, "none"
     section, _, name = key.rpartition(".")
     setattr(attrgetter(section)(config) if section else config, name, value)
     try:
@@ -171,7 +183,9 @@ def test_a_number_out_of_range_is_one_line_with_key_and_value(key):
     assert not refused(key, 0.5 if ALLOWED[key] is BELOW_1 else 1)
 
 
-@pytest.mark.parametrize(("key", "value"), [("trainer.ema_decay", 1), ("trainer.betas", "[0.9, 2.0]"), ("engine.zero_stage", 4)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("trainer.ema_decay", 1), ("trainer.betas", "[0.9, 2.0]"), ("engine.zero_stage", 4)]
+)
 def test_numbers_have_upper_ends(write, key, value):
     with pytest.raises(UserError, match=f"own.yaml: {key}: must be .*, is {re.escape(str(value))}"):
         load_config(write("own.yaml", "inherits: [base.yaml]\n"), [f"{key}={value}"])
@@ -187,7 +201,12 @@ def test_keys_in_upper_case_are_those_in_lower_case(write):
     write("upper.yaml", "TRAINER: {BATCH_SIZE: 4, MAX_STEPS: 3}\nMODEL: {HIDDEN_DIM: 64, NUM_HEADS: 4}\n")
     path = write("own.yaml", "INHERITS: [upper.yaml]\nMODEL: {DEPTH: '${TRAINER.MAX_STEPS}'}\n")
     config = load_config(path, ["TRAINER.WARMUP_STEPS=2", "LATENTS.STATISTICS_CLIPS=${TRAINER.BATCH_SIZE}"])
-    assert (config.trainer.batch_size, config.trainer.warmup_steps, config.model.depth, config.latents.statistics_clips) == (4, 2, 3, 4)
+    assert (
+        config.trainer.batch_size,
+        config.trainer.warmup_steps,
+        config.model.depth,
+        config.latents.statistics_clips,
+    ) == (4, 2, 3, 4)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +216,10 @@ def test_keys_in_upper_case_are_those_in_lower_case(write):
         ("trainer.loss=l1", "is objective.loss here"),
         ("trainer.eval_every=1", "is evaluation.eval_every here"),
         ("TRAINER.N_FRAMES=16", "unknown key trainer.n_frames: is dataset.n_frames here"),
-        ("trainer.training.loss=l1", "unknown key trainer.training: is a section of FutureLatents; `flperf import-config FILE`"),
+        (
+            "trainer.training.loss=l1",
+            "unknown key trainer.training: is a section of FutureLatents; `flperf import-config FILE`",
+        ),
         ("model.type=flow_matching", "is model.head and objective.kind here"),
         ("model.num_train_timesteps=1000", "has no counterpart here: tau is continuous"),
         ("trainer.max_grad_value=1", "trainer.max_grad_norm"),

@@ -65,7 +65,10 @@ def test_what_wandb_is_told_wins_over_auto(told, monkeypatch):
 
 def test_the_project_that_wandb_is_told_wins_over_the_default_one(monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "told")
-    assert [wandb_mode_and_project(Tracking(project=project))[1] for project in (Tracking.project, "chosen")] == ["told", "chosen"]
+    assert [wandb_mode_and_project(Tracking(project=project))[1] for project in (Tracking.project, "chosen")] == [
+        "told",
+        "chosen",
+    ]
 
 
 def test_a_disabled_run_leaves_nothing(monkeypatch, tmp_path):

@@ -23,14 +23,18 @@ def test_a_known_gpu_has_its_stated_peak_and_a_measured_one(monkeypatch):
     monkeypatch.setattr(devices, "best_seconds", lambda function, device: 2e-3)
     assert devices.peak_flops(gpu, torch.bfloat16) == 989e12
     assert devices.measured_flops(gpu, torch.bfloat16) == 2 * 8192**3 / 2e-3
-    assert devices.peak_flops(gpu, torch.float32) == devices.measured_flops(gpu, torch.float32)  # which the table does not state
+    # which the table does not state
+    assert devices.peak_flops(gpu, torch.float32) == devices.measured_flops(gpu, torch.float32)
 
 
 @pytest.mark.parametrize(("rate", "largest"), [(1e9, 256), (5e9, 512), (1e12, 1024)])
 def test_a_peak_is_measured_on_products_that_do_not_take_long(monkeypatch, rate, largest):
-    """A CPU that has to emulate bf16 does 1 GFLOP/s: the largest product would take it two seconds, and it is timed several times."""
+    """A CPU that has to emulate bf16 does 1 GFLOP/s: the largest product would take it two seconds, and it is timed
+    several times."""
     multiplied = []
-    monkeypatch.setattr(torch, "randn", lambda *size, **options: multiplied.append(size[0]) or torch.empty(size, device="meta"))
+    monkeypatch.setattr(
+        torch, "randn", lambda *size, **options: multiplied.append(size[0]) or torch.empty(size, device="meta")
+    )
     monkeypatch.setattr(devices, "best_seconds", lambda function, device: 2 * multiplied[-1] ** 3 / rate)
     assert devices.measured_flops(torch.device("cpu"), torch.bfloat16) == pytest.approx(rate)
     assert multiplied[-1] == largest

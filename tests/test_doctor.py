@@ -26,7 +26,9 @@ def findings(check) -> str:
 
 def test_a_wrong_version_and_a_missing_package_are_failed(monkeypatch):
     assert "FAIL" not in findings(doctor.packages)
-    monkeypatch.setattr(doctor, "requires", lambda name: ["einops>=99", "no-such-package>=1", "pytest>=99; extra == 'test'"])
+    monkeypatch.setattr(
+        doctor, "requires", lambda name: ["einops>=99", "no-such-package>=1", "pytest>=99; extra == 'test'"]
+    )
     text = findings(doctor.packages)
     assert "FAIL" in text and "einops>=99" in text and "no-such-package" in text and "pytest" not in text
 
@@ -52,7 +54,9 @@ def test_a_configuration_is_opened_as_a_run_would(tiny):
     assert healthy.returncode == 0, healthy.stdout + healthy.stderr[-2000:]
     assert "10 of 10 train clips read" in healthy.stdout and "5 of 5 validation clips read" in healthy.stdout
     assert (
-        "4 = 4 x 1 accumulation" in healthy.stdout and "GB estimated at 4 clips" in healthy.stdout and "all checks passed" in healthy.stdout
+        "4 = 4 x 1 accumulation" in healthy.stdout
+        and "GB estimated at 4 clips" in healthy.stdout
+        and "all checks passed" in healthy.stdout
     )
     failed = run("dataset.kind=kinetics_400", "dataset.train=nowhere.csv")
     assert failed.returncode == 1 and "FAIL  config" in failed.stdout and "nowhere.csv" in failed.stdout
@@ -60,7 +64,11 @@ def test_a_configuration_is_opened_as_a_run_would(tiny):
 
 @pytest.mark.parametrize(
     ("module", "check", "mend"),
-    [("av", doctor.decoding, "'av"), ("nvidia.dali", doctor.gpu_decoding, "'nvidia-dali"), ("triton", doctor.compiler, "'triton==")],
+    [
+        ("av", doctor.decoding, "'av"),
+        ("nvidia.dali", doctor.gpu_decoding, "'nvidia-dali"),
+        ("triton", doctor.compiler, "'triton=="),
+    ],
 )
 def test_what_can_not_be_imported_ends_its_own_check_alone(module, check, fix, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, module, None)
@@ -94,10 +102,16 @@ def test_a_driver_whose_gpu_torch_does_not_see_is_failed(monkeypatch, tmp_path):
 
 
 def test_a_gpu_is_described(monkeypatch, tmp_path):
-    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\n")
+    (tmp_path / "version").write_text(
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\n"
+    )
     monkeypatch.setattr(doctor, "DRIVER", tmp_path / "version")
     properties = type("Properties", (), {"name": "H100", "total_memory": 80e9, "major": 9, "minor": 0})
-    for name, value in {"is_available": lambda: True, "device_count": lambda: 1, "get_device_properties": lambda index: properties}.items():
+    for name, value in {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "get_device_properties": lambda index: properties,
+    }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     text = findings(doctor.gpu)
     assert "driver 580.65.06, torch for CUDA" in text and "0: H100, 80 GB, sm_90" in text

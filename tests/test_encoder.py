@@ -43,7 +43,9 @@ def save(model, folder) -> str:
 
 
 def random_video(frames: int = 12, batch: int = 2, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 256, (batch, frames, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, 256, (batch, frames, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 GEOMETRY = LatentGeometry(2, 4, 2, 2, 48)
@@ -106,7 +108,8 @@ def test_dinov3_drops_class_and_register_tokens():
 
 
 def test_vjepa2_equals_transformers_own_features_also_where_it_attends(tmp_path):
-    """Random weights barely attend and would hide a wrong position, so queries and keys are larger; biases are not zero."""
+    """Random weights barely attend and would hide a wrong position, so queries and keys are larger; biases are not
+    zero."""
     from transformers import VJEPA2Config, VJEPA2Model
 
     with torch.random.fork_rng():

@@ -32,7 +32,8 @@ os.replace = replace_or_die
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """A configuration of the demo's videos for a tiny encoder, one of them broken; and of the latents that encoding it yields."""
+    """A configuration of the demo's videos for a tiny encoder, one of them broken; and of the latents that encoding
+    it yields."""
     from flperf.data.demo import write_demo
 
     folder = tmp_path_factory.mktemp("encoding")
@@ -42,7 +43,8 @@ def demo(tmp_path_factory):
 inherits: [{root}/configs/demo.yaml]
 experiment: {folder}/experiment
 backbone:
-  architecture: {{crop_size: 32, hidden_size: 24, num_hidden_layers: 1, pred_hidden_size: 24, pred_num_hidden_layers: 1}}
+  architecture: {{crop_size: 32, hidden_size: 24, num_hidden_layers: 1, pred_hidden_size: 24,
+   pred_num_hidden_layers: 1}}
 dataset: {{n_frames: 8, validation: null, labels: null, train: {train}, kind: {kind}}}
 model: {{num_context_latents: 2, hidden_dim: 32, depth: 1}}
 trainer: {{batch_size: 4, max_steps: 6, warmup_steps: 1}}
@@ -50,7 +52,10 @@ latents: {{statistics_clips: 8}}
 engine: {{compile: false, precision: fp32}}
 tracking: {{log_every: 1}}
 """
-    for name, kind, train in (("video", "kinetics_400", "demo/train.csv"), ("cached", "kinetics_400_cached", "latents/train/manifest.csv")):
+    for name, kind, train in (
+        ("video", "kinetics_400", "demo/train.csv"),
+        ("cached", "kinetics_400_cached", "latents/train/manifest.csv"),
+    ):
         (folder / f"{name}.yaml").write_text(common.format(root=ROOT, folder=folder, train=folder / train, kind=kind))
     return folder
 
@@ -68,7 +73,14 @@ def encode(folder, out, *overrides, as_files=False, shard_bytes=8 * 4 * 2 * 2 * 
 @pytest.fixture(scope="module")
 def encoded(demo):
     """Two processes, killed once in the middle, then started again."""
-    command = [str(ROOT / "flperf/cli.py"), "encode", "--config", str(demo / "video.yaml"), "--out", str(demo / "latents")]
+    command = [
+        str(ROOT / "flperf/cli.py"),
+        "encode",
+        "--config",
+        str(demo / "video.yaml"),
+        "--out",
+        str(demo / "latents"),
+    ]
     small = {"FLPERF_TEST_SHARD_BYTES": str(8 * 4 * 2 * 2 * 24 * 2)}  # eight clips a shard
     site = demo / "site"
     site.mkdir()
@@ -77,7 +89,9 @@ def encoded(demo):
         "import os, flperf.data.latent_shards as s; s.SHARD_BYTES = int(os.environ['FLPERF_TEST_SHARD_BYTES'])"
     )
     environment = {**os.environ, **small, "PYTHONPATH": str(site)}
-    first = subprocess.Popen([sys.executable, *command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(
+        [sys.executable, *command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 300
     while len(list((demo / "latents").glob("train/*.safetensors"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -92,7 +106,9 @@ def encoded(demo):
 def test_a_kill_loses_and_doubles_no_clip(encoded):
     folder, left = encoded
     assert 2 <= len(left) < 12, "the first start was to be killed in between"
-    shards, annotations = latent_shards.open_shards(str(folder / "latents/train/manifest.csv"), load_config(folder / "cached.yaml"), None)
+    shards, annotations = latent_shards.open_shards(
+        str(folder / "latents/train/manifest.csv"), load_config(folder / "cached.yaml"), None
+    )
     videos = open_dataset(load_config(folder / "video.yaml"), _preprocessing(folder), 0).splits["train"]
     expected = [(path, label) for path, label in zip(videos.paths, videos.labels, strict=True) if "clip_03" not in path]
     assert list(zip(annotations.paths, annotations.labels, strict=True)) == expected
@@ -106,10 +122,15 @@ def test_cached_latents_are_the_encoders(encoded):
     config = load_config(folder / "video.yaml")
     dataset = open_dataset(config, _preprocessing(folder), 0)
     encoder = build_encoder(config.backbone, _preprocessing(folder), dtype=torch.float32, device=CPU, compile=False)
-    shards, _ = latent_shards.open_shards(str(folder / "latents/train/manifest.csv"), load_config(folder / "cached.yaml"), None)
+    shards, _ = latent_shards.open_shards(
+        str(folder / "latents/train/manifest.csv"), load_config(folder / "cached.yaml"), None
+    )
     batch = next(dataset.chosen_batches([[0, 1, 2, 4]], 4, "train", CPU))
-    latents = torch.cat(encode_clip(encoder, batch.video, latent_geometry(config, *encoder.latent_shape(8)), "split"), dim=1)
-    for row, (clip, expected) in enumerate(zip([0, 1, 2, 3], latents, strict=True)):  # clip 3 of the cache is row 4 of the CSV
+    latents = torch.cat(
+        encode_clip(encoder, batch.video, latent_geometry(config, *encoder.latent_shape(8)), "split"), dim=1
+    )
+    # clip 3 of the cache is row 4 of the CSV
+    for row, (clip, expected) in enumerate(zip([0, 1, 2, 3], latents, strict=True)):
         out = torch.empty(shards.shape, dtype=shards.dtype)
         latent_shards.read_row(shards, clip, out)
         torch.testing.assert_close(out.float(), expected, rtol=2**-8, atol=1e-5, msg=f"clip {row}")
@@ -128,8 +149,16 @@ def test_latents_of_others_are_not_gone_on_with(encoded):
     rows = (folder / "demo/train.csv").read_text().splitlines()
     (folder / "reversed.csv").write_text("".join(f"demo/{row}\n" for row in reversed(rows)))
     before = (folder / "latents/train/manifest.csv").read_text()
-    for other in ("dataset.stride=1", "dataset.limit=4", "dataset.start=first", f"dataset.train={folder / 'reversed.csv'}"):
-        with pytest.raises(UserError, match="another configuration or from other clips .*choose another --out or remove .*latents/train"):
+    for other in (
+        "dataset.stride=1",
+        "dataset.limit=4",
+        "dataset.start=first",
+        f"dataset.train={folder / 'reversed.csv'}",
+    ):
+        with pytest.raises(
+            UserError,
+            match="another configuration or from other clips .*choose another --out or remove .*latents/train",
+        ):
             encode(folder, "latents", other)
     encode(folder, "latents")  # what it was begun with still goes on
     assert (folder / "latents/train/manifest.csv").read_text() == before
@@ -142,7 +171,9 @@ def test_a_shard_of_others_is_not_gone_on_with(encoded):
         shutil.copytree(folder / "latents", folder / out)
     shards = [folder / out / "train/shard_00001.safetensors" for out in ("one", "other")]
     about = latent_shards.open_shard(shards[0]).identity
-    latent_shards.write_shard(shards[0], torch.arange(8, 16), torch.ones(8, 4, 2, 2, 24).bfloat16(), about | {"clips": "others"})
+    latent_shards.write_shard(
+        shards[0], torch.arange(8, 16), torch.ones(8, 4, 2, 2, 24).bfloat16(), about | {"clips": "others"}
+    )
     with pytest.raises(UserError, match=r"shard_00001.safetensors: was encoded .*other clips \(clips: others -> \w+\)"):
         encode(folder, "one")
     shutil.copy(folder / "other/train/shard_00000.safetensors", shards[1])
@@ -185,7 +216,9 @@ def test_the_format_of_future_latents(demo):
         "dataset.limit=9",
     ]
     environment = {**os.environ, "PYTHONPATH": str(demo / "kill")}
-    killed = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300, check=False)
+    killed = subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     folder = demo / "files/train"
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert len(list(folder.glob("clips/*.pt"))) == 5 and not (folder / "manifest.csv").exists()
@@ -199,7 +232,9 @@ def test_the_format_of_future_latents(demo):
     assert dataset.latent_shape == (4, 2, 2, 24) and dataset.train_size == 8
     encode(demo, "whole", limited, as_files=True)
     for file in sorted(folder.glob("clips/*.pt")):
-        torch.testing.assert_close(torch.load(file), torch.load(demo / "whole/train/clips" / file.name), rtol=2**-7, atol=1e-5)
+        torch.testing.assert_close(
+            torch.load(file), torch.load(demo / "whole/train/clips" / file.name), rtol=2**-7, atol=1e-5
+        )
 
     with pytest.raises(UserError, match="backbone.architecture.hidden_size: 24 -> 48"):
         encode(demo, "files", limited, "backbone.architecture.hidden_size=48", as_files=True)

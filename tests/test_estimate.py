@@ -1,5 +1,5 @@
-"""`flperf estimate`, where it can be checked: FLOPs, activations, and the step of the one device that is here. What two processes hold is
-measured in tests/test_zero.py."""
+"""`flperf estimate`, where it can be checked: FLOPs, activations, and the step of the one device that is here. What
+two processes hold is measured in tests/test_zero.py."""
 
 import json
 import os
@@ -38,14 +38,20 @@ MEDIUM = [
 aten = torch.ops.aten
 # The counter knows the flash attention of a GPU, not that of a CPU, whose operators take the same arguments.
 ATTENTION = {
-    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention].__wrapped__,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[aten._scaled_dot_product_flash_attention_backward].__wrapped__,
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        aten._scaled_dot_product_flash_attention
+    ].__wrapped__,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ].__wrapped__,
 }
 
 
 def counted_flops(counter: FlopCounterMode) -> tuple[int, int]:
     """All that were counted, and those of attention's forward pass."""
-    return counter.get_total_flops(), counter.get_flop_counts()["Global"].get(aten._scaled_dot_product_flash_attention_for_cpu, 0)
+    return counter.get_total_flops(), counter.get_flop_counts()["Global"].get(
+        aten._scaled_dot_product_flash_attention_for_cpu, 0
+    )
 
 
 @pytest.mark.parametrize("encode", ["split", "joint"])
@@ -60,8 +66,9 @@ def test_encoder_flops_are_those_counted_in_a_forward_pass(tiny, encode):
 
 @pytest.mark.parametrize("regime", REGIMES)
 def test_head_flops_are_those_counted_in_a_forward_and_backward_pass(tiny, regime):
-    """But for two conventions: attention's backward pass is counted as 5 products, since it computes one of its forward pass's 2 again,
-    where a model's FLOPs have 4; and latents want no gradient, so the layers that read them multiply once less."""
+    """But for two conventions: attention's backward pass is counted as 5 products, since it computes one of its
+    forward pass's 2 again, where a model's FLOPs have 4; and latents want no gradient, so the layers that read them
+    multiply once less."""
     config = load_config(tiny, [*MEDIUM, *REGIMES[regime]])
     workload = plan(config, torch.float32, 1)
     geometry, flow_matching = workload.geometry, regime == "flow_matching"
@@ -72,7 +79,9 @@ def test_head_flops_are_those_counted_in_a_forward_and_backward_pass(tiny, regim
     counted, attention = counted_flops(counter)
     read = geometry.context_tokens + (geometry.target_tokens if flow_matching else 0)
     assert attention > 0
-    assert workload.flops - workload.encoder_flops == pytest.approx(counted - attention / 2 + 2 * read * geometry.dim * 256, rel=0.01)
+    assert workload.flops - workload.encoder_flops == pytest.approx(
+        counted - attention / 2 + 2 * read * geometry.dim * 256, rel=0.01
+    )
 
 
 @pytest.mark.parametrize(("encode", "flops"), [("joint", 11.6e12), ("split", 8.2e12)])
@@ -96,23 +105,37 @@ def test_activations_are_what_a_pass_holds(tiny, mode):
     context = torch.randn(4, geometry.context_frames, geometry.height, geometry.width, geometry.dim)
     head(context).square().mean().backward()  # gradients are there from here on
     measured, _ = profiled(lambda: head(context).square().mean().backward())
-    assert training_cost(head, geometry, 4, torch.float32, flow_matching=False).peak == pytest.approx(measured, rel=0.01)
+    assert training_cost(head, geometry, 4, torch.float32, flow_matching=False).peak == pytest.approx(
+        measured, rel=0.01
+    )
 
 
 def test_the_step_of_this_cpu(tiny, tmp_path, monkeypatch):
-    """The ratio is asserted to be within a factor of 4. The bounds are not those of one roof: a step that is half arithmetic and half
-    memory takes twice its larger bound. A constant share of the peak fits no one processor: 0.5 stands for 0.3 to 0.8. And where others
-    use the cores, speed halves and doubles between the measurements; peaks are the best of before and after."""
-    overrides = [*MEDIUM, "engine.zero_stage=0", "trainer.max_steps=8", "evaluation.dump_examples=0", f"experiment={tmp_path}"]
+    """The ratio is asserted to be within a factor of 4. The bounds are not those of one roof: a step that is half
+    arithmetic and half memory takes twice its larger bound. A constant share of the peak fits no one processor: 0.5
+    stands for 0.3 to 0.8. And where others use the cores, speed halves and doubles between the measurements; peaks
+    are the best of before and after."""
+    overrides = [
+        *MEDIUM,
+        "engine.zero_stage=0",
+        "trainer.max_steps=8",
+        "evaluation.dump_examples=0",
+        f"experiment={tmp_path}",
+    ]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(len(os.sched_getaffinity(0))))  # one thread
     start_process()
     workload, before = plan(load_config(tiny, overrides), torch.float32, 1), find_device("cpu")
     train(["--config", str(tiny), *overrides])
     metrics = [json.loads(line) for line in (tmp_path / "tiny/metrics.jsonl").read_text().splitlines()]
     measured = statistics.median(line["step_ms"] for line in metrics[2:] if "step_ms" in line) / 1e3
-    estimated = min((step(workload, device, 0, 1, 1) for device in (before, find_device("cpu"))), key=lambda bounds: bounds.seconds)
+    estimated = min(
+        (step(workload, device, 0, 1, 1) for device in (before, find_device("cpu"))), key=lambda bounds: bounds.seconds
+    )
     ratio = measured / estimated.seconds
-    print(f"step: {measured * 1e3:.0f} ms measured, {estimated.seconds * 1e3:.0f} estimated ({estimated.bound}), ratio {ratio:.2f}")
+    print(
+        f"step: {measured * 1e3:.0f} ms measured, {estimated.seconds * 1e3:.0f} estimated "
+        f"({estimated.bound}), ratio {ratio:.2f}"
+    )
     assert 1 / 4 < ratio < 4
 
 
@@ -122,12 +145,18 @@ def test_a_local_folder_needs_no_weights(tiny, tmp_path):
     VJEPA2Config(**architecture).save_pretrained(tmp_path)
     (tmp_path / "video_preprocessor_config.json").write_text('{"crop_size": {"height": 32, "width": 32}}')
     from_folder = plan(load_config(tiny, [f"backbone.weights={tmp_path}"]), torch.float32, 1)
-    written = plan(load_config(tiny, [f"backbone.architecture.{key}={value}" for key, value in architecture.items()]), torch.float32, 1)
+    written = plan(
+        load_config(tiny, [f"backbone.architecture.{key}={value}" for key, value in architecture.items()]),
+        torch.float32,
+        1,
+    )
     assert from_folder.geometry.dim == 48
     assert (from_folder.encoder_parameters, from_folder.flops) == (written.encoder_parameters, written.flops)
 
 
-@pytest.mark.parametrize("name", ["4ds_kinetics_400_deterministic", "dinov3_kinetics_400_deterministic", "vjepa2_kinetics_400_cached"])
+@pytest.mark.parametrize(
+    "name", ["4ds_kinetics_400_deterministic", "dinov3_kinetics_400_deterministic", "vjepa2_kinetics_400_cached"]
+)
 def test_reference_configurations_can_be_estimated_without_weights(name):
     workload = plan(load_config(ROOT / f"configs/references/{name}.yaml"), torch.bfloat16, 8)
     assert (workload.encoder_flops == 0) == name.endswith("cached")
@@ -152,7 +181,9 @@ def test_a_step_is_bound_by_what_is_slowest(workload):
 
 
 def test_the_more_processes_the_less_each_holds(workload):
-    totals = {stage: [memory(workload, DEVICES["h100"], stage, n).states.optimizer for n in (8, 512)] for stage in range(4)}
+    totals = {
+        stage: [memory(workload, DEVICES["h100"], stage, n).states.optimizer for n in (8, 512)] for stage in range(4)
+    }
     assert totals[0][0] == totals[0][1]
     assert all(totals[stage][0] == pytest.approx(64 * totals[stage][1]) for stage in (1, 2, 3))
 
@@ -161,13 +192,30 @@ def test_the_report_says_what_it_is_and_what_it_assumes(workload):
     text = report(workload, DEVICES["h100"], [1, 4], 8)
     assert text.startswith("An ESTIMATE of vjepa2_kinetics_400_deterministic on H100 SXM 80 GB")
     assert "head      153.3 M parameters, predictor" in text
-    assert text.count("Estimated") == 2 and "NVDEC" in text and "50% of the peak of 989 TFLOP/s" in text and "data sheet" in text
+    assert (
+        text.count("Estimated") == 2
+        and "NVDEC" in text
+        and "50% of the peak of 989 TFLOP/s" in text
+        and "data sheet" in text
+    )
     rows = [line.split() for line in text.splitlines() if line.strip()[:1].isdigit()]
     assert [row[:2] for row in rows] == 2 * [[nodes, stage] for nodes in "14" for stage in ("0", "1*", "2", "3")]
 
 
 def test_the_command_takes_overrides(tiny, capsys):
-    estimate(["--config", str(tiny), "--device", "a100", "--nodes", "1,2", "--devices-per-node", "2", "engine.precision=bf16"])
+    estimate(
+        [
+            "--config",
+            str(tiny),
+            "--device",
+            "a100",
+            "--nodes",
+            "1,2",
+            "--devices-per-node",
+            "2",
+            "engine.precision=bf16",
+        ]
+    )
     text = capsys.readouterr().out
     assert "A100 SXM 80 GB" in text and "batch     4 = 2 x 1 accumulation x 2 processes, bfloat16" in text
 

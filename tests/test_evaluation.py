@@ -30,7 +30,12 @@ def test_errors_of_each_frame():
     forecast = target.clone()
     forecast[0, 1, 0, 0] = torch.tensor([0.0, 2.0])  # at a right angle in the second frame
     values = {name: error(forecast, target)[0].tolist() for name, error in ERRORS.items()}
-    assert values == {"l1": [0.0, 1.5], "mse": [0.0, 2.5], "cosine": [0.0, 1.0], "energy": [0.0, pytest.approx(2.5**0.5)]}
+    assert values == {
+        "l1": [0.0, 1.5],
+        "mse": [0.0, 2.5],
+        "cosine": [0.0, 1.0],
+        "energy": [0.0, pytest.approx(2.5**0.5)],
+    }
 
 
 def test_sums_leave_invalid_clips_out_even_where_they_are_not_finite():
@@ -42,7 +47,8 @@ def test_sums_leave_invalid_clips_out_even_where_they_are_not_finite():
 
 
 def test_scores_of_two_samples_on_either_side_of_the_truth():
-    """Samples at +a and -a of 0: each errs by a, their mean by nothing; their variance is 2 a^2; the energy score a - |2a| / 2 = 0."""
+    """Samples at +a and -a of 0: each errs by a, their mean by nothing; their variance is 2 a^2; the energy score a -
+    |2a| / 2 = 0."""
     samples = torch.stack([torch.full((1, 1, 1, 1, 4), 0.5), torch.full((1, 1, 1, 1, 4), -0.5)], dim=1)
     scores = {name: score.item() for name, score in sample_scores(samples, torch.zeros(1, 1, 1, 1, 4)).items()}
     assert scores["sample_l1"] == scores["best_l1"] == 0.5 and scores["sample_mse"] == 0.25
@@ -50,7 +56,8 @@ def test_scores_of_two_samples_on_either_side_of_the_truth():
 
 
 def test_the_best_sample_of_a_clip_is_one_sample():
-    """Each of two samples is right in one of two frames: the best of each frame errs by 0, the best of the clip by half."""
+    """Each of two samples is right in one of two frames: the best of each frame errs by 0, the best of the clip by
+    half."""
     samples = torch.zeros(1, 2, 2, 1, 1, 1)
     samples[0, 0, 1] = samples[0, 1, 0] = 1.0
     scores = sample_scores(samples, torch.zeros(1, 2, 1, 1, 1))
@@ -59,7 +66,8 @@ def test_the_best_sample_of_a_clip_is_one_sample():
 
 @pytest.mark.parametrize(("deviation", "calibrated"), [(0.3, False), (1.0, True), (3.0, False)])
 def test_energy_score_and_spread_tell_an_honest_spread(deviation, calibrated):
-    """Truth of unit variance, 8 samples: the honest ones have the least energy score, and a spread of 1 (3,000 clips: to 2%)."""
+    """Truth of unit variance, 8 samples: the honest ones have the least energy score, and a spread of 1 (3,000 clips:
+    to 2%)."""
     generator = torch.Generator().manual_seed(0)
     truth = torch.randn(3000, 1, 1, 1, 4, generator=generator)
     samples = torch.randn(3000, 8, 1, 1, 1, 4, generator=generator)
@@ -73,11 +81,14 @@ def test_energy_score_and_spread_tell_an_honest_spread(deviation, calibrated):
 
 
 def test_frechet_distance_of_gaussians():
-    """Diagonal covariances: |m1 - m2|^2 + sum of (s1 - s2)^2; and nothing between a distribution and itself, however it is turned."""
+    """Diagonal covariances: |m1 - m2|^2 + sum of (s1 - s2)^2; and nothing between a distribution and itself, however
+    it is turned."""
     turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).double()).Q
     variances = torch.tensor([4.0, 1.0, 0.0]).double(), torch.tensor([1.0, 9.0, 0.0]).double()
     means = torch.zeros(3).double(), torch.tensor([1.0, 2.0, 0.0]).double()
-    first, second = (Gaussian(turn @ mean, turn @ variance.diag() @ turn.T) for mean, variance in zip(means, variances, strict=True))
+    first, second = (
+        Gaussian(turn @ mean, turn @ variance.diag() @ turn.T) for mean, variance in zip(means, variances, strict=True)
+    )
     assert frechet_distance(first, second) == pytest.approx(5 + 1 + 4)
     assert frechet_distance(second, second) == pytest.approx(0, abs=1e-12)
 
@@ -133,11 +144,17 @@ def test_a_whole_evaluation_against_sums_by_hand():
 def test_an_evaluation_of_nothing_is_refused():
     """Where no clip could be read there are no means."""
     context, target, place = latents(2, 2, 1), latents(2, 3, 2), torch.zeros(3, 1, 2, 4)
-    batches = [ClipBatch(torch.zeros(2), torch.zeros(2), torch.arange(2), torch.zeros(2, dtype=torch.bool), latents=context)]
+    batches = [
+        ClipBatch(torch.zeros(2), torch.zeros(2), torch.arange(2), torch.zeros(2, dtype=torch.bool), latents=context)
+    ]
     head = lambda context: context[:, :1].expand(-1, 3, -1, -1, -1)  # noqa: E731
     with pytest.raises(UserError, match="not one of its clips can be read"):
         evaluate(
-            head, build_objective(Config(), GEOMETRY), batches, lambda _: (context, target), Baselines(place, place, torch.zeros(3, 13, 4))
+            head,
+            build_objective(Config(), GEOMETRY),
+            batches,
+            lambda _: (context, target),
+            Baselines(place, place, torch.zeros(3, 13, 4)),
         )
 
 
@@ -153,7 +170,8 @@ def test_a_perfect_forecast_has_skill_one_and_no_distance():
         size=3,
     )
     assert result["skill_l1"] == result["skill_mse"] == 1 and result["forecast_frechet"] == pytest.approx(0, abs=1e-5)
-    assert result["horizon"]["copy_last_l1"][0] == 0 and result["horizon"]["skill_l1"][0] == 1  # finite where a trivial one is perfect too
+    # finite where a trivial one is perfect too
+    assert result["horizon"]["copy_last_l1"][0] == 0 and result["horizon"]["skill_l1"][0] == 1
 
 
 class HonestSamples:
@@ -175,9 +193,9 @@ class HonestSamples:
 def test_reported_scores_of_honest_samples():
     """Truth and samples N(0, 1): 1000 clips of 3 frames of 8 numbers. Bounds are four deviations of what is estimated.
 
-    variance: of 8 numbers, 1 +- (2 / 7)^0.5, 24,000 times. The mean's squared error: (1 + 1/8)(1 +- 2^0.5); the spread's square is their
-    ratio. Energy: E|x - y| / 8^0.5 / 2 with x - y of variance 2 in each of 8 dimensions: Gamma(4.5) / Gamma(4) / 8^0.5; a frame's
-    deviates by less than 1.5 (2 - E^2)^0.5, E being twice that.
+    variance: of 8 numbers, 1 +- (2 / 7)^0.5, 24,000 times. The mean's squared error: (1 + 1/8)(1 +- 2^0.5); the
+    spread's square is their ratio. Energy: E|x - y| / 8^0.5 / 2 with x - y of variance 2 in each of 8 dimensions:
+    Gamma(4.5) / Gamma(4) / 8^0.5; a frame's deviates by less than 1.5 (2 - E^2)^0.5, E being twice that.
     """
     clips, objective = 1000, HonestSamples()
     context, target, place = latents(clips, 2, 1), latents(clips, 3, 2), torch.zeros(3, 1, 2, 4)
@@ -193,7 +211,10 @@ def test_reported_scores_of_honest_samples():
     assert result["forecast_energy"] == pytest.approx(energy, abs=4 * 1.5 * ((2 - 4 * energy**2) / 3000) ** 0.5)
     by_hand = (torch.cat(objective.drawn) - target[:, None]).abs().flatten(2).mean(2)  # clip, sample
     assert result["best_l1"] == pytest.approx(by_hand.amin(1).mean().item(), rel=1e-5)
-    assert result["sample_l1"] == pytest.approx(by_hand.mean().item(), rel=1e-5) and result["best_l1"] < result["sample_l1"]
+    assert (
+        result["sample_l1"] == pytest.approx(by_hand.mean().item(), rel=1e-5)
+        and result["best_l1"] < result["sample_l1"]
+    )
     assert "1 is calibrated" in summary(result)
     _, observed = pooled.gathered()
     first_samples = torch.cat([drawn[:, 0] for drawn in objective.drawn])
@@ -201,14 +222,18 @@ def test_reported_scores_of_honest_samples():
 
 
 def test_the_frechet_distance_is_that_of_each_frame():
-    """Forecasts that are off by 0, 1 and 2 in each of 4 channels: 0, 4 and 16 apart. Together they also spread more than the truth."""
+    """Forecasts that are off by 0, 1 and 2 in each of 4 channels: 0, 4 and 16 apart. Together they also spread more
+    than the truth."""
     context = latents(50, 2, 1)
     target = context[:, -1:].expand(-1, 3, -1, -1, -1)
     place, offset = torch.zeros(3, 1, 2, 4), torch.arange(3.0).view(1, 3, 1, 1, 1)
-    result = evaluated(lambda context: context[:, -1:] + offset, context, target, Baselines(place, place, torch.zeros(3, 13, 4)), 25)
+    result = evaluated(
+        lambda context: context[:, -1:] + offset, context, target, Baselines(place, place, torch.zeros(3, 13, 4)), 25
+    )
     assert result["horizon"]["forecast_frechet"] == pytest.approx([0, 4, 16], abs=1e-4)
     assert result["horizon"]["copy_last_frechet"] == pytest.approx([0, 0, 0], abs=1e-4)
-    assert 4 < result["forecast_frechet"] < 20 / 3  # their mean is off by 1 in each channel; a mixture is nearer than its parts
+    # their mean is off by 1 in each channel; a mixture is nearer than its parts
+    assert 4 < result["forecast_frechet"] < 20 / 3
 
 
 def test_a_probe_tells_separable_classes_and_errs_on_their_opposites():

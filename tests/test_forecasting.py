@@ -22,7 +22,8 @@ CONFIG = """
 inherits: [{root}/configs/demo.yaml]
 experiment: {folder}/experiment
 backbone: {{architecture: {{crop_size: 32, hidden_size: 24, num_hidden_layers: 1}}}}
-dataset: {{n_frames: 8, train: {folder}/demo/train.csv, validation: {folder}/demo/validation.csv, labels: {folder}/demo/labels.csv}}
+dataset: {{n_frames: 8, train: {folder}/demo/train.csv, validation: {folder}/demo/validation.csv,
+ labels: {folder}/demo/labels.csv}}
 model: {{num_context_latents: 2, hidden_dim: 32, depth: 1}}
 trainer: {{batch_size: 4, max_steps: 3, warmup_steps: 1}}
 latents: {{statistics_clips: 8}}
@@ -59,7 +60,9 @@ def evaluated(folder, checkpoint: str, *arguments: str) -> dict:
     return json.loads(out.read_text().splitlines()[-1])
 
 
-@pytest.mark.parametrize("checkpoint", ["experiment/tiny", "experiment/tiny/checkpoints/step_00000003", "head.safetensors"])
+@pytest.mark.parametrize(
+    "checkpoint", ["experiment/tiny", "experiment/tiny/checkpoints/step_00000003", "head.safetensors"]
+)
 def test_a_trained_head_is_judged_as_it_was_in_training(folder, checkpoint, capsys):
     result, before = evaluated(folder, checkpoint), trained_result(folder)
     for key in ("loss", "forecast_l1", "best_mse", "forecast_frechet", "median_l1", "skill_mse"):
@@ -67,14 +70,24 @@ def test_a_trained_head_is_judged_as_it_was_in_training(folder, checkpoint, caps
     assert result["horizon"]["ridge_l1"] == pytest.approx(before["horizon"]["ridge_l1"], rel=1e-6)
     said = capsys.readouterr().out
     assert result["clips"] == 16 and "median latent" in said
-    assert re.search(r"linear probe, top-1: target [\d.]+%, forecast [\d.]+%, copy last [\d.]+%, sample [\d.]+%, chance [\d.]+%\n", said)
+    assert re.search(
+        r"linear probe, top-1: target [\d.]+%, forecast [\d.]+%, copy last [\d.]+%, sample [\d.]+%, chance [\d.]+%\n",
+        said,
+    )
     assert result["probe"].keys() == {"target", "forecast", "sample", "copy_last", "chance"}
     assert all(0 <= accuracy <= 1 for accuracy in result["probe"].values())
 
 
 def test_two_processes_judge_as_one(folder):
     out = folder / "two.jsonl"
-    arguments = ["--checkpoint", str(folder / "head.safetensors"), "--out", str(out), "evaluation.batch_size=3", "evaluation.max_clips=7"]
+    arguments = [
+        "--checkpoint",
+        str(folder / "head.safetensors"),
+        "--out",
+        str(out),
+        "evaluation.batch_size=3",
+        "evaluation.max_clips=7",
+    ]
     finished = launch(2, str(ROOT / "flperf/cli.py"), "evaluate", *arguments)
     assert finished.returncode == 0, finished.stderr[-3000:]
     two = json.loads(out.read_text())
@@ -117,7 +130,9 @@ def test_a_horizon_in_seconds_is_rolled_out(folder):
     assert not torch.equal(long["forecast"][:, :, 2:4], short["forecast"])
 
 
-@pytest.mark.parametrize(("seconds", "rate", "frames"), [(1.0, 24.0, 6), (1.0, 25.0, 7), (0.1, 24.0, 1), (1 / 3, 24.0, 2)])
+@pytest.mark.parametrize(
+    ("seconds", "rate", "frames"), [(1.0, 24.0, 6), (1.0, 25.0, 7), (0.1, 24.0, 1), (1 / 3, 24.0, 2)]
+)
 def test_frames_reach_the_seconds_asked_for_and_no_further(seconds, rate, frames):
     assert frames_for(seconds, 2, 2, rate) == frames
     ahead = seconds_ahead(frames, 2, 2, rate)
@@ -138,7 +153,9 @@ def test_forecasting_from_python(folder):
     frames = video.repeat_interleave(2, dim=0)[1:]  # frames between those at stride 2 are not looked at
     latents = forecaster.forecast(frames)
     assert latents.shape == (3, 2, 2, 2, 24) and latents.dtype == torch.float32
-    assert torch.equal(latents, forecaster.forecast(frames)) and not torch.equal(latents, forecaster.forecast(frames, seed=1))
+    assert torch.equal(latents, forecaster.forecast(frames)) and not torch.equal(
+        latents, forecaster.forecast(frames, seed=1)
+    )
     assert forecaster.forecast(frames, frames=5).shape[1] == 5
     with pytest.raises(ValueError, match="at least 7 frames"):
         forecaster.forecast(frames[:6])

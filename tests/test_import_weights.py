@@ -1,4 +1,5 @@
-"""Heads of FutureLatents: what of them ours can start from, and what is refused. Old modules are told by names and shapes alone."""
+"""Heads of FutureLatents: what of them ours can start from, and what is refused. Old modules are told by names and
+shapes alone."""
 
 import subprocess
 import sys
@@ -43,7 +44,9 @@ DIT = ["model.head=dit", "objective.kind=flow_matching"]
 
 def import_into(tiny, tmp_path, state: dict[str, Tensor], overrides: list[str]) -> dict[str, Tensor]:
     torch.save({"model": {f"module.{name}": tensor for name, tensor in state.items()}, "epoch": 3}, tmp_path / "old.pt")
-    import_weights([str(tmp_path / "old.pt"), "--config", str(tiny), "--out", str(tmp_path / "new/head.safetensors"), *overrides])
+    import_weights(
+        [str(tmp_path / "old.pt"), "--config", str(tiny), "--out", str(tmp_path / "new/head.safetensors"), *overrides]
+    )
     return load_file(tmp_path / "new/head.safetensors")
 
 
@@ -57,7 +60,9 @@ def test_what_means_the_same_is_taken_and_the_rest_named(tiny, tmp_path, capsys)
     said = capsys.readouterr().out
     assert "self-attention has rotary positions along the flattened clip, here model.positions 'rope3d'" in said
     assert "cross-attention has no positions" in said and "normalised before its projection" in said
-    assert not any("query" in name.split(".")[-2] or name.startswith(("context.", "memory.")) for name in weights if "." in name)
+    assert not any(
+        "query" in name.split(".")[-2] or name.startswith(("context.", "memory.")) for name in weights if "." in name
+    )
 
 
 def test_cross_attention_is_taken_where_ours_is_told_no_places_either(tiny, tmp_path):
@@ -73,7 +78,10 @@ def test_cross_attention_is_taken_where_ours_is_told_no_places_either(tiny, tmp_
     for linear, name in zip((query, key, value, out), ("q_proj", "k_proj", "v_proj", "proj"), strict=True):
         old = {kind: state[f"flow_transformer.blocks.0.cross_attn.{name}.{kind}"] for kind in ("weight", "bias")}
         linear.load_state_dict(old)
-    parts = [linear(tokens).view(2, -1, 2, WIDTH // 2).transpose(1, 2) for linear, tokens in ((query, x), (key, context), (value, context))]
+    parts = [
+        linear(tokens).view(2, -1, 2, WIDTH // 2).transpose(1, 2)
+        for linear, tokens in ((query, x), (key, context), (value, context))
+    ]
     theirs = out(F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2))
     torch.testing.assert_close(ours, theirs)
     assert "blocks.0.modulation.weight" in weights and "noised.weight" not in weights
@@ -82,8 +90,16 @@ def test_cross_attention_is_taken_where_ours_is_told_no_places_either(tiny, tmp_
 @pytest.mark.parametrize(
     ("state", "overrides", "message"),
     [
-        (old_state("predictor.", modulated=False), DIT, r"holds no flow_transformer\.\* for model.head 'dit' \(but predictor\)"),
-        (old_state("predictor.", modulated=False, width=48), CROSS_ATTENTION, r"out.weight is \[24, 48\] there, \[24, 32\] here"),
+        (
+            old_state("predictor.", modulated=False),
+            DIT,
+            r"holds no flow_transformer\.\* for model.head 'dit' \(but predictor\)",
+        ),
+        (
+            old_state("predictor.", modulated=False, width=48),
+            CROSS_ATTENTION,
+            r"out.weight is \[24, 48\] there, \[24, 32\] here",
+        ),
         ({"backbone.conv.weight": torch.ones(3)}, CROSS_ATTENTION, "holds no predictor"),
         ({"optimizer": {}}, CROSS_ATTENTION, "holds no model's state"),
     ],
@@ -91,7 +107,9 @@ def test_cross_attention_is_taken_where_ours_is_told_no_places_either(tiny, tmp_
 def test_what_fits_no_head_is_refused_with_the_reason(tiny, tmp_path, state, overrides, message):
     torch.save(state, tmp_path / "old.pt")
     with pytest.raises(UserError, match=message):
-        import_weights([str(tmp_path / "old.pt"), "--config", str(tiny), "--out", str(tmp_path / "head.safetensors"), *overrides])
+        import_weights(
+            [str(tmp_path / "old.pt"), "--config", str(tiny), "--out", str(tmp_path / "head.safetensors"), *overrides]
+        )
     assert not (tmp_path / "head.safetensors").exists()
 
 
@@ -113,7 +131,14 @@ def test_a_run_starts_from_initial_weights_or_refuses_them(tiny, tmp_path):
     file = tmp_path / "new/head.safetensors"
 
     def train(*overrides: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(ROOT / "flperf/train.py"), "--config", str(tiny), f"model.initial_weights={file}", *overrides]
+        command = [
+            sys.executable,
+            str(ROOT / "flperf/train.py"),
+            "--config",
+            str(tiny),
+            f"model.initial_weights={file}",
+            *overrides,
+        ]
         return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
     # Without a learning rate what is trained is what it started from.

@@ -14,7 +14,16 @@ from flperf.data import BatchShare
 from flperf.data.bouncing_shapes import patch_heatmaps
 from flperf.data.samplers import ClipBatch
 from flperf.errors import UserError
-from flperf.evaluation.locator import LOCATORS, FrameLatents, Locator, PixelErrors, frame_centres, load_locator, save_locator, train_locator
+from flperf.evaluation.locator import (
+    LOCATORS,
+    FrameLatents,
+    Locator,
+    PixelErrors,
+    frame_centres,
+    load_locator,
+    save_locator,
+    train_locator,
+)
 from flperf.models.latents import LatentGeometry, Normaliser, Statistics
 from flperf.train import train
 
@@ -53,7 +62,8 @@ def test_a_latent_frame_is_where_the_frames_it_covers_are():
 
 
 def test_pixel_errors_of_a_case_known_on_paper():
-    """Latents that are the coordinates themselves: a forecast 3 to the right and 4 below errs by 5, a copy by how far things went."""
+    """Latents that are the coordinates themselves: a forecast 3 to the right and 4 below errs by 5, a copy by how far
+    things went."""
     locator = SimpleNamespace(locate=lambda latents: latents[:, :, 0, 0].unflatten(-1, (2, 2)))
     config = SimpleNamespace(dataset=SimpleNamespace(kind="bouncing_shapes"))
     statistics = Statistics(torch.full((4,), 7.0), torch.full((4,), 2.0))
@@ -87,11 +97,18 @@ def test_training_evaluating_and_refusing(folder, capsys):
     locator(["--config", config, "--out", str(file), "--head", "heatmap", "--steps", "3"])
     assert "pixels of 256" in capsys.readouterr().out
     train(["--config", config, *REGIMES["flow_matching"]])
-    evaluate(["--checkpoint", str(folder / "experiment/tiny"), "--locator", str(file), "--out", str(folder / "out.jsonl")])
+    evaluate(
+        ["--checkpoint", str(folder / "experiment/tiny"), "--locator", str(file), "--out", str(folder / "out.jsonl")]
+    )
     result = json.loads((folder / "out.jsonl").read_text())
     located = result["locator"]
     assert result["norm"] == "standardize" and "one sample" in capsys.readouterr().out
-    assert {name: len(errors) for name, errors in located.items()} == {"forecast": 2, "sample": 2, "copy_last": 2, "target": 2}
+    assert {name: len(errors) for name, errors in located.items()} == {
+        "forecast": 2,
+        "sample": 2,
+        "copy_last": 2,
+        "target": 2,
+    }
     assert located["sample"] != located["forecast"], "the mean of two samples is neither of them"
     assert all(0 < error < 256 for errors in located.values() for error in errors)
     with pytest.raises(UserError, match="another encoder or canvas"):
@@ -105,7 +122,9 @@ def test_a_locator_is_read_as_it_was_written(folder):
     locator, error = train_locator(config, "coordinates", 2, CPU)
     save_locator(folder / "again.safetensors", locator, config)
     latents = torch.randn(3, 2, 2, 24)
-    assert error > 0 and torch.equal(load_locator(folder / "again.safetensors", config, CPU).locate(latents), locator.locate(latents))
+    assert error > 0 and torch.equal(
+        load_locator(folder / "again.safetensors", config, CPU).locate(latents), locator.locate(latents)
+    )
 
 
 @pytest.mark.parametrize("kind", ["vjepa2", "dinov3", "4ds"])

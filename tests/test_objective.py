@@ -1,4 +1,5 @@
-"""What heads are trained for: losses, tau, and the fused flow-matching ops against the formula as one would write it."""
+"""What heads are trained for: losses, tau, and the fused flow-matching ops against the formula as one would write
+it."""
 
 import math
 
@@ -48,7 +49,9 @@ def use_references(monkeypatch) -> None:
         return kernels.noise_reference(latents, tau, sample, seed, None, None, "none", 1e-6, out_dtype)
 
     def loss(prediction, latents, sample, *, seed, loss, reduction):
-        return kernels.loss_reference(prediction, latents, sample, seed, loss, None, None, "none", 1e-6, None, reduction, 1.0)
+        return kernels.loss_reference(
+            prediction, latents, sample, seed, loss, None, None, "none", 1e-6, None, reduction, 1.0
+        )
 
     monkeypatch.setattr(objectives, "flow_matching_noise", noise)
     monkeypatch.setattr(objectives, "flow_matching_loss", loss)
@@ -58,8 +61,8 @@ def use_references(monkeypatch) -> None:
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("loss", ["mse", "smooth_l1"])
 def test_fused_and_compiled_trains_as_the_reference_in_eager_mode(loss, device, monkeypatch):
-    """The two differ in the order of fp32 sums: by less than 1e-5 in the first loss. Training is chaotic and doubles a difference every
-    six updates or so: within 1e-3 for forty of them, and as good at the end."""
+    """The two differ in the order of fp32 sums: by less than 1e-5 in the first loss. Training is chaotic and doubles
+    a difference every six updates or so: within 1e-3 for forty of them, and as good at the end."""
     fused = train(flow_matching(loss), torch.device(device), compile=True)
     use_references(monkeypatch)
     reference = train(flow_matching(loss), torch.device(device), compile=False)
@@ -76,7 +79,12 @@ def test_the_velocity_is_data_minus_noise():
     noise = kernels.philox_normal(sample, tokens[0].numel(), seed=objective.seed).view_as(target)
     assert objective.loss(lambda context, noised, tau: target - noise, target, target, sample).item() < 1e-10
     seen = {}
-    objective.loss(lambda context, noised, tau: seen.update(noised=noised, tau=tau) or torch.zeros_like(noised), target, target, sample)
+    objective.loss(
+        lambda context, noised, tau: seen.update(noised=noised, tau=tau) or torch.zeros_like(noised),
+        target,
+        target,
+        sample,
+    )
     tau = seen["tau"][:, None, None, None, None]
     torch.testing.assert_close(seen["noised"] + (1 - tau) * (target - noise), target, rtol=1e-4, atol=1e-4)
 
@@ -95,7 +103,9 @@ def test_losses_of_samples_average_to_the_loss():
 
 
 @pytest.mark.parametrize("kind", ["standardize", "layer", "l2", "l1", "none"])
-@pytest.mark.parametrize("config", [flow_matching(), Config(model=Model(head="predictor"))], ids=["flow_matching", "regression"])
+@pytest.mark.parametrize(
+    "config", [flow_matching(), Config(model=Model(head="predictor"))], ids=["flow_matching", "regression"]
+)
 def test_raw_targets_are_normalised_on_the_way(kind, config):
     """The target may be a strided view of the clip's latents, as the encoder left it."""
     objective, latents, sample = build_objective(config, GEOMETRY), 3 * torch.randn(3, 4, 3, 3, 12) + 1, torch.arange(3)
@@ -118,7 +128,9 @@ def test_raw_targets_are_normalised_on_the_way(kind, config):
 @pytest.mark.parametrize("compile", [True, False])
 def test_regression_is_torchs(loss, expected, compile):
     torch._dynamo.reset()
-    prediction, target = (latents.requires_grad_() for latents in torch.randn(2, 3, 2, 3, 3, 12).to(torch.bfloat16).unbind())
+    prediction, target = (
+        latents.requires_grad_() for latents in torch.randn(2, 3, 2, 3, 3, 12).to(torch.bfloat16).unbind()
+    )
     objective = build_objective(Config(objective=Objective(loss=loss), engine=Engine(compile=compile)), GEOMETRY)
     value = objective.loss(lambda context: prediction, None, target, torch.arange(3))
     assert value.dtype == torch.float32  # whatever the latents' type
@@ -143,7 +155,8 @@ def test_tau_is_a_function_of_the_sample():
 
 
 def test_uniform_tau_is_uniform():
-    """The Kolmogorov-Smirnov distance of 20,000 draws exceeds 1.95 / sqrt(20,000) once in a thousand seeds; this seed is fixed."""
+    """The Kolmogorov-Smirnov distance of 20,000 draws exceeds 1.95 / sqrt(20,000) once in a thousand seeds; this seed
+    is fixed."""
     tau = draw_tau(Objective(tau_distribution="uniform"), 1.0, SAMPLES, 0).sort().values
     steps = torch.arange(1, len(tau) + 1) / len(tau)
     assert (tau - steps).abs().max() < 1.95 / math.sqrt(len(tau))
@@ -151,14 +164,16 @@ def test_uniform_tau_is_uniform():
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_logit_normal_tau_has_its_median_where_the_shift_puts_it(shift):
-    """The shift takes the median 1/2 to 1 / (1 + shift): above 1, more noise. A median of 20,000 logits of unit deviation errs by 0.01."""
+    """The shift takes the median 1/2 to 1 / (1 + shift): above 1, more noise. A median of 20,000 logits of unit
+    deviation errs by 0.01."""
     tau = draw_tau(Objective(tau_distribution="logit_normal"), shift, SAMPLES, 0)
     assert tau.min() > 0 and tau.max() < 1
     assert tau.logit().median().item() == pytest.approx(-math.log(shift), abs=0.04)
 
 
 def test_as_many_clips_as_asked_for_train_without_their_context():
-    """20,000 draws of probability p: within four deviations, (p (1 - p) / 20,000)^0.5 each. In evaluation every clip has its context."""
+    """20,000 draws of probability p: within four deviations, (p (1 - p) / 20,000)^0.5 each. In evaluation every clip
+    has its context."""
     geometry, rate, seen = LatentGeometry(1, 1, 1, 1, 2), 0.2, []
     config = Config(model=MODEL, objective=Objective(kind="flow_matching", context_dropout=rate))
     objective, context = build_objective(config, geometry), torch.ones(len(SAMPLES), 1, 1, 1, 2)

@@ -1,4 +1,5 @@
-"""Every command of the README runs, in its order, as it stands there but smaller; what needs data that is not here is loaded."""
+"""Every command of the README runs, in its order, as it stands there but smaller; what needs data that is not here is
+loaded."""
 
 import argparse
 import re
@@ -15,16 +16,27 @@ from flperf.config import load_config
 
 SMALL = [
     *("trainer.max_steps=2", "trainer.batch_size=4", "dataset.limit=12", "engine.compile=false"),
-    *("backbone.architecture.hidden_size=24", "backbone.architecture.num_hidden_layers=1", "model.hidden_dim=32", "model.depth=1"),
+    *(
+        "backbone.architecture.hidden_size=24",
+        "backbone.architecture.num_hidden_layers=1",
+        "model.hidden_dim=32",
+        "model.depth=1",
+    ),
     *("latents.statistics_clips=8", "evaluation.sampling.steps=2", "evaluation.probe_clips=12"),
 ]
-ELSEWHERE = ("/data/", "configs/references/", "configs/shapes/", "experiment/predictor")  # data or minutes that a test has not got
+# data or minutes that a test has not got
+ELSEWHERE = ("/data/", "configs/references/", "configs/shapes/", "experiment/predictor")
 SET_UP, MEASURED = "python3 -m venv", ("pytest", "benchmarks", "tensorboard")
 
 
 def commands() -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")]
+    return [
+        line
+        for block in blocks
+        for line in block.replace("\\\n", " ").splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
 
 
 def kind(command: str) -> str:
@@ -58,7 +70,8 @@ class Parsed(Exception):
 
 
 def parsed(command: str, monkeypatch) -> argparse.Namespace:
-    """The options of `flperf COMMAND …` or of a launched script, refused as the command would refuse them; nothing is run."""
+    """The options of `flperf COMMAND …` or of a launched script, refused as the command would refuse them; nothing is
+    run."""
     words = shlex.split(command)
     name, *arguments = words[next(i for i, word in enumerate(words) if "flperf" in word) :]
     if name in ("flperf", "flperf/cli.py"):

@@ -72,7 +72,8 @@ MIX = torch.tensor([[0.6, 0.0, 0.0, 0.0], [0.4, 0.5, 0.0, 0.0], [0.0, -0.3, 0.7,
 
 @pytest.fixture(scope="module")
 def gaussian_head():
-    """A DiT trained on targets c + MIX z: a Gaussian around the context with covariance MIX MIX^T. A tenth is trained without context."""
+    """A DiT trained on targets c + MIX z: a Gaussian around the context with covariance MIX MIX^T. A tenth is trained
+    without context."""
     config = Config(model=MODEL, objective=Objective(kind="flow_matching", context_dropout=0.1))
     objective, head = build_objective(config, GEOMETRY), build_head(MODEL, GEOMETRY, seed=0, compile=False)
     optimizer, steps, batch = torch.optim.AdamW(head.parameters(), lr=3e-3, weight_decay=0.0), 1200, 128
@@ -97,7 +98,9 @@ def draw(head, samples: int, context: torch.Tensor, **sampling) -> torch.Tensor:
         return forecast(build_objective(config, GEOMETRY), head, context, torch.arange(len(context))).flatten(2)
 
 
-@pytest.mark.parametrize("sampling", [{"solver": "heun", "steps": 10}, {"solver": "euler", "steps": 80}, {"solver": "dopri5"}], ids=str)
+@pytest.mark.parametrize(
+    "sampling", [{"solver": "heun", "steps": 10}, {"solver": "euler", "steps": 80}, {"solver": "dopri5"}], ids=str
+)
 def test_a_trained_head_reaches_mean_and_covariance(gaussian_head, sampling):
     """Of 2,000 samples each mean errs by 0.02 and each covariance by 0.03; the head itself is allowed 0.1."""
     context = torch.tensor([1.0, -1.0, -1.0, 1.0]).view(1, 1, 1, 2, 2).repeat(500, 1, 1, 1, 1)
@@ -122,7 +125,9 @@ def test_guidance_moves_away_from_what_needs_no_context(gaussian_head):
     for guidance in (1.0, 2.0):
         config.evaluation.sampling = Sampling(samples=2, steps=20, guidance=guidance)
         with torch.no_grad():
-            means.append(forecast(build_objective(config, GEOMETRY), gaussian_head, context, torch.arange(200)).mean().item())
+            means.append(
+                forecast(build_objective(config, GEOMETRY), gaussian_head, context, torch.arange(200)).mean().item()
+            )
     assert means[1] > means[0] + 0.2
 
 

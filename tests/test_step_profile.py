@@ -1,4 +1,5 @@
-"""The table of `--profile` on a GPU, from events as PyTorch's profiler reports them there. (On a CPU a real run is profiled elsewhere.)"""
+"""The table of `--profile` on a GPU, from events as PyTorch's profiler reports them there. (On a CPU a real run is
+profiled elsewhere.)"""
 
 import re
 
@@ -10,7 +11,8 @@ from flperf.training.profiler import STAGES, WATCHED, stage_table
 
 
 def gpu_events() -> EventList:
-    """Steps of 10 ms. A GPU works from 0.1 to 5.1 ms in each: 4 ms of a product and 1 ms of a collective, and beside the product a copy."""
+    """Steps of 10 ms. A GPU works from 0.1 to 5.1 ms in each: 4 ms of a product and 1 ms of a collective, and beside
+    the product a copy."""
     events = EventList([], use_device="cuda", profile_memory=False, with_flops=False)
 
     def add(name: str, start: int, end: int, device: DeviceType = DeviceType.CUDA, **options) -> FunctionEvent:

@@ -43,7 +43,11 @@ def test_logged_flops_are_those_of_a_training_step(tmp_path, regime):
 def test_encoding_is_counted_for_every_backbone_and_mode(tmp_path, kind, mode):
     config = parse_config(TINY.format(folder=tmp_path), "tiny", [*{**BACKBONES, "4ds": FOUR_DS}[kind], "name=tiny"])
     encoder = build_encoder(
-        config.backbone, Preprocessing.of(config.backbone), dtype=torch.float32, device=torch.device("cpu"), compile=False
+        config.backbone,
+        Preprocessing.of(config.backbone),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        compile=False,
     )
     geometry, video = LatentGeometry(1, 3, 2, 2, 24), torch.zeros(1, 8, 32, 32, 3, dtype=torch.uint8)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
@@ -52,14 +56,20 @@ def test_encoding_is_counted_for_every_backbone_and_mode(tmp_path, kind, mode):
 
 
 def test_attention_is_counted_as_its_products_and_not_as_pytorch_counts_training():
-    """What grows with the square of the tokens, in training three times its forward. PyTorch counts five products for the backward pass of
-    fused attention, one of them the scores computed again, which are not the model's FLOPs."""
+    """What grows with the square of the tokens, in training three times its forward. PyTorch counts five products for
+    the backward pass of fused attention, one of them the scores computed again, which are not the model's FLOPs."""
     layouts = [LatentGeometry(frames, frames, 4, 4, 24) for frames in (1, 2)]
     model = Model(head="predictor", num_context_latents=1, hidden_dim=32, depth=3, num_heads=2)
-    once, twice = (3 * head_flops(build_head(model, geometry, seed=0, compile=False), geometry, False) for geometry in layouts)
+    once, twice = (
+        3 * head_flops(build_head(model, geometry, seed=0, compile=False), geometry, False) for geometry in layouts
+    )
     forward, backward = 0, 0
     for sign, tokens in ((-2, 32), (1, 64)):  # what grows with the tokens cancels out
         shape = (1, 2, tokens, 16)
-        forward += sign * model.depth * flop_registry[torch.ops.aten._scaled_dot_product_flash_attention](shape, shape, shape, out_val=None)
+        forward += (
+            sign
+            * model.depth
+            * flop_registry[torch.ops.aten._scaled_dot_product_flash_attention](shape, shape, shape, out_val=None)
+        )
         backward += sign * model.depth * sdpa_backward_flop(shape, shape, shape, shape)
     assert twice - 2 * once == forward + backward * 4 / 5

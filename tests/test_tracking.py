@@ -95,7 +95,12 @@ def opened(experiment: Path, *clips: str, overwrite: bool = False) -> RunFolder:
     """The folder of a run on these training clips."""
     config = Config(name="run", experiment=str(experiment))
     folder = RunFolder(config, debug=False)
-    folder.open(config, start_process(), Dataset({"train": Annotations(list(clips), [0] * len(clips))}, [], None, 0), overwrite=overwrite)
+    folder.open(
+        config,
+        start_process(),
+        Dataset({"train": Annotations(list(clips), [0] * len(clips))}, [], None, 0),
+        overwrite=overwrite,
+    )
     return folder
 
 
@@ -150,7 +155,16 @@ def test_an_experiment_that_cannot_be_a_folder_is_named(tmp_path):
         opened(tmp_path / "file/experiment", "a.mp4")
 
 
-LINE = {"step": 1, "loss": 2.0, "clips_per_s": 3.0, "step_ms": 4.0, "data_ms": 1.0, "encode_ms": 1.0, "head_ms": 2.0, "optim_ms": 0.0}
+LINE = {
+    "step": 1,
+    "loss": 2.0,
+    "clips_per_s": 3.0,
+    "step_ms": 4.0,
+    "data_ms": 1.0,
+    "encode_ms": 1.0,
+    "head_ms": 2.0,
+    "optim_ms": 0.0,
+}
 
 
 @pytest.fixture
@@ -175,7 +189,9 @@ def test_metrics_stay_json(tracker):
 def test_a_full_disk_names_the_metrics(tracker):
     with open("/dev/full", "a") as tracker.file:
         for write in (lambda: tracker.log(LINE), tracker.close):
-            with pytest.raises(UserError, match=f"{tracker.folder.metrics}: cannot be written: No space left on device"):
+            with pytest.raises(
+                UserError, match=f"{tracker.folder.metrics}: cannot be written: No space left on device"
+            ):
                 write()
 
 

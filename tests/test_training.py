@@ -30,7 +30,8 @@ STAGES = (0, 1, 2, 3)
 
 @pytest.fixture(scope="module")
 def matrix(tiny) -> dict[str, dict]:
-    """Every regime x backbone x ZeRO stage in fp32, every regime x stage in bf16, with 2 processes; and fp32 with accumulation."""
+    """Every regime x backbone x ZeRO stage in fp32, every regime x stage in bf16, with 2 processes; and fp32 with
+    accumulation."""
     requests = {
         f"{regime}-{backbone}-{stage}": REGIMES[regime] + BACKBONES[backbone] + [f"engine.zero_stage={stage}"]
         for regime, backbone, stage in itertools.product(REGIMES, BACKBONES, STAGES)
@@ -39,14 +40,18 @@ def matrix(tiny) -> dict[str, dict]:
         f"{regime}-bf16-{stage}": REGIMES[regime] + ["engine.precision=bf16", f"engine.zero_stage={stage}"]
         for regime, stage in itertools.product(REGIMES, STAGES)
     }
-    requests |= {f"{regime}-accumulated": REGIMES[regime] + ["trainer.micro_batch_size=1", "engine.zero_stage=2"] for regime in REGIMES}
+    requests |= {
+        f"{regime}-accumulated": REGIMES[regime] + ["trainer.micro_batch_size=1", "engine.zero_stage=2"]
+        for regime in REGIMES
+    }
     return curves(tiny, requests, processes=2)
 
 
 @pytest.mark.parametrize(("regime", "backbone"), itertools.product(REGIMES, BACKBONES))
 def test_zero_stages_train_alike_in_fp32(matrix, regime, backbone):
-    """The stages differ in the order of sums alone. Each fp32 sum over at most 2^17 gradients errs by less than 2^-24 * 17 relatively
-    (pairwise), and four updates at a rate of 1e-3 carry that on by less than a factor of ten: 1e-5."""
+    """The stages differ in the order of sums alone. Each fp32 sum over at most 2^17 gradients errs by less than 2^-24
+    * 17 relatively (pairwise), and four updates at a rate of 1e-3 carry that on by less than a factor of ten:
+    1e-5."""
     curves = [matrix[f"{regime}-{backbone}-{stage}"] for stage in STAGES]
     assert len(curves[0]["loss"]) == len(curves[0]["seen"]) == 4
     for other in curves[1:]:
@@ -57,8 +62,9 @@ def test_zero_stages_train_alike_in_fp32(matrix, regime, backbone):
 
 @pytest.mark.parametrize("regime", REGIMES)
 def test_zero_stages_train_alike_in_bf16(matrix, regime):
-    """Gradients are averaged in bf16, so each errs by up to 2^-8 relatively; an update moves a weight by at most the rate 1e-3 (Adam),
-    and the loss by at most grad_norm * |update| of it: sum over the updates of 2^-8 * grad_norm * 1e-3 * sqrt(parameters)."""
+    """Gradients are averaged in bf16, so each errs by up to 2^-8 relatively; an update moves a weight by at most the
+    rate 1e-3 (Adam), and the loss by at most grad_norm * |update| of it: sum over the updates of 2^-8 * grad_norm *
+    1e-3 * sqrt(parameters)."""
     reference = matrix[f"{regime}-bf16-0"]
     parameters = 60_000
     bound = sum(2**-8 * norm * 1e-3 * parameters**0.5 for norm in reference["grad_norm"])
@@ -113,7 +119,8 @@ def resumed(tiny) -> tuple[dict, dict]:
 
 @pytest.mark.parametrize(("regime", "stage", "precision"), RESUMED)
 def test_resumed_training_is_the_undisturbed_one(resumed, regime, stage, precision):
-    """Bit for bit in fp32. oneDNN's bf16 products differ from run to run on a CPU, disturbed or not: there to a bf16's rounding, 2^-8."""
+    """Bit for bit in fp32. oneDNN's bf16 products differ from run to run on a CPU, disturbed or not: there to a
+    bf16's rounding, 2^-8."""
     (first, second), name = resumed, f"{regime}-{stage}-{precision}"
     whole, rest = first[f"whole-{name}"], second[f"parts-{name}"]
     tolerance = 0.0 if precision == "fp32" else 2**-8
@@ -131,7 +138,8 @@ def train(config, *arguments: str, processes: int = 1, **environment: str) -> su
 
 @pytest.fixture
 def here(tiny, tmp_path, monkeypatch):
-    """The real entry point inside this process, which it leaves as it was. Returns the run's folder and what ended the run."""
+    """The real entry point inside this process, which it leaves as it was. Returns the run's folder and what ended
+    the run."""
     handlers = {number: signal.getsignal(number) for number in interruption.STOP_SIGNALS}
     monkeypatch.setattr(interruption, "_received", [])
 
@@ -180,8 +188,17 @@ def test_nothing_recompiles_after_the_second_step(tiny):
         "train.main(sys.argv[1:])\n"
         "print('steps', len(steps))\n"
     )
-    arguments = ["--config", str(tiny), *REGIMES["flow_matching"], "name=recompile", "engine.compile=true", "evaluation.eval_every=1000"]
-    finished = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=600, check=False)
+    arguments = [
+        "--config",
+        str(tiny),
+        *REGIMES["flow_matching"],
+        "name=recompile",
+        "engine.compile=true",
+        "evaluation.eval_every=1000",
+    ]
+    finished = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=600, check=False
+    )
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert "steps 4" in finished.stdout
 
@@ -193,15 +210,25 @@ def losses_in(folder: Path) -> list[tuple[int, float]]:
 
 
 def test_a_killed_run_comes_back(tiny, here):
-    """SIGKILL at an arbitrary moment of a run that saves after every step; the next start resumes and ends where it should, with the
-    losses of an undisturbed run, bit for bit."""
-    arguments = ["--config", str(tiny), "name=killed", "trainer.max_steps=400", "checkpoint.save_every=1", "checkpoint.keep=3"]
+    """SIGKILL at an arbitrary moment of a run that saves after every step; the next start resumes and ends where it
+    should, with the losses of an undisturbed run, bit for bit."""
+    arguments = [
+        "--config",
+        str(tiny),
+        "name=killed",
+        "trainer.max_steps=400",
+        "checkpoint.save_every=1",
+        "checkpoint.keep=3",
+    ]
     folder = tiny.parent / "experiment/killed"
     command = [sys.executable, str(ROOT / "flperf/train.py"), *arguments]
     for moment in (3, 7):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.time() + 120
-        while not (folder / "metrics.jsonl").exists() or len(folder.joinpath("metrics.jsonl").read_text().splitlines()) < moment:
+        while (
+            not (folder / "metrics.jsonl").exists()
+            or len(folder.joinpath("metrics.jsonl").read_text().splitlines()) < moment
+        ):
             assert process.poll() is None and time.time() < deadline
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
@@ -211,7 +238,9 @@ def test_a_killed_run_comes_back(tiny, here):
     assert "resumed at step" in finished.stdout
     losses = losses_in(folder)
     steps = [step for step, _ in losses]
-    undisturbed, _ = here("undisturbed", "trainer.max_steps=400", "evaluation.dump_examples=0", f"trainer.stop_after={steps[-1]}")
+    undisturbed, _ = here(
+        "undisturbed", "trainer.max_steps=400", "evaluation.dump_examples=0", f"trainer.stop_after={steps[-1]}"
+    )
     assert set(losses) == set(losses_in(undisturbed))
     assert int(folder.joinpath("checkpoints/latest").read_text().removeprefix("step_")) == steps[-1]
     assert len([path for path in folder.joinpath("checkpoints").glob("step_*") if path.is_dir()]) <= 4
@@ -258,7 +287,9 @@ def test_a_run_explains_itself_and_is_not_overwritten(tiny):
     description = json.loads((folder / "run.json").read_text())
     assert description["world_size"] == 1 and description["versions"]["torch"] and description["command"]
     line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
-    expected = "step epoch loss lr grad_norm clips_per_s tokens_per_s step_ms data_ms encode_ms head_ms optim_ms mfu memory_gb"
+    expected = (
+        "step epoch loss lr grad_norm clips_per_s tokens_per_s step_ms data_ms encode_ms head_ms optim_ms mfu memory_gb"
+    )
     assert {*expected.split(), "skipped_clips"} <= line.keys()
 
     other = train(tiny, *arguments, "model.depth=3")
@@ -289,7 +320,10 @@ def test_a_profile_says_where_a_step_goes(tiny):
     finished = train(tiny, "--profile", "name=profiled", "trainer.max_steps=12")
     assert finished.returncode == 0, finished.stderr[-3000:]
     folder = tiny.parent / "experiment/profiled/profile"
-    rows = [re.fullmatch(r"\s*(.+?)\s+([\d.]+) ms\s+[\d.]+%", line).groups() for line in (folder / "table.txt").read_text().splitlines()]
+    rows = [
+        re.fullmatch(r"\s*(.+?)\s+([\d.]+) ms\s+[\d.]+%", line).groups()
+        for line in (folder / "table.txt").read_text().splitlines()
+    ]
     milliseconds = {name: float(value) for name, value in rows}
     parts = sum(value for name, value in milliseconds.items() if not name.startswith("of it") and name != "whole step")
     assert milliseconds["head, backward"] > 0 and parts == pytest.approx(milliseconds["whole step"], rel=0.2)
@@ -309,10 +343,18 @@ def test_a_diverging_run_ends_with_one_clear_line(tiny):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 2])
 def test_one_loss_that_is_no_number_costs_one_update(here, monkeypatch, stage, precision):
-    """It is skipped and counted, by Adam's bias correction not; what follows is finite, and so are weights and moving average."""
+    """It is skipped and counted, by Adam's bias correction not; what follows is finite, and so are weights and moving
+    average."""
     loss, calls = Regression.loss, itertools.count(1)
-    monkeypatch.setattr(Regression, "loss", lambda *inputs, **more: loss(*inputs, **more) * (math.nan if next(calls) == 3 else 1))
-    options = [f"engine.zero_stage={stage}", f"engine.precision={precision}", "trainer.max_steps=6", "dataset.shapes.validation_clips=0"]
+    monkeypatch.setattr(
+        Regression, "loss", lambda *inputs, **more: loss(*inputs, **more) * (math.nan if next(calls) == 3 else 1)
+    )
+    options = [
+        f"engine.zero_stage={stage}",
+        f"engine.precision={precision}",
+        "trainer.max_steps=6",
+        "dataset.shapes.validation_clips=0",
+    ]
     folder, end = here(f"once-{stage}-{precision}", *options)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert end is None and [line["skipped_updates"] for line in lines] == [0, 0, 1, 1, 1, 1]
@@ -352,12 +394,21 @@ def test_a_gpu_trains_on_files_and_resumes(tmp_path, head):
     regime = {"dit": ["objective.kind=flow_matching"], "predictor": ["objective.kind=regression"]}[head]
     files = [f"dataset.{split}={tmp_path}/demo/{split}.csv" for split in ("train", "validation")]
     files += [f"dataset.labels={tmp_path}/demo/labels.csv", f"experiment={tmp_path}"]
-    run = [str(ROOT / "configs/demo.yaml"), *files, f"model.head={head}", *regime, "trainer.max_steps=40", "trainer.warmup_steps=5"]
+    run = [
+        str(ROOT / "configs/demo.yaml"),
+        *files,
+        f"model.head={head}",
+        *regime,
+        "trainer.max_steps=40",
+        "trainer.warmup_steps=5",
+    ]
     for stop_after, resumed in ((20, 0), (20, 20)):
         finished = train(*run, "tracking.log_every=5", f"trainer.stop_after={stop_after}")
         assert finished.returncode == 0, finished.stderr[-4000:]
         assert not resumed or f"resumed at step {resumed}" in finished.stdout
     lines = [json.loads(line) for line in (tmp_path / "demo/metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "lr" in line]
-    assert losses[-1] < losses[0] and not any(line.get("skipped_clips") or line.get("skipped_updates") for line in lines)
+    assert losses[-1] < losses[0] and not any(
+        line.get("skipped_clips") or line.get("skipped_updates") for line in lines
+    )
     assert "NVIDIA" in json.loads((tmp_path / "demo/run.json").read_text())["device"]

@@ -36,7 +36,14 @@ def example(**replaced) -> Example:
     baselines = Baselines(place, place, torch.zeros(3, 19, 6))
     video = torch.randint(0, 256, (10, 63, 65, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return Example(
-        **{"context": latents(2), "forecast": latents(3, 1), "target": latents(3, 2), "video": video, "baselines": baselines} | replaced
+        **{
+            "context": latents(2),
+            "forecast": latents(3, 1),
+            "target": latents(3, 2),
+            "video": video,
+            "baselines": baselines,
+        }
+        | replaced
     )
 
 
@@ -77,7 +84,9 @@ def test_one_basis_for_all():
     torch.testing.assert_close(projection(first + 3 * weak), projection(first), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("values", [torch.zeros(3, 2, 2, 8), latents(3, dim=2), latents(3, dim=1)], ids=["constant", "two", "one"])
+@pytest.mark.parametrize(
+    "values", [torch.zeros(3, 2, 2, 8), latents(3, dim=2), latents(3, dim=1)], ids=["constant", "two", "one"]
+)
 def test_degenerate_latents_have_colours_too(values):
     colours = Projection(values)(values)
     assert colours.shape == (*values.shape[:3], 3) and torch.isfinite(colours).all()
@@ -120,8 +129,17 @@ def dump(tmp_path_factory):
     """Dumps of the demo, on fewer clips and for a few steps, stopped and resumed."""
     folder = tmp_path_factory.mktemp("demo")
     write_demo(folder / "data", {"train": 10, "validation": 2})
-    changed = [f"experiment={folder}/experiment", *(f"dataset.{key}={folder}/data/{key}.csv" for key in ("train", "validation", "labels"))]
-    changed += ["trainer.batch_size=4", "trainer.max_steps=4", "trainer.stop_after=2", "evaluation.eval_every=2", "checkpoint.save_every=2"]
+    changed = [
+        f"experiment={folder}/experiment",
+        *(f"dataset.{key}={folder}/data/{key}.csv" for key in ("train", "validation", "labels")),
+    ]
+    changed += [
+        "trainer.batch_size=4",
+        "trainer.max_steps=4",
+        "trainer.stop_after=2",
+        "evaluation.eval_every=2",
+        "checkpoint.save_every=2",
+    ]
     changed += ["latents.statistics_clips=4", "evaluation.sampling.steps=2", "engine.compile=false"]
     command = [sys.executable, str(ROOT / "flperf/train.py"), "--config", str(ROOT / "configs/demo.yaml"), *changed]
     for _ in range(2):
@@ -132,7 +150,9 @@ def dump(tmp_path_factory):
 
 @pytest.mark.parametrize("clips", [1, 4, 10, 12])
 def test_no_evaluation_takes_anothers_folder(clips):
-    run = SimpleNamespace(config=Config(trainer=Trainer(batch_size=4, max_steps=30)), dataset=SimpleNamespace(train_size=clips))
+    run = SimpleNamespace(
+        config=Config(trainer=Trainer(batch_size=4, max_steps=30)), dataset=SimpleNamespace(train_size=clips)
+    )
     names = [Schedule(run, 0).dump_name(step) for step in range(31)]
     assert len(set(names)) == 31
     ends = {math.ceil(epoch * clips / 4) for epoch in range(4 * 31)}  # steps with which an epoch ends

@@ -56,20 +56,24 @@ def sent_bytes(rank: dict, processes: int) -> float:
     """Of everything but scalars, in bytes."""
     sizes = {"bfloat16": 2, "float32": 4, "int64": 8}
     messages = (name.split() + [elements] for name, elements in rank["sent"].items() if name != "scalars")
-    return sum(Collective(kind, elements * sizes[dtype], hidden=False).sent(processes) for kind, dtype, elements in messages)
+    return sum(
+        Collective(kind, elements * sizes[dtype], hidden=False).sent(processes) for kind, dtype, elements in messages
+    )
 
 
 def padding(rank: dict, processes: int) -> float:
-    """Elements by which what is sent or held may exceed the parameters. ZeRO 1 and 2 pad each of the two groups of parameters to a
-    multiple of 2 * processes, ZeRO 3 each parameter to a multiple of `processes`, so fewer than processes * (tensors + 4)."""
+    """Elements by which what is sent or held may exceed the parameters. ZeRO 1 and 2 pad each of the two groups of
+    parameters to a multiple of 2 * processes, ZeRO 3 each parameter to a multiple of `processes`, so fewer than
+    processes * (tensors + 4)."""
     return processes * (rank["tensors"] + 4)
 
 
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize("precision", BYTES)
 def test_bytes_sent_an_update(measured, stage, precision):
-    """Every collective of an update, two processes: gradients and weights travel in the compute dtype. At most eight scalars (norms,
-    overflow) besides; stage 3 also compares its order of parameters, an integer each, until it knows it."""
+    """Every collective of an update, two processes: gradients and weights travel in the compute dtype. At most eight
+    scalars (norms, overflow) besides; stage 3 also compares its order of parameters, an integer each, until it knows
+    it."""
     (rank, other), size = measured[2][f"{precision}-{stage}"], BYTES[precision]
     expected = sum(collective.sent(2) for collective in collectives(rank["parameters"], stage, size))
     assert 0 <= sent_bytes(rank, 2) - expected <= 2 * size * padding(rank, 2)
@@ -79,7 +83,8 @@ def test_bytes_sent_an_update(measured, stage, precision):
 
 @pytest.mark.parametrize("stage", TEXTBOOK)
 def test_bytes_sent_can_be_the_textbooks(measured, stage):
-    """With DeepSpeed's options for it: reduce to the owner (or scatter), and gather twice. (N - 1) / N of the paper's volume."""
+    """With DeepSpeed's options for it: reduce to the owner (or scatter), and gather twice. (N - 1) / N of the paper's
+    volume."""
     rank = measured[2][f"textbook-{stage}"][0]
     expected = TEXTBOOK_VOLUME[stage] * rank["parameters"] * 2 / 2
     assert 0 <= sent_bytes(rank, 2) - expected <= 3 * 2 * padding(rank, 2)
@@ -97,7 +102,8 @@ def test_bytes_sent_with_two_micro_batches(measured, stage):
 
 @pytest.mark.parametrize("stage", (1, 2, 3))
 def test_the_optimizer_is_shared_out_evenly(measured, stage):
-    """Master weights, moments and moving average on each rank at 1, 2 and 4 processes: 16 bytes a parameter / processes, to padding."""
+    """Master weights, moments and moving average on each rank at 1, 2 and 4 processes: 16 bytes a parameter /
+    processes, to padding."""
     for processes, runs in measured.items():
         for rank in runs[f"bf16-{stage}"]:
             held = sum(rank["held"][name] for name in ("master", "moments", "average"))
@@ -110,11 +116,14 @@ def test_the_optimizer_is_shared_out_evenly(measured, stage):
     ("kind", "stage"), [*itertools.product(BYTES, range(4)), ("accumulated", 1), ("accumulated", 2), ("accumulated", 3)]
 )
 def test_bytes_held(measured, kind, stage):
-    """Every state on every rank. ZeRO 3 holds small parameters whole, and their shards besides. The optimizer steps matrices first, the
-    small rest (biases, norms) after them, so up to the latter's gradients may be missing where they are most."""
+    """Every state on every rank. ZeRO 3 holds small parameters whole, and their shards besides. The optimizer steps
+    matrices first, the small rest (biases, norms) after them, so up to the latter's gradients may be missing where
+    they are most."""
     size = BYTES.get(kind, 2)
     for rank in measured[2][f"{kind}-{stage}"]:
-        expected = model_states(rank["parameters"], stage, 2, size, average=True, accumulates=kind == "accumulated", overlaps=False)
+        expected = model_states(
+            rank["parameters"], stage, 2, size, average=True, accumulates=kind == "accumulated", overlaps=False
+        )
         assert rank["held"]["buckets"] == expected.buckets
         slack = 16 * padding(rank, 2) / 2
         for name in ("master", "moments", "average"):

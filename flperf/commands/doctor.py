@@ -1,7 +1,8 @@
 """`flperf doctor`: is everything here that a run needs, and if not, which command mends it?
 
-Each check returns one line; a failed one makes the exit status 1, so that a job script can stop before it waits in a queue. What a check
-needs is imported in it: what is broken ends that check alone. With --config `flperf.commands.doctor_config` goes on.
+Each check returns one line; a failed one makes the exit status 1, so that a job script can stop before it waits in a
+queue. What a check needs is imported in it: what is broken ends that check alone. With --config
+`flperf.commands.doctor_config` goes on.
 """
 
 import os
@@ -12,13 +13,26 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import requires
 
 from flperf.commands.common import command_parser
-from flperf.commands.doctor_machine import Finding, attention, compiler, decoding, engine, gpu, gpu_decoding, hub, packages, space, tracking
+from flperf.commands.doctor_machine import (
+    Finding,
+    attention,
+    compiler,
+    decoding,
+    engine,
+    gpu,
+    gpu_decoding,
+    hub,
+    packages,
+    space,
+    tracking,
+)
 from flperf.errors import UserError
 
 # Each check with the package whose reinstallation mends it when it can't be made at all.
 Check = Callable[..., Iterator[Finding]]
 CHECKS: dict[Check, str] = {
-    packages: "packaging", gpu: "torch", decoding: "av", gpu_decoding: "nvidia-dali-cuda130", attention: "xformers", compiler: "triton",
+    packages: "packaging", gpu: "torch", decoding: "av", gpu_decoding: "nvidia-dali-cuda130",
+    attention: "xformers", compiler: "triton",
     engine: "deepspeed", space: "", tracking: "wandb", hub: "huggingface_hub",
 }  # fmt: skip
 
@@ -50,7 +64,9 @@ def doctor(arguments: list[str]) -> None:
         "Say what this machine has for a run, and what is missing; the exit status is 1 if a check fails.",
         "flperf doctor --config configs/references/vjepa2_kinetics_400.yaml dataset.train=/data/k400/train.csv",
     )
-    parser.add_argument("--config", metavar="FILE", help="also estimate its memory, open its data and backbone, and decode ten clips")
+    parser.add_argument(
+        "--config", metavar="FILE", help="also estimate its memory, open its data and backbone, and decode ten clips"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the file")
     options = parser.parse_intermixed_args(arguments)
     if options.overrides and not options.config:

@@ -31,7 +31,8 @@ def processes_here() -> int:
 
 
 def fit(config: Config) -> Iterator[Finding]:
-    """The memory that training would take of each device of this machine, estimated; the ZeRO stages beside one another."""
+    """The memory that training would take of each device of this machine, estimated; the ZeRO stages beside one
+    another."""
     import psutil
     import torch
 
@@ -42,7 +43,9 @@ def fit(config: Config) -> Iterator[Finding]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     # Of a device's facts a memory estimate takes but these two.
-    here = replace(DEVICES["h100"], memory=gpu or psutil.virtual_memory().total, link=DEVICES["h100"].link if gpu else None)
+    here = replace(
+        DEVICES["h100"], memory=gpu or psutil.virtual_memory().total, link=DEVICES["h100"].link if gpu else None
+    )
     processes = processes_here()
     try:
         workload = plan(config, compute_dtype(config.engine.precision, device), processes)
@@ -57,10 +60,17 @@ def memory_finding(workload, device, processes: int) -> Finding:
     from flperf.estimate.plan import memory
 
     config, limit = workload.config, device.memory
-    mode, stage, micro = config.model.activation_checkpointing, config.engine.zero_stage, workload.share.micro_batch_size
+    mode, stage, micro = (
+        config.model.activation_checkpointing,
+        config.engine.zero_stage,
+        workload.share.micro_batch_size,
+    )
     held = {number: memory(workload, device, number, processes) for number in range(4)}
     totals = ", ".join(f"{number}: {held[number].total(mode) / 1e9:.1f}" for number in held)
-    text = f"{held[stage].total(mode) / 1e9:.1f} of {limit / 1e9:.1f} GB estimated at {micro} clips a process; by ZeRO stage {totals}"
+    text = (
+        f"{held[stage].total(mode) / 1e9:.1f} of {limit / 1e9:.1f} GB estimated at {micro} clips a process; "
+        f"by ZeRO stage {totals}"
+    )
     if held[stage].total(mode) <= limit:
         least = next(number for number in held if held[number].total(mode) <= limit)
         return Finding("memory", f"{text}; {zero_advice(stage, least, processes)}")
@@ -69,8 +79,12 @@ def memory_finding(workload, device, processes: int) -> Finding:
     changes = [f"trainer.micro_batch_size={clips}"] if clips > 0 else []
     less = [other for other in held[stage].activations if held[stage].total(other) <= limit]  # the cheapest first
     changes += [f"model.activation_checkpointing={other}" for other in less[:1]]
-    changes += [f"engine.zero_stage={number}" for number in held if number > stage and held[number].total(mode) <= limit][:1]
-    all_of_them = "trainer.micro_batch_size=1 model.activation_checkpointing=full engine.zero_stage=3 together, or more devices"
+    changes += [
+        f"engine.zero_stage={number}" for number in held if number > stage and held[number].total(mode) <= limit
+    ][:1]
+    all_of_them = (
+        "trainer.micro_batch_size=1 model.activation_checkpointing=full engine.zero_stage=3 together, or more devices"
+    )
     return Finding("memory", f"does not fit: {text}", " or ".join(changes) or all_of_them)
 
 
@@ -79,7 +93,9 @@ def zero_advice(stage: int, least: int, processes: int) -> str:
     if processes == 1:
         return "on one process no stage saves memory"
     best = max(least, 1)
-    return f"engine.zero_stage={best} is enough and sends less" if best < stage else "engine.zero_stage is a good choice"
+    return (
+        f"engine.zero_stage={best} is enough and sends less" if best < stage else "engine.zero_stage is a good choice"
+    )
 
 
 def gated_weights(config: Config) -> Iterator[Finding]:
@@ -88,7 +104,11 @@ def gated_weights(config: Config) -> Iterator[Finding]:
     name = config.backbone.weights
     if config.backbone.kind != "dinov3" or not name or Path(name).exists() or name in cached_weights() or get_token():
         return
-    yield Finding("weights", f"{name} is gated, and there is no token", f"accept the licence on its page {name}, then `hf auth login`")
+    yield Finding(
+        "weights",
+        f"{name} is gated, and there is no token",
+        f"accept the licence on its page {name}, then `hf auth login`",
+    )
 
 
 def opened(config: Config) -> Iterator[Finding]:
@@ -102,12 +122,19 @@ def opened(config: Config) -> Iterator[Finding]:
     yield from (Finding("run", line) for line in describe(run).splitlines())
     for split in ("train", "validation"):
         size = len(run.dataset.splits[split])
-        clips = [index * size // min(CLIPS, size) for index in range(min(CLIPS, size))]  # from all of it, as files lie sorted by class
+        # from all of it, as files lie sorted by class
+        clips = [index * size // min(CLIPS, size) for index in range(min(CLIPS, size))]
         skipped, read = [], 0
         for batch in run.dataset.chosen_batches([clips], CLIPS, split, process.device):
             skipped += batch.skipped
             read += int(batch.valid.sum())
         if clips:
             examples = "; ".join(f"{clip}: {reason}" for clip, reason in skipped[:3])
-            fix = f"see what is wrong with them: flperf index --csv {getattr(config.dataset, split)} --out index.csv" if skipped else ""
-            yield Finding("clips", f"{read} of {len(clips)} {split} clips read" + (f" ({examples})" if skipped else ""), fix)
+            fix = (
+                f"see what is wrong with them: flperf index --csv {getattr(config.dataset, split)} --out index.csv"
+                if skipped
+                else ""
+            )
+            yield Finding(
+                "clips", f"{read} of {len(clips)} {split} clips read" + (f" ({examples})" if skipped else ""), fix
+            )

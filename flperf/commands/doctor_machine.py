@@ -30,7 +30,9 @@ class Finding:
     fix: str = ""
 
     def __str__(self) -> str:
-        return f"{'FAIL' if self.fix else 'ok':>4}  {self.subject:<12} {self.text}" + (f"\n      -> {self.fix}" if self.fix else "")
+        return f"{'FAIL' if self.fix else 'ok':>4}  {self.subject:<12} {self.text}" + (
+            f"\n      -> {self.fix}" if self.fix else ""
+        )
 
 
 def packages() -> Iterator[Finding]:
@@ -49,7 +51,11 @@ def packages() -> Iterator[Finding]:
         if installed is None or not requirement.specifier.contains(installed, prereleases=True):
             wrong.append(f"{requirement} (found {installed})")
     python = f"Python {sys.version.split()[0]}, flperf {version('flperf')}"
-    yield Finding("packages", ", ".join(wrong), "pip install -e .") if wrong else Finding("packages", f"{python}, all as pinned")
+    yield (
+        Finding("packages", ", ".join(wrong), "pip install -e .")
+        if wrong
+        else Finding("packages", f"{python}, all as pinned")
+    )
 
 
 def gpu() -> Iterator[Finding]:
@@ -58,14 +64,20 @@ def gpu() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         built = torch.version.cuda
         note = f"torch is built for CUDA {built}, but finds no device" if built else "torch is a CPU build"
-        fix = "this machine has an NVIDIA driver: reinstall torch from the public index, or update the driver" if DRIVER.exists() else ""
+        fix = (
+            "this machine has an NVIDIA driver: reinstall torch from the public index, or update the driver"
+            if DRIVER.exists()
+            else ""
+        )
         yield Finding("GPU", f"none: runs go to the CPU ({note})", fix)
         return
     found = re.search(r"(\d+\.\d+[\d.]*)", DRIVER.read_text() if DRIVER.exists() else "")
     yield Finding("GPU", f"driver {found[1] if found else 'unknown'}, torch for CUDA {torch.version.cuda}")
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
-        yield Finding("GPU", f"{index}: {device.name}, {device.total_memory / 1e9:.0f} GB, sm_{device.major}{device.minor}")
+        yield Finding(
+            "GPU", f"{index}: {device.name}, {device.total_memory / 1e9:.0f} GB, sm_{device.major}{device.minor}"
+        )
 
 
 def decoding() -> Iterator[Finding]:
@@ -85,21 +97,26 @@ def gpu_decoding() -> Iterator[Finding]:
         try:
             text += f", NVDEC: {', '.join(nvdec_codecs()) or 'none of ' + ', '.join(CODECS)}"
         except OSError:
-            fix = "start the container with NVIDIA_DRIVER_CAPABILITIES=all (or video,compute,utility), or use dataset.decoder=pyav"
+            fix = (
+                "start the container with NVIDIA_DRIVER_CAPABILITIES=all (or video,compute,utility), or use "
+                "dataset.decoder=pyav"
+            )
             yield Finding("decoding", f"{text}; NVDEC's library libnvcuvid.so.1 is missing", fix)
             return
     yield Finding("decoding", text)
 
 
 def nvdec_codecs() -> list[str]:
-    """Those of `CODECS` that the first GPU decodes at 4:2:0 and 8 bits. Raises `OSError` where the driver's library is missing."""
+    """Those of `CODECS` that the first GPU decodes at 4:2:0 and 8 bits. Raises `OSError` where the driver's library
+    is missing."""
     import torch
 
     library = ctypes.CDLL("libnvcuvid.so.1")
     torch.zeros(1, device="cuda")  # the library asks the current context
     supported = []
     for name, number in CODECS.items():
-        caps = (ctypes.c_uint32 * 32)(number, 1, 0)  # CUVIDDECODECAPS: codec, chroma format (1: 4:2:0), bits above 8, 3 reserved, flags
+        # CUVIDDECODECAPS: codec, chroma format (1: 4:2:0), bits above 8, 3 reserved, flags
+        caps = (ctypes.c_uint32 * 32)(number, 1, 0)
         if library.cuvidGetDecoderCaps(caps) == 0 and bytes(caps)[24]:
             supported.append(name)
     return supported
@@ -115,7 +132,10 @@ def attention() -> Iterator[Finding]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     listed = ", ".join(operator.NAME for operator in fmha.ALL_FW_OPS if operator.is_available())
-    yield Finding("attention", f"{attention_operator(128, torch.bfloat16, device)}; xFormers {version('xformers')} has {listed or 'none'}")
+    yield Finding(
+        "attention",
+        f"{attention_operator(128, torch.bfloat16, device)}; xFormers {version('xformers')} has {listed or 'none'}",
+    )
 
 
 def compiler() -> Iterator[Finding]:
@@ -141,7 +161,9 @@ def engine() -> Iterator[Finding]:
         yield Finding("engine", f"{text}, though there is a GPU", "unset DS_ACCELERATOR")
         return
     if backend == "ccl":
-        yield Finding("engine", f"{text}, oneCCL bindings are installed", "pip uninstall oneccl_bind_pt: flperf uses gloo on CPUs")
+        yield Finding(
+            "engine", f"{text}, oneCCL bindings are installed", "pip uninstall oneccl_bind_pt: flperf uses gloo on CPUs"
+        )
         return
     dtype = str(compute_dtype("auto", torch.device(device))).removeprefix("torch.")
     yield Finding("engine", f"{text}, {'nccl' if device == 'cuda' else 'gloo'}, {dtype}")
@@ -173,7 +195,11 @@ def hub() -> Iterator[Finding]:
     """The local cache and a token are what a job on a closed node has; the hub is asked once whether it is there."""
     from huggingface_hub import constants, get_token
 
-    access = "offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else f"{reached(constants.ENDPOINT)}, {token_state(get_token())}"
+    access = (
+        "offline (HF_HUB_OFFLINE)"
+        if constants.HF_HUB_OFFLINE
+        else f"{reached(constants.ENDPOINT)}, {token_state(get_token())}"
+    )
     yield Finding("hub", f"{access}; in the cache: {', '.join(cached_weights()) or 'nothing'}")
 
 
@@ -195,4 +221,6 @@ def cached_weights() -> list[str]:
     """Names on the hub of what lies in its cache."""
     from huggingface_hub import constants
 
-    return sorted(path.name.removeprefix("models--").replace("--", "/") for path in Path(constants.HF_HUB_CACHE).glob("models--*"))
+    return sorted(
+        path.name.removeprefix("models--").replace("--", "/") for path in Path(constants.HF_HUB_CACHE).glob("models--*")
+    )

@@ -1,7 +1,7 @@
 """`flperf encode --config FILE --out DIR`: write the latents of both splits, for training without an encoder.
 
-Runs on any number of processes (`deepspeed flperf/cli.py encode --config … --out …`). Each takes every n-th shard that is not there
-yet, so the same command goes on after a kill.
+Runs on any number of processes (`deepspeed flperf/cli.py encode --config … --out …`). Each takes every n-th shard
+that is not there yet, so the same command goes on after a kill.
 """
 
 import argparse
@@ -15,13 +15,18 @@ from flperf.engine.compile_cache import use_compile_cache
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = command_parser(
         "encode",
-        "Write the latents of a dataset's videos down once, to train from them without an encoder; under the deepspeed launcher "
+        "Write the latents of a dataset's videos down once, to train from them without an encoder; under the "
+        "deepspeed launcher "
         "(deepspeed flperf/cli.py encode …) on all devices. The same command goes on after a kill.",
         "flperf encode --config configs/demo.yaml --out data/demo_latents",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="the configuration of a dataset of videos and a backbone")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="the configuration of a dataset of videos and a backbone"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for train/ and validation/")
-    parser.add_argument("--files", action="store_true", help="write FutureLatents' format instead: one saved tensor `d t h w` a clip")
+    parser.add_argument(
+        "--files", action="store_true", help="write FutureLatents' format instead: one saved tensor `d t h w` a clip"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the file")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(arguments)

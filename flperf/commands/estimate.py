@@ -10,13 +10,16 @@ from flperf.errors import UserError
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = command_parser(
         "estimate",
-        "Estimate a run on devices that are not here: parameters, FLOPs, memory at each ZeRO stage, what is sent and decoded, and the time "
+        "Estimate a run on devices that are not here: parameters, FLOPs, memory at each ZeRO stage, what is "
+        "sent and decoded, and the time "
         "of an update with what bounds it. Nothing is downloaded and no step is taken.",
         "flperf estimate --config configs/references/vjepa2_kinetics_400.yaml --device h100 --nodes 1,4,16,64",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the file")
-    parser.add_argument("--device", default="h100", help="a100, h100 (default), h200, b200; or cpu: this machine, measured now")
+    parser.add_argument(
+        "--device", default="h100", help="a100, h100 (default), h200, b200; or cpu: this machine, measured now"
+    )
     parser.add_argument("--nodes", default="1", metavar="N[,N…]", help="trainer.batch_size is that of the first")
     parser.add_argument("--devices-per-node", metavar="N", help="default: 8, on a CPU 1")
     return parser.parse_intermixed_args(arguments)
@@ -24,7 +27,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def positive(text: str, option: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
-        raise UserError(f"{option}: {text!r} is not a whole number above 0 (of nodes: several with commas between, such as 1,4,16)")
+        raise UserError(
+            f"{option}: {text!r} is not a whole number above 0 (of nodes: several with commas between, such as 1,4,16)"
+        )
     return int(text)
 
 

@@ -13,11 +13,16 @@ def evaluate(arguments: list[str]) -> None:
         "evaluate",
         "Judge a trained head on the validation clips, beside the baselines; with class labels by a linear probe, too.",
         "flperf evaluate --checkpoint experiment/demo",
-        "deepspeed flperf/cli.py evaluate --checkpoint demo.safetensors --out results.jsonl dataset.validation=/data/k400/val.csv",
+        "deepspeed flperf/cli.py evaluate --checkpoint demo.safetensors --out results.jsonl "
+        "dataset.validation=/data/k400/val.csv",
     )
     add_configuration(parser)
-    parser.add_argument("--out", metavar="FILE", help="also append the result as a line of JSON (default: the run's metrics.jsonl)")
-    parser.add_argument("--locator", metavar="FILE", help="of `flperf locator`: also say how far from the true ones shapes are forecast")
+    parser.add_argument(
+        "--out", metavar="FILE", help="also append the result as a line of JSON (default: the run's metrics.jsonl)"
+    )
+    parser.add_argument(
+        "--locator", metavar="FILE", help="of `flperf locator`: also say how far from the true ones shapes are forecast"
+    )
     options = parser.parse_intermixed_args(arguments)
     if options.out:  # before all the work, as a file that can't be written should show at once
         make_folder_of(options.out)
@@ -30,7 +35,9 @@ def evaluate(arguments: list[str]) -> None:
 
     probed = run.config.evaluation.probe_clips > 0 and has_classes(run.dataset.splits["train"].labels)
     pooled = [PooledLatents()] if probed else []
-    located = [PixelErrors(load_locator(options.locator, run.config, run.process.device), run)] if options.locator else []
+    located = (
+        [PixelErrors(load_locator(options.locator, run.config, run.process.device), run)] if options.locator else []
+    )
     result = {"step": trained.step, "split": "val", "source": trained.source, **evaluate_run(run, pooled + located)}
     if probed:
         training, validation = training_features(run), pooled[0].gathered()
@@ -39,7 +46,10 @@ def evaluate(arguments: list[str]) -> None:
     if located:
         result["locator"] = located[0].result()
     if run.process.is_main:
-        print(f"{trained.source}, step {trained.step}, {result['clips']} clips; errors of normalised latents:\n{summary(result)}")
+        print(
+            f"{trained.source}, step {trained.step}, {result['clips']} clips; errors of normalised "
+            f"latents:\n{summary(result)}"
+        )
         if probed:
             print(probe_summary(result["probe"]))
         if located:

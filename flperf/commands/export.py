@@ -17,4 +17,6 @@ def export(arguments: list[str]) -> None:
     trained = read_trained(options.checkpoint, average=options.weights == "average")
     write_export(trained, options.out)
     parameters = sum(tensor.numel() for tensor in trained.weights.values())
-    print(f"{options.out}: the head of {trained.source} after {trained.step} steps, {parameters / 1e6:.1f} M parameters")
+    print(
+        f"{options.out}: the head of {trained.source} after {trained.step} steps, {parameters / 1e6:.1f} M parameters"
+    )

@@ -1,8 +1,8 @@
 """`flperf import-config OLD.yaml`: a FutureLatents file as one of ours, and what could not be carried over.
 
-Old files differ in nesting and in case from version to version (`TRAINER.N_FRAMES`, `trainer.training.loss`, `model.predictor.dit.depth`),
-but a key's own name always meant the same. So sections are looked through, keys are found by name, and every key is either translated
-or reported: none is dropped silently.
+Old files differ in nesting and in case from version to version (`TRAINER.N_FRAMES`, `trainer.training.loss`,
+`model.predictor.dit.depth`), but a key's own name always meant the same. So sections are looked through, keys are
+found by name, and every key is either translated or reported: none is dropped silently.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,13 +45,16 @@ ITS_DEFAULTS: Changes = {
 }
 ITS_SHAPES: Changes = {"dataset.stride": 1, "dataset.start": "first", "dataset.validation_start": "first"}
 NOTES = (
-    "the context is encoded by itself; FutureLatents encodes the whole clip at once, which leaks: backbone.encode=joint does the same",
-    "output layers start at zero; learning rate, betas and warm-up are the file's, constant as there: see trainer.* for better ones",
+    "the context is encoded by itself; FutureLatents encodes the whole clip at once, which leaks: "
+    "backbone.encode=joint does the same",
+    "output layers start at zero; learning rate, betas and warm-up are the file's, constant as there: "
+    "see trainer.* for better ones",
 )
 
 
 def translate(old: dict, processes: int) -> tuple[Changes, list[str]]:
-    """Our keys (dotted) with values, and a line for everything that changed or went. Raises `UserError` for what can't be had."""
+    """Our keys (dotted) with values, and a line for everything that changed or went. Raises `UserError` for what
+    can't be had."""
     kind = dataset_kind(old.get("datasets") or {})
     taken: Changes = {}
     said: list[str] = []
@@ -73,7 +76,8 @@ def translate(old: dict, processes: int) -> tuple[Changes, list[str]]:
     if kind == "bouncing_shapes":
         ours |= ITS_SHAPES
     else:
-        taken = {key: value for key, value in taken.items() if not key.startswith("dataset.shapes.")}  # only its visualisation had them
+        # only its visualisation had them
+        taken = {key: value for key, value in taken.items() if not key.startswith("dataset.shapes.")}
     return ours | ({"dataset.kind": kind} if kind else {}) | taken, [*said, *NOTES]
 
 
@@ -125,7 +129,9 @@ def by_section(key: str, section: tuple[str, ...]) -> tuple[str, Callable[[Any],
 
 def head_and_objective(model: str) -> tuple[str, str]:
     if model == "locator":
-        raise UserError("a locator is trained by a command of its own, without such a file: see `flperf locator --help`")
+        raise UserError(
+            "a locator is trained by a command of its own, without such a file: see `flperf locator --help`"
+        )
     return known(HEADS, model)
 
 
@@ -160,7 +166,9 @@ def read_old(path: Path) -> dict:
         return cast(dict, OmegaConf.to_container(merged, resolve=True))
     except OmegaConfBaseException as error:
         what = f"{path}: {error.full_key}: {first_line(error)}"
-        raise UserError(f"{what}; write that key into the file (an image_size is in pixels, mostly 256), or a value in its place") from None
+        raise UserError(
+            f"{what}; write that key into the file (an image_size is in pixels, mostly 256), or a value in its place"
+        ) from None
 
 
 def import_config(arguments: list[str]) -> None:
@@ -172,7 +180,9 @@ def import_config(arguments: list[str]) -> None:
     )
     parser.add_argument("old", metavar="OLD.yaml")
     parser.add_argument("--out", metavar="FILE", help="the new file (default: OLD.flperf.yaml beside it)")
-    parser.add_argument("--processes", type=int, default=1, help="how many devices the old file was run on (default: 1)")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="how many devices the old file was run on (default: 1)"
+    )
     options = parser.parse_args(arguments)
     old = Path(options.old)
     if not old.is_file():
@@ -185,5 +195,9 @@ def import_config(arguments: list[str]) -> None:
         OmegaConf.update(tree, key, value, force_add=True)
     text = yaml.safe_dump(OmegaConf.to_container(tree), sort_keys=False)
     parse_config(text, str(out), ["name=imported"])  # what is written must load
-    out.write_text(f"# From {old.name} of FutureLatents by `flperf import-config`.\n" + "".join(f"# {line}\n" for line in said) + text)
+    out.write_text(
+        f"# From {old.name} of FutureLatents by `flperf import-config`.\n"
+        + "".join(f"# {line}\n" for line in said)
+        + text
+    )
     print("\n".join([f"{out}: written", *(f"  {line}" for line in said)]))

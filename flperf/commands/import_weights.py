@@ -2,9 +2,12 @@
 
 The two projects' heads are not the same function, so a tensor is taken only where it does here what it did there:
 
-    taken       output layer, MLPs, modulations (both order them by branch, then shift, scale, gate), the attentions' output projections;
-                target queries, as their projection and norm leave them; norms, which are not learned there: 1 and 0, as ours start
-    left fresh  self-attention's queries, keys and values, where one is told positions along the flattened clip, the other (t, h, w)
+    taken       output layer, MLPs, modulations (both order them by branch, then shift, scale, gate), the attentions'
+    output projections;
+                target queries, as their projection and norm leave them; norms, which are not learned there: 1 and 0,
+                as ours start
+    left fresh  self-attention's queries, keys and values, where one is told positions along the flattened clip, the
+    other (t, h, w)
                 cross-attention's, where model.positions tells places; there they are not told
                 the projections of context, noised latents and time, which stand beside other norms and features there
 
@@ -58,7 +61,8 @@ class Imported:
 
 
 def translate(head: nn.Module, model: Model, old: dict[str, Tensor]) -> Imported:
-    """Match every parameter of our `head` with the state of an old model. Raises `UserError` where no layer can be taken."""
+    """Match every parameter of our `head` with the state of an old model. Raises `UserError` where no layer can be
+    taken."""
     prefix = PREFIXES[model.head]
     part = {name.removeprefix(prefix): tensor for name, tensor in old.items() if name.startswith(prefix)}
     if not part:
@@ -91,7 +95,9 @@ def in_our_names(part: dict[str, Tensor], queries: Tensor | None) -> dict[str, T
             if inner in BLOCK:
                 theirs[f"blocks.{number}.{BLOCK[inner]}.{kind}"] = tensor
             elif inner == "cross_attn.k_proj":
-                theirs[f"memory.{number}.key_value.{kind}"] = torch.cat([tensor, part[f"blocks.{number}.cross_attn.v_proj.{kind}"]])
+                theirs[f"memory.{number}.key_value.{kind}"] = torch.cat(
+                    [tensor, part[f"blocks.{number}.cross_attn.v_proj.{kind}"]]
+                )
         elif module in OUTER:
             theirs[f"{OUTER[module]}.{kind}"] = tensor
     if queries is not None:  # learned before a projection and a norm, which do the same to them in every pass
@@ -114,7 +120,8 @@ def read_old(path: Path) -> dict[str, Tensor]:
     """The model's state in a checkpoint, which may hold the optimizer's, too, and be wrapped for several processes."""
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or foreign file fails anywhere in the unpickler: KeyError, IndexError, AttributeError …
+    except Exception as error:
+        # a damaged or foreign file fails anywhere in the unpickler: KeyError, IndexError, AttributeError …
         raise UserError(f"{path}: cannot be read as a checkpoint of tensors alone ({first_line(error)})") from None
     state = stored.get("model", stored) if isinstance(stored, dict) else None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
@@ -123,14 +130,15 @@ def read_old(path: Path) -> dict[str, Tensor]:
 
 
 def head_of(config: Config) -> nn.Module:
-    """The head that a configuration trains, without opening its data, but for cached latents, which say their own shape."""
+    """The head that a configuration trains, without opening its data, but for cached latents, which say their own
+    shape."""
     if config.dataset.kind in WITHOUT_VIDEO:
         shape = open_dataset(config, None, config.seed).latent_shape
     else:
         preprocessing = Preprocessing.of(config.backbone)
-        shape = build_encoder(config.backbone, preprocessing, dtype=torch.float32, device=CPU, compile=False).latent_shape(
-            config.dataset.n_frames
-        )
+        shape = build_encoder(
+            config.backbone, preprocessing, dtype=torch.float32, device=CPU, compile=False
+        ).latent_shape(config.dataset.n_frames)
     return build_head(config.model, latent_geometry(config, *shape), seed=config.seed, compile=False)
 
 
@@ -138,12 +146,15 @@ def import_weights(arguments: list[str]) -> None:
     """`flperf import-weights`: write the tensors that can be taken, and say which can't and why."""
     parser = command_parser(
         "import-weights",
-        "Take from a FutureLatents checkpoint what a head of ours can start its training from (model.initial_weights), and say what "
+        "Take from a FutureLatents checkpoint what a head of ours can start its training from "
+        "(model.initial_weights), and say what "
         "can't be taken and why.",
         "flperf import-weights OLD.pt --config configs/mine.yaml --out head.safetensors",
     )
     parser.add_argument("old", metavar="OLD.pt")
-    parser.add_argument("--config", required=True, metavar="FILE", help="the configuration of the head, such as import-config wrote")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="the configuration of the head, such as import-config wrote"
+    )
     parser.add_argument("--out", required=True, metavar="FILE", help="safetensors, for model.initial_weights")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the configuration")
     options = parser.parse_intermixed_args(arguments)
@@ -156,8 +167,13 @@ def import_weights(arguments: list[str]) -> None:
         raise UserError(f"{options.old}: {error}") from None
     with atomic_file(Path(options.out)) as unfinished:
         save_file(imported.taken, unfinished)
-    elements, total = (sum(tensor.numel() for tensor in tensors) for tensors in (imported.taken.values(), head.parameters()))
-    print(f"{options.out}: {len(imported.taken)} tensors, {elements / total:.0%} of the head's parameters; the others start fresh:")
+    elements, total = (
+        sum(tensor.numel() for tensor in tensors) for tensors in (imported.taken.values(), head.parameters())
+    )
+    print(
+        f"{options.out}: {len(imported.taken)} tensors, {elements / total:.0%} of the head's parameters; the "
+        "others start fresh:"
+    )
     for reason in dict.fromkeys(imported.fresh.values()):
         names = [name for name, why in imported.fresh.items() if why == reason]
         print(f"  {len(names):4} such as {names[0]}: {reason}")

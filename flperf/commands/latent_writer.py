@@ -33,14 +33,18 @@ def encode_dataset(config: Config, process: Process, out: Path, *, as_files: boo
     Raises `UserError` where the folder holds anything but latents of the same clips, encoder and format.
     """
     if config.dataset.kind in WITHOUT_VIDEO:
-        raise UserError(f"dataset.kind: {config.dataset.kind!r} holds latents already; encode takes a dataset of videos")
+        raise UserError(
+            f"dataset.kind: {config.dataset.kind!r} holds latents already; encode takes a dataset of videos"
+        )
     if process.local_rank == 0:
         prepare_dataset(config)
     dist.barrier()
     preprocessing = Preprocessing.of(config.backbone)
     dataset = open_dataset(config, preprocessing, config.seed)
     dtype = compute_dtype(config.engine.precision, process.device)
-    encoder = build_encoder(config.backbone, preprocessing, dtype=dtype, device=process.device, compile=config.engine.compile)
+    encoder = build_encoder(
+        config.backbone, preprocessing, dtype=dtype, device=process.device, compile=config.engine.compile
+    )
     geometry = latent_geometry(config, *encoder.latent_shape(config.dataset.n_frames))
     for split, annotations in dataset.splits.items():
         if len(annotations):
@@ -49,7 +53,8 @@ def encode_dataset(config: Config, process: Process, out: Path, *, as_files: boo
 
 
 def clips_digest(config: Config, annotations: Annotations, split: str) -> str:
-    """Of the clips in their order, their labels, and what decides which frames are taken from them, or how they are drawn."""
+    """Of the clips in their order, their labels, and what decides which frames are taken from them, or how they are
+    drawn."""
     dataset = config.dataset
     start = dataset.start if split == "train" else dataset.validation_start
     drawn = [config.seed, asdict(dataset.shapes)] if dataset.kind == "bouncing_shapes" else None
@@ -61,9 +66,22 @@ class SplitEncoding:
     """Encodes this process's share of the clips of one split."""
 
     def __init__(
-        self, config: Config, process: Process, dataset: Dataset, encoder: Encoder, geometry: LatentGeometry, folder: Path, split: str
+        self,
+        config: Config,
+        process: Process,
+        dataset: Dataset,
+        encoder: Encoder,
+        geometry: LatentGeometry,
+        folder: Path,
+        split: str,
     ):
-        self.config, self.process, self.dataset, self.encoder, self.geometry = config, process, dataset, encoder, geometry
+        self.config, self.process, self.dataset, self.encoder, self.geometry = (
+            config,
+            process,
+            dataset,
+            encoder,
+            geometry,
+        )
         self.folder, self.split, self.annotations = folder, split, dataset.splits[split]
         self.about = latent_shards.identity(config, geometry.context_frames, geometry.target_frames)
         self.about |= {"clips": clips_digest(config, self.annotations, split)}
@@ -89,7 +107,8 @@ class SplitEncoding:
         dist.barrier()
 
     def write_files(self) -> None:
-        """FutureLatents' format: `clips/XXXXXXXX.pt`, a tensor `d t h w` each, and `manifest.csv` with out_path and label."""
+        """FutureLatents' format: `clips/XXXXXXXX.pt`, a tensor `d t h w` each, and `manifest.csv` with out_path and
+        label."""
         self._claim_folder({"format": "files"})
         (self.folder / "clips").mkdir(exist_ok=True)
         mine = range(self.process.rank, len(self.annotations), self.process.world_size)
@@ -101,7 +120,11 @@ class SplitEncoding:
                     torch.save(rearrange(clip_latents, "t h w d -> d t h w").contiguous(), unfinished)
         dist.barrier()
         if self.process.is_main:
-            rows = [(f"clips/{clip:08d}.pt", label) for clip, label in enumerate(self.annotations.labels) if self._file(clip).exists()]
+            rows = [
+                (f"clips/{clip:08d}.pt", label)
+                for clip, label in enumerate(self.annotations.labels)
+                if self._file(clip).exists()
+            ]
             latent_shards.write_csv(self.folder / latent_shards.MANIFEST, [("out_path", "label"), *rows])
             self._report(len(rows))
         dist.barrier()
@@ -116,7 +139,10 @@ class SplitEncoding:
         if file.exists():
             self._check(file, json.loads(file.read_text()), about)
         elif any(self.folder.iterdir()):
-            raise UserError(f"{self.folder}: holds files, but no {IDENTITY} to say of what; choose another --out or remove the folder")
+            raise UserError(
+                f"{self.folder}: holds files, but no {IDENTITY} to say of what; choose another --out or remove the "
+                "folder"
+            )
         dist.barrier()  # all have looked
         if self.process.is_main:
             write_atomically(file, json.dumps(about, indent=1))
@@ -144,7 +170,8 @@ class SplitEncoding:
 
     @torch.no_grad()
     def _encode(self, groups: list[range]) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each group of clips (clips int64 [n], latents bf16 [n t h w d]); clips that can't be read are left out."""
+        """For each group of clips (clips int64 [n], latents bf16 [n t h w d]); clips that can't be read are left
+        out."""
         device = self.process.device
         batches = self.dataset.chosen_batches(groups, self._batch_size, self.split, device)
         total, quiet = sum(map(len, groups)), None if self.process.is_main else True
@@ -154,7 +181,9 @@ class SplitEncoding:
                 for _ in range(-(-len(group) // self._batch_size)):
                     batch = next(batches)
                     video = batch.video.to(device, non_blocking=True)
-                    latents = torch.cat(encode_clip(self.encoder, video, self.geometry, self.config.backbone.encode), dim=1)
+                    latents = torch.cat(
+                        encode_clip(self.encoder, video, self.geometry, self.config.backbone.encode), dim=1
+                    )
                     parts.append((batch.clip[batch.valid], latents.to(torch.bfloat16).cpu()[batch.valid]))
                     bar.update(len(parts[-1][0]))
                 clips, latents = (torch.cat(part) for part in zip(*parts, strict=True))

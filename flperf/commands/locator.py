@@ -16,7 +16,9 @@ def locator(arguments: list[str]) -> None:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="whose encoder and bouncing shapes are taken")
     parser.add_argument("--out", required=True, metavar="FILE", help="such as locator.safetensors")
-    parser.add_argument("--head", default="coordinates", help="coordinates (default): regression; heatmap: the likeliest patches")
+    parser.add_argument(
+        "--head", default="coordinates", help="coordinates (default): regression; heatmap: the likeliest patches"
+    )
     parser.add_argument("--steps", type=int, default=600, help="updates of 32 clips (default: 600)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the configuration")
     options = parser.parse_intermixed_args(arguments)
@@ -30,4 +32,6 @@ def locator(arguments: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained, error = train_locator(config, options.head, options.steps, device)
     save_locator(Path(options.out), trained, config)
-    print(f"{options.out}: finds the shapes in held-out clips to {error:.2f} pixels of {config.dataset.shapes.image_size}")
+    print(
+        f"{options.out}: finds the shapes in held-out clips to {error:.2f} pixels of {config.dataset.shapes.image_size}"
+    )

@@ -1,4 +1,5 @@
-"""What the commands on a trained head have in common: `--checkpoint` takes a run's folder, one of its checkpoints or an exported file."""
+"""What the commands on a trained head have in common: `--checkpoint` takes a run's folder, one of its checkpoints or
+an exported file."""
 
 import argparse
 from pathlib import Path
@@ -8,19 +9,29 @@ from flperf.config import Config, differences, dump_config, load_config
 from flperf.engine.compile_cache import use_compile_cache
 from flperf.errors import UserError
 
-DATA_SECTIONS = ("dataset", "evaluation", "engine", "trainer", "tracking", "checkpoint")  # another --config may differ in these
+# another --config may differ in these
+DATA_SECTIONS = ("dataset", "evaluation", "engine", "trainer", "tracking", "checkpoint")
 DATA_KEYS = ("name", "experiment")
 
 
 def trained_parser(command: str, description: str, *examples: str) -> argparse.ArgumentParser:
     parser = command_parser(command, description, *examples)
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a run's folder, a checkpoint's, or an exported file")
-    parser.add_argument("--weights", choices=("average", "last"), default="average", help="the moving average (default) or the last ones")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="PATH", help="a run's folder, a checkpoint's, or an exported file"
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("average", "last"),
+        default="average",
+        help="the moving average (default) or the last ones",
+    )
     return parser
 
 
 def add_configuration(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", help="another configuration, for other data (default: that of the checkpoint)")
+    parser.add_argument(
+        "--config", metavar="FILE", help="another configuration, for other data (default: that of the checkpoint)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the configuration")
 
 
@@ -39,7 +50,9 @@ def trained_run(options: argparse.Namespace):
     process = start_process()
     run = build_run(config, process, training=False)
     if run.geometry != trained.geometry(config):
-        raise UserError(f"{trained.source}: forecasts {trained.geometry(config)}, but this configuration gives {run.geometry}")
+        raise UserError(
+            f"{trained.source}: forecasts {trained.geometry(config)}, but this configuration gives {run.geometry}"
+        )
     load_weights(run.forecaster, trained.weights, run.dtype)
     run.use_statistics(trained.statistics.to(process.device), trained.baselines.to(process.device))
     return trained, run
@@ -59,7 +72,9 @@ def _other_data(trained: Config, options: argparse.Namespace) -> Config:
     config = load_config(options.config, options.overrides)
     old, new = (yaml.safe_load(dump_config(tree)) for tree in (trained, config))
     new["model"]["num_target_latents"] = old["model"]["num_target_latents"]  # checked with the geometry
-    wrong = [line for line in differences(old, new) if line.split(":")[0].split(".")[0] not in (*DATA_SECTIONS, *DATA_KEYS)]
+    wrong = [
+        line for line in differences(old, new) if line.split(":")[0].split(".")[0] not in (*DATA_SECTIONS, *DATA_KEYS)
+    ]
     if wrong:
         raise UserError(f"{options.config}: the head of {options.checkpoint} was trained otherwise: {'; '.join(wrong)}")
     return config

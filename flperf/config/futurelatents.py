@@ -1,4 +1,5 @@
-"""The keys of FutureLatents, and what each is here: for `flperf import-config`, and for who writes an old key into one of our files."""
+"""The keys of FutureLatents, and what each is here: for `flperf import-config`, and for who writes an old key into
+one of our files."""
 
 from collections.abc import Callable
 from typing import Any
@@ -80,20 +81,30 @@ DROPPED = {
 # Old keys that `flperf import-config` turns into ours together with others.
 JOINED = {
     "model.type": "is model.head and objective.kind here",
-    "batch_size_per_gpu": "is trainer.micro_batch_size here, and trainer.batch_size counts the clips of one update over all processes",
-    "gradient_accumulation_steps": "follows from trainer.batch_size, trainer.micro_batch_size and the number of processes",
+    "batch_size_per_gpu": "is trainer.micro_batch_size here, and trainer.batch_size counts the clips of one update "
+    "over all processes",
+    "gradient_accumulation_steps": "follows from trainer.batch_size, trainer.micro_batch_size and the number of "
+    "processes",
     "csv": "is dataset.train or dataset.validation here",
     "metadata": "is dataset.train or dataset.validation here",
     "image_size": "is backbone.processor here, and of drawn clips dataset.shapes.image_size",
     "max_grad_value": "gradients are clipped by their norm: trainer.max_grad_norm",
     "encoder_trainable": "the encoder is always frozen",
 }
-SECTIONS = {"datasets", "trainer.training", "trainer.evaluation", "model.dit", "model.predictor", "model.flow_matching", "dataset.paths"}
+SECTIONS = {
+    "datasets",
+    "trainer.training",
+    "trainer.evaluation",
+    "model.dit",
+    "model.predictor",
+    "model.flow_matching",
+    "dataset.paths",
+}
 
 
 def former_key(full_key: str) -> str | None:
-    """What became of a dotted key of FutureLatents, as the end of a sentence; None if it was none. Where it stood may differ from version
-    to version, what its last part means does not."""
+    """What became of a dotted key of FutureLatents, as the end of a sentence; None if it was none. Where it stood may
+    differ from version to version, what its last part means does not."""
     name = full_key.rpartition(".")[2]
     if full_key in SECTIONS:
         return "is a section of FutureLatents; `flperf import-config FILE` turns such a file into one of ours"

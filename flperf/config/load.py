@@ -1,8 +1,8 @@
 """How a YAML file, with those that it inherits and the command line, becomes the typed configuration.
 
-`inherits` lists paths relative to the file; later beats earlier, own keys win, mappings merge, lists replace. Every layer is merged
-into the typed tree by itself, so that a bad key or value is reported with the file it stands in. Keys are read in lower case, as
-FutureLatents' older files write them in upper case.
+`inherits` lists paths relative to the file; later beats earlier, own keys win, mappings merge, lists replace. Every
+layer is merged into the typed tree by itself, so that a bad key or value is reported with the file it stands in. Keys
+are read in lower case, as FutureLatents' older files write them in upper case.
 """
 
 import difflib
@@ -24,8 +24,8 @@ from flperf.errors import UserError, first_line
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file with all it inherits, apply `section.key=value` overrides, check every key and type.
 
-    Returns a `Config` of plain dataclasses with interpolations resolved. Raises `UserError` with one line that names the file
-    and the key.
+    Returns a `Config` of plain dataclasses with interpolations resolved. Raises `UserError` with one line that names
+    the file and the key.
     """
     path = Path(path)
     return _resolve(layers(path), overrides, str(path), path.stem)
@@ -83,7 +83,8 @@ def _merge(tree: DictConfig, layer: dict | DictConfig, source: str) -> DictConfi
     _check_keys(tree, layer, source)
     try:
         model = layer.get("model")
-        if isinstance(model, (dict, DictConfig)) and isinstance(model.get("activation_checkpointing"), bool):  # as version 0.1.0 wrote it
+        # as version 0.1.0 wrote it
+        if isinstance(model, (dict, DictConfig)) and isinstance(model.get("activation_checkpointing"), bool):
             model["activation_checkpointing"] = recomputation(model["activation_checkpointing"])
         return cast(DictConfig, OmegaConf.merge(tree, layer))
     except OmegaConfBaseException as error:
@@ -103,7 +104,9 @@ def _check_keys(tree: DictConfig, layer: dict | DictConfig, source: str, prefix:
         if typed and isinstance(value, (dict, DictConfig)):
             _check_keys(node, value, source, f"{full_key}.")
         elif typed and not (isinstance(value, str) and value.startswith("${")):
-            raise UserError(f"{source}: {full_key}: is a section with keys of its own ({', '.join(node.keys())}), not a value")
+            raise UserError(
+                f"{source}: {full_key}: is a section with keys of its own ({', '.join(node.keys())}), not a value"
+            )
         elif isinstance(node, ListConfig) and isinstance(value, (dict, DictConfig)):
             raise UserError(f"{source}: {full_key}: must be a list")
         elif isinstance(node, DictConfig) and isinstance(value, (list, ListConfig)):

@@ -6,29 +6,36 @@ from typing import Any, Literal, Optional
 
 @dataclass
 class Backbone:
-    """The frozen encoder. `weights` is a hub name, a folder or (4DS) an npz file; null draws seeded random ones for `architecture`."""
+    """The frozen encoder. `weights` is a hub name, a folder or (4DS) an npz file; null draws seeded random ones for
+    `architecture`."""
 
     kind: str = "vjepa2"  # a key of flperf.models.backbones.BACKBONES
     weights: Optional[str] = None
-    architecture: dict[str, Any] = field(default_factory=dict)  # of the transformers configuration (null: its default), or of FourDS
-    processor: dict[str, Any] = field(default_factory=dict)  # keys that replace those of the weights' preprocessor configuration
+    # of the transformers configuration (null: its default), or of FourDS
+    architecture: dict[str, Any] = field(default_factory=dict)
+    # keys that replace those of the weights' preprocessor configuration
+    processor: dict[str, Any] = field(default_factory=dict)
     frame_stride: int = 1  # DINOv3: every frame_stride-th frame is encoded
-    encode: Literal["split", "joint"] = "split"  # joint encodes the whole clip at once: V-JEPA 2 then leaks the future into the context
+    # joint encodes the whole clip at once: V-JEPA 2 then leaks the future into the context
+    encode: Literal["split", "joint"] = "split"
 
 
 @dataclass
 class Shapes:
-    """Bouncing shapes: a square that bounces off the walls and a disk on a circle. Lengths in pixels, velocities in pixels a frame."""
+    """Bouncing shapes: a square that bounces off the walls and a disk on a circle. Lengths in pixels, velocities in
+    pixels a frame."""
 
     train_clips: int = 10_000
     validation_clips: int = 256
     visualisation_clips: int = 8  # a split of its own, of which dumps show the first
-    image_size: int = 256  # of the canvas that the lengths below refer to; clips are drawn at the resolution of the backbone
+    # of the canvas that the lengths below refer to; clips are drawn at the resolution of the backbone
+    image_size: int = 256
     square_size: int = 40
     square_init: Optional[list[float]] = None  # (x, y) of the centre; null: seeded random
     square_vel: Optional[list[float]] = None  # null: seeded random
     disk_radius: int = 20
-    splice_at: Optional[int] = None  # from this frame on another clip goes on, so that nothing tells what follows; to show leaks
+    # from this frame on another clip goes on, so that nothing tells what follows; to show leaks
+    splice_at: Optional[int] = None
 
 
 @dataclass
@@ -70,9 +77,11 @@ class Model:
     depth: int = 12
     num_heads: int = 8
     mlp_ratio: float = 4.0
-    initial_weights: Optional[str] = None  # safetensors by parameter name (an export's, or import-weights'); what it lacks starts fresh
+    # safetensors by parameter name (an export's, or import-weights'); what it lacks starts fresh
+    initial_weights: Optional[str] = None
     positions: Literal["rope3d", "sincos", "none"] = "rope3d"
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # less memory; selective: no product is computed again
+    # less memory; selective: no product is computed again
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
     fused_adaln: bool = False  # DiT on CUDA: gated residual, norm and modulation as one Triton kernel each way
 
 
@@ -98,7 +107,8 @@ class Sampling:
     shift: float = 1.0  # above 1: shorter steps near the noise
     tolerance: float = 1e-3  # relative and absolute, of dopri5
     samples: int = 4  # drawn for each clip; the forecast is their mean
-    guidance: float = 1.0  # above 1: further away from what is likely without the context; needs objective.context_dropout in training
+    # above 1: further away from what is likely without the context; needs objective.context_dropout in training
+    guidance: float = 1.0
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # of tau
 
 
@@ -107,10 +117,12 @@ class Trainer:
     """Optimisation. `batch_size` counts the clips of one update over all processes and accumulation steps."""
 
     batch_size: int = 32
-    micro_batch_size: Optional[int] = None  # at most so many clips in one forward pass on one process; null: batch_size / processes
+    # at most so many clips in one forward pass on one process; null: batch_size / processes
+    micro_batch_size: Optional[int] = None
     max_steps: Optional[int] = None
     max_epochs: Optional[float] = None
-    stop_after: Optional[int] = None  # leave after this many steps of this launch, with a checkpoint; the schedule is unchanged
+    # leave after this many steps of this launch, with a checkpoint; the schedule is unchanged
+    stop_after: Optional[int] = None
     learning_rate: float = 3e-4
     weight_decay: float = 0.05
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
@@ -129,7 +141,8 @@ class Engine:
     zero_stage: int = 1
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device multiplies it faster
     compile: bool = True
-    timeout: float = 600  # seconds a collective may take (cold compilation, first decode); a process silent for a tenth of it is lost
+    # seconds a collective may take (cold compilation, first decode); a process silent for a tenth of it is lost
+    timeout: float = 600
 
 
 @dataclass

@@ -1,5 +1,5 @@
-"""What a value's type can't say: which numbers a key takes, and which keys fit each other. What needs the data or the weights is checked
-where those are opened."""
+"""What a value's type can't say: which numbers a key takes, and which keys fit each other. What needs the data or the
+weights is checked where those are opened."""
 
 import math
 import re
@@ -25,7 +25,9 @@ class Allowed:
 
     def __contains__(self, value: Any) -> bool:
         values = [value] if self.count is None else value
-        return len(values) == (self.count or 1) and all(math.isfinite(number) and self.holds(number) for number in values)
+        return len(values) == (self.count or 1) and all(
+            math.isfinite(number) and self.holds(number) for number in values
+        )
 
 
 AT_LEAST_0 = Allowed("at least 0", lambda number: number >= 0)
@@ -85,7 +87,9 @@ ALLOWED: dict[str, Allowed] = {
     "evaluation.sampling.tolerance": ABOVE_0,
     "evaluation.sampling.samples": AT_LEAST_1,
     "evaluation.sampling.guidance": AT_LEAST_0,
-    "evaluation.sampling.guidance_interval": Allowed("two ascending numbers in [0, 1]", lambda number: 0 <= number <= 1, count=2),
+    "evaluation.sampling.guidance_interval": Allowed(
+        "two ascending numbers in [0, 1]", lambda number: 0 <= number <= 1, count=2
+    ),
     "evaluation.dump_examples": AT_LEAST_0,
     "evaluation.probe_clips": AT_LEAST_0,
     "checkpoint.keep": AT_LEAST_1,
@@ -96,7 +100,8 @@ RESERVED_NAMES = {"compile_cache", "debug"}
 
 
 def check_values(config: "Config", source: str) -> None:
-    """Raise `UserError` with one line that names the key, its value and what is allowed; `source` says where it stands."""
+    """Raise `UserError` with one line that names the key, its value and what is allowed; `source` says where it
+    stands."""
     for key, allowed in ALLOWED.items():
         value = attrgetter(key)(config)
         if value is not None and value not in allowed:
@@ -118,14 +123,19 @@ def _check_together(config: "Config", source: str) -> None:
     rotary = model.positions == "rope3d"  # turns pairs of channels
     if model.hidden_dim % (model.num_heads * (2 if rotary else 1)):
         multiple = "an even multiple" if rotary else "a multiple"
-        raise UserError(f"{source}: model.hidden_dim: must be {multiple} of model.num_heads {model.num_heads}, is {model.hidden_dim}")
+        raise UserError(
+            f"{source}: model.hidden_dim: must be {multiple} of model.num_heads {model.num_heads}, is "
+            f"{model.hidden_dim}"
+        )
     if sampling.guidance_interval != sorted(sampling.guidance_interval):
         raise UserError(
-            f"{source}: evaluation.sampling.guidance_interval: must be two ascending numbers in [0, 1], is {sampling.guidance_interval}"
+            f"{source}: evaluation.sampling.guidance_interval: must be two ascending numbers in [0, 1], is "
+            f"{sampling.guidance_interval}"
         )
     if sampling.guidance != 1 and objective.context_dropout == 0:
         raise UserError(
-            f"{source}: evaluation.sampling.guidance: needs a head trained with objective.context_dropout above 0 (such as 0.1)"
+            f"{source}: evaluation.sampling.guidance: needs a head trained with objective.context_dropout above 0 "
+            "(such as 0.1)"
         )
     if objective.kind == "flow_matching" and objective.loss == "cosine":
         raise UserError(f"{source}: objective.loss: cosine has no meaning for a velocity; use mse, l1 or smooth_l1")

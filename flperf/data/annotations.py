@@ -27,8 +27,8 @@ class Annotations:
 
 
 def read_annotations(csv: str | None, key: str, limit: int | None) -> Annotations:
-    """A Kinetics CSV: `path class_index` a row, separated by the last space; paths are relative to the CSV. A clip named twice is kept
-    once. Raises `UserError` that names the row."""
+    """A Kinetics CSV: `path class_index` a row, separated by the last space; paths are relative to the CSV. A clip
+    named twice is kept once. Raises `UserError` that names the row."""
     folder = os.path.dirname(csv or "")
     clips: dict[str, tuple[int, int]] = {}  # path → (row, class)
     rows = 0
@@ -38,7 +38,9 @@ def read_annotations(csv: str | None, key: str, limit: int | None) -> Annotation
         if not path or not label.isdecimal():
             raise UserError(f"{csv}: row {row}: expected 'path class_index', got {line[:200]!r}")
         if len(label) > 18 or int(label) >= MAX_CLASSES:
-            raise UserError(f"{csv}: row {row}: class index {label[:40]} is above {MAX_CLASSES - 1}; number the classes from 0")
+            raise UserError(
+                f"{csv}: row {row}: class index {label[:40]} is above {MAX_CLASSES - 1}; number the classes from 0"
+            )
         first_row, first_label = clips.setdefault(path, (row, int(label)))
         if first_label != int(label):
             raise UserError(f"{csv}: row {row}: {path} has class {label} here but {first_label} in row {first_row}")
@@ -76,7 +78,8 @@ def existing_file(file: str | None, key: str, what: str) -> str:
 
 
 def has_header(file: str | None, columns: list[str]) -> bool:
-    """Whether there is such a CSV and its first line names these columns, which tells its format. Files that are no text have none."""
+    """Whether there is such a CSV and its first line names these columns, which tells its format. Files that are no
+    text have none."""
     if file is None or not Path(file).is_file():
         return False
     with open(file, "rb") as lines:
@@ -84,7 +87,8 @@ def has_header(file: str | None, columns: list[str]) -> bool:
 
 
 def _rows(file: str | None, key: str, what: str) -> Iterator[tuple[int, str]]:
-    """(row, text) of the lines that aren't empty; rows count from 1. A byte order mark, as Excel writes it, is no part of the text."""
+    """(row, text) of the lines that aren't empty; rows count from 1. A byte order mark, as Excel writes it, is no
+    part of the text."""
     with open(existing_file(file, key, what), encoding="utf-8-sig") as lines:
         try:
             for row, line in enumerate(lines, start=1):

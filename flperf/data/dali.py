@@ -1,13 +1,15 @@
 """The decoder for GPUs: DALI graphs from file bytes through NVDEC to frames, beside PyAV on the cores that are there.
 
-A worker reads one clip at a time into its slot of a batch on the device. Some workers have a lane, a DALI graph of their own, and take what
-DALI decodes through it; the others, and what DALI can't decode on a device (codec, pixel format, a frame too small for NVDEC), go through
-PyAV. Whoever is free takes the next clip, so a slow NVDEC costs nothing but its own clips. A lane holds one clip because DALI waits for the
-device at every frame, on one stream for a whole batch: the clips of a batch would take turns, behind what the training step has queued
-(8 clips of 64 frames took 1.9 s so on an H100, beside steps of 0.45 s). It also tells which file was at fault when DALI fails.
+A worker reads one clip at a time into its slot of a batch on the device. Some workers have a lane, a DALI graph of
+their own, and take what DALI decodes through it; the others, and what DALI can't decode on a device (codec, pixel
+format, a frame too small for NVDEC), go through PyAV. Whoever is free takes the next clip, so a slow NVDEC costs
+nothing but its own clips. A lane holds one clip because DALI waits for the device at every frame, on one stream for a
+whole batch: the clips of a batch would take turns, behind what the training step has queued (8 clips of 64 frames
+took 1.9 s so on an H100, beside steps of 0.45 s). It also tells which file was at fault when DALI fails.
 
-One definition serves both devices: on a CPU it runs VP8, VP9 and MJPEG, which keeps the GPU's graph honest. Frames are resized as
-PyAV's are: DALI's own resize repeats a frame's edge where the processor's leaves that weight out, up to 20 levels on white noise.
+One definition serves both devices: on a CPU it runs VP8, VP9 and MJPEG, which keeps the GPU's graph honest. Frames
+are resized as PyAV's are: DALI's own resize repeats a frame's edge where the processor's leaves that weight out, up
+to 20 levels on white noise.
 """
 
 import logging
@@ -32,7 +34,8 @@ from flperf.data.samplers import Batches, ClipBatch, ClipRequest, FrameSampling
 logger = logging.getLogger(__name__)
 
 CPU_CODECS = ("vp8", "vp9", "mjpeg")
-# The least height and width that NVDEC decodes (Video Codec SDK, NVDEC application note). Not MPEG-4: its frames came out wrong.
+# The least height and width that NVDEC decodes (Video Codec SDK, NVDEC application note). Not MPEG-4: its frames came
+# out wrong.
 GPU_CODECS = {"h264": (16, 48), "hevc": (144, 144), "vp8": (16, 48), "vp9": (128, 128), "av1": (128, 128)}
 GPU_FORMATS = ("yuv420p", "yuvj420p")  # what every NVDEC decodes of these
 DALI_ERRORS = (RuntimeError, IndexError, ValueError)
@@ -50,8 +53,8 @@ def read_batches(
     device: torch.device,
     lanes: int | None = None,
 ) -> Batches:
-    """Yield the batches with their video as uint8 `b f h w c` on `device`, read by `threads` workers, `lanes` of them (null: all) with a
-    DALI graph."""
+    """Yield the batches with their video as uint8 `b f h w c` on `device`, read by `threads` workers, `lanes` of them
+    (null: all) with a DALI graph."""
     graph = Graph(window, "mixed" if device.type == "cuda" else "cpu", device.index or 0)
     workers = Workers(graph, threads if lanes is None else lanes)
     buffers = DeviceBuffers((window.n_frames, *preprocessing.size, 3), torch.uint8, device)
@@ -92,11 +95,14 @@ class Graph:
     device_id: int
 
     def pipeline(self, source: Callable[[], tuple[list, ...]]) -> Pipeline:
-        """Path, start and sample go in; uint8 `1 f h w c` of the file's size and the sample come out, one clip at a time."""
+        """Path, start and sample go in; uint8 `1 f h w c` of the file's size and the sample come out, one clip at a
+        time."""
         device_id = self.device_id if self.backend == "mixed" and torch.cuda.is_available() else None
         pipeline = Pipeline(1, 1, device_id, prefetch_queue_depth=1, exec_dynamic=True)
         with pipeline:
-            path, start, sample = fn.external_source(source, num_outputs=3, dtype=[types.UINT8, types.INT32, types.INT64], ndim=[1, 0, 0])
+            path, start, sample = fn.external_source(
+                source, num_outputs=3, dtype=[types.UINT8, types.INT32, types.INT64], ndim=[1, 0, 0]
+            )
             encoded = fn.io.file.read(path, dont_use_mmap=True)  # mapping leaks a file descriptor for each empty file
             frames = fn.decoders.video(
                 encoded,
@@ -124,7 +130,8 @@ class Lane:
         return self.request.arrays()
 
     def read(self, request: Request, preprocessing: Preprocessing, out: Tensor) -> None:
-        """Decode a clip into `out`, uint8 `f h w c`; raises `BadClip` where DALI fails, which then takes a new pipeline."""
+        """Decode a clip into `out`, uint8 `f h w c`; raises `BadClip` where DALI fails, which then takes a new
+        pipeline."""
         self.request = request
         try:
             frames, sample = self.pipeline.run()
@@ -205,7 +212,8 @@ class DeviceBuffers(Buffers):
 
 @cache
 def probe(path: str, backend: str) -> tuple[int, str | None]:
-    """(frames, why DALI can't decode it on this device) of a file from its header; where that doesn't tell, the packets are counted."""
+    """(frames, why DALI can't decode it on this device) of a file from its header; where that doesn't tell, the
+    packets are counted."""
     try:
         with open_video(path) as container:
             stream = video_stream(container)

@@ -1,5 +1,5 @@
-"""Where clips come from: `open_dataset` looks the kind up in `DATASETS` and returns a train and a validation split behind one
-batch contract. Decoders are imported when batches are asked for, since DALI alone takes a second to load.
+"""Where clips come from: `open_dataset` looks the kind up in `DATASETS` and returns a train and a validation split
+behind one batch contract. Decoders are imported when batches are asked for, since DALI alone takes a second to load.
 """
 
 import os
@@ -20,7 +20,16 @@ from flperf.data.preprocessing import Preprocessing
 from flperf.data.samplers import Batches, BatchShare, ClipBatch, FrameSampling, TrainingSampler, ValidationSampler
 from flperf.errors import UserError
 
-__all__ = ["DATASETS", "ClipBatch", "Dataset", "BatchShare", "Preprocessing", "WITHOUT_VIDEO", "open_dataset", "prepare_dataset"]
+__all__ = [
+    "DATASETS",
+    "ClipBatch",
+    "Dataset",
+    "BatchShare",
+    "Preprocessing",
+    "WITHOUT_VIDEO",
+    "open_dataset",
+    "prepare_dataset",
+]
 
 # Reads one split: (batches of draws, their order, split name, device) → batches.
 Reader = Callable[[Iterator, TrainingSampler | ValidationSampler, str, torch.device], Batches]
@@ -54,12 +63,17 @@ class Dataset:
         sampler = TrainingSampler(self.train_size, self.seed)
         return self.read(sampler.batches(first_step, share), sampler, "train", device)
 
-    def validation_batches(self, share: BatchShare, batch_size: int, max_clips: int | None, device: torch.device) -> Batches:
-        """This process's share of the first `max_clips` clips: the same number of batches of the same size on every process."""
+    def validation_batches(
+        self, share: BatchShare, batch_size: int, max_clips: int | None, device: torch.device
+    ) -> Batches:
+        """This process's share of the first `max_clips` clips: the same number of batches of the same size on every
+        process."""
         sampler = ValidationSampler(min(self.validation_size, max_clips or self.validation_size))
         return self.read(sampler.batches(share, batch_size), sampler, "validation", device)
 
-    def chosen_batches(self, groups: Iterable[Iterable[int]], batch_size: int, split: str, device: torch.device) -> Batches:
+    def chosen_batches(
+        self, groups: Iterable[Iterable[int]], batch_size: int, split: str, device: torch.device
+    ) -> Batches:
         """The clips of each group in batches of one size; the last of a group is filled up with invalid ones."""
         sampler = ValidationSampler(len(self.splits[split]))
         return self.read(sampler.chosen(groups, batch_size), sampler, split, device)
@@ -74,7 +88,8 @@ def open_dataset(config: Config, preprocessing: Preprocessing | None, seed: int)
 
 
 def prepare_dataset(config: Config) -> None:
-    """Write what a dataset needs and doesn't have: the demo's folder. Call it on one process of a machine, the others waiting.
+    """Write what a dataset needs and doesn't have: the demo's folder. Call it on one process of a machine, the others
+    waiting.
 
     Raises `UserError` where a file of annotations is missing: here, before a hub is asked for a backbone.
     """
@@ -123,7 +138,9 @@ def _open_shards(config: Config, seed: int) -> Dataset:
     splits = {"validation": Annotations([], [])} | {split: annotations for split, (_, annotations) in caches.items()}
 
     def read(batches, sampler, split: str, device: torch.device) -> Batches:
-        return latent_shards.read_batches(batches, sampler, splits[split], caches[split][0], _threads(dataset), dataset.prefetch, device)
+        return latent_shards.read_batches(
+            batches, sampler, splits[split], caches[split][0], _threads(dataset), dataset.prefetch, device
+        )
 
     shards = caches["train"][0]
     classes = read_labels(dataset.labels, list(splits.values()))
@@ -132,11 +149,15 @@ def _open_shards(config: Config, seed: int) -> Dataset:
 
 def _open_files(config: Config, seed: int) -> Dataset:
     dataset = config.dataset
-    splits = _read_splits(dataset, lambda file, key: cache.read_manifest(file, key, dataset.out_path_column, dataset.limit))
+    splits = _read_splits(
+        dataset, lambda file, key: cache.read_manifest(file, key, dataset.out_path_column, dataset.limit)
+    )
     latent_format = cache.read_format(splits["train"].paths[0])
 
     def read(batches, sampler, split: str, device: torch.device) -> Batches:
-        return cache.read_batches(batches, sampler, splits[split], latent_format, _threads(dataset), dataset.prefetch, device)
+        return cache.read_batches(
+            batches, sampler, splits[split], latent_format, _threads(dataset), dataset.prefetch, device
+        )
 
     return Dataset(splits, read_labels(dataset.labels, list(splits.values())), read, seed, latent_format.shape)
 
@@ -147,16 +168,26 @@ def _open_shapes(config: Config, preprocessing: Preprocessing, seed: int) -> Dat
     dataset = config.dataset
     shapes.check(dataset.shapes)
     drawn = dataset.shapes
-    sizes = {"train": drawn.train_clips, "validation": drawn.validation_clips, "visualisation": drawn.visualisation_clips}
-    first_indices = {"train": 0, "validation": sizes["train"], "visualisation": sizes["train"] + sizes["validation"]}  # whatever the limit
+    sizes = {
+        "train": drawn.train_clips,
+        "validation": drawn.validation_clips,
+        "visualisation": drawn.visualisation_clips,
+    }
+    # whatever the limit
+    first_indices = {"train": 0, "validation": sizes["train"], "visualisation": sizes["train"] + sizes["validation"]}
     if dataset.limit:
         sizes = {split: min(size, dataset.limit) for split, size in sizes.items()}
 
     def read(batches, sampler, split: str, device: torch.device) -> Batches:
         labels, frames = splits[split].labels, (dataset.n_frames, dataset.stride)
-        return shapes.read_batches(batches, labels, first_indices[split], dataset.shapes, seed, *frames, preprocessing.size, device)
+        return shapes.read_batches(
+            batches, labels, first_indices[split], dataset.shapes, seed, *frames, preprocessing.size, device
+        )
 
-    splits = {split: Annotations([f"bouncing_shapes/{split}/{i}" for i in range(size)], [0] * size) for split, size in sizes.items()}
+    splits = {
+        split: Annotations([f"bouncing_shapes/{split}/{i}" for i in range(size)], [0] * size)
+        for split, size in sizes.items()
+    }
     return Dataset(splits, ["bouncing shapes"], read, seed)
 
 
@@ -202,13 +233,15 @@ def _read_splits(dataset: DatasetConfig, read: Callable[[str | None, str], Annot
 
 def _demo_csv(dataset: DatasetConfig) -> str:
     if not dataset.train or Path(dataset.train).name != "train.csv":
-        raise UserError("dataset.train: for the demo it names train.csv in the folder to be written, such as data/demo/train.csv")
+        raise UserError(
+            "dataset.train: for the demo it names train.csv in the folder to be written, such as data/demo/train.csv"
+        )
     return dataset.train
 
 
 def _decoder(dataset: DatasetConfig, device: torch.device, training: bool) -> tuple[Callable[..., Batches], int]:
-    """`read_batches` of the decoder asked for, and how many threads it has. `auto` is PyAV, which NVDEC helps to train on a GPU: which of
-    them reads a clip is left to chance there, and no other number should depend on it."""
+    """`read_batches` of the decoder asked for, and how many threads it has. `auto` is PyAV, which NVDEC helps to
+    train on a GPU: which of them reads a clip is left to chance there, and no other number should depend on it."""
     threads = _threads(dataset)
     if dataset.decoder == "dali":
         from flperf.data import dali
@@ -225,5 +258,6 @@ def _decoder(dataset: DatasetConfig, device: torch.device, training: bool) -> tu
 
 def _threads(dataset: DatasetConfig) -> int:
     """Decoding threads of this process: as asked, or its share of the cores among the processes of this machine."""
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torchrun's, DeepSpeed's
+    # torchrun's, DeepSpeed's
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     return dataset.threads or max(1, len(os.sched_getaffinity(0)) // local_processes)

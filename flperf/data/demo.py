@@ -1,7 +1,7 @@
 """The demo's data: a small folder in Kinetics format, written on first use, so that nothing need be downloaded.
 
-A shape moves over a drifting texture; its class says which shape and how it moves. All motion is at constant speed, so a few
-frames tell what follows. Half the clips are VP9 in WebM, half H.264 in MP4.
+A shape moves over a drifting texture; its class says which shape and how it moves. All motion is at constant speed,
+so a few frames tell what follows. Half the clips are VP9 in WebM, half H.264 in MP4.
 """
 
 import os
@@ -28,7 +28,8 @@ CODECS = (
 
 
 def write_demo(folder: str | Path, splits: dict[str, int] = SPLITS) -> None:
-    """Write `train.csv`, `validation.csv`, `labels.csv` and `videos/`, so many clips a split. The folder appears complete or not at all."""
+    """Write `train.csv`, `validation.csv`, `labels.csv` and `videos/`, so many clips a split. The folder appears
+    complete or not at all."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as unfinished:
@@ -38,7 +39,9 @@ def write_demo(folder: str | Path, splits: dict[str, int] = SPLITS) -> None:
             draft.rename(folder)
         except OSError:  # another run was quicker, or something else lies there
             if not (folder / "train.csv").is_file():
-                raise UserError(f"{folder}: exists but holds no demo (train.csv); remove it or point dataset.train elsewhere") from None
+                raise UserError(
+                    f"{folder}: exists but holds no demo (train.csv); remove it or point dataset.train elsewhere"
+                ) from None
 
 
 def _write_folder(folder: Path, splits: dict[str, int]) -> None:
@@ -73,7 +76,9 @@ def _draw_clip(index: int, label: int) -> np.ndarray:
         centres = bounce(random.uniform(radius, walls), velocity, time, radius, walls)
     else:
         period = random.uniform(28, 48) * random.choice([-1, 1])
-        centres = circle(0.0, height / 2 - radius, random.uniform(0, 2 * np.pi), period, time) + np.array([width / 2, height / 2])
+        centres = circle(0.0, height / 2 - radius, random.uniform(0, 2 * np.pi), period, time) + np.array(
+            [width / 2, height / 2]
+        )
     inside = _inside(centres, radius, height, width, square="square" in CLASSES[label])
     frames = _drifting_texture(random, time, height, width)
     frames[inside] = np.concatenate([random.integers(160, 256, 2), random.integers(0, 80, 1)])[random.permutation(3)]

@@ -1,8 +1,9 @@
-"""An index of a dataset's files: what a probe of each found, in one CSV with a header that training takes in the place of its CSV.
+"""An index of a dataset's files: what a probe of each found, in one CSV with a header that training takes in the
+place of its CSV.
 
-Probing demuxes a file from end to end and decodes its first frame, so an index names what is missing, empty, cut short or no video
-before a run meets it, and with an index no such file is opened. It is written row by row beside its final name and renamed when
-complete; what an interrupted run had probed is kept.
+Probing demuxes a file from end to end and decodes its first frame, so an index names what is missing, empty, cut
+short or no video before a run meets it, and with an index no such file is opened. It is written row by row beside its
+final name and renamed when complete; what an interrupted run had probed is kept.
 """
 
 import csv
@@ -61,10 +62,11 @@ def read_index(file: str, limit: int | None) -> Annotations:
 
 
 def write_index(source: str, labels: str | None, out: str, threads: int | None = None) -> list[Row]:
-    """Probe every file that a Kinetics CSV names, or that a folder of class folders holds, in parallel, and write the index; rows stand
-    in the order of the CSV, or of the files' names.
+    """Probe every file that a Kinetics CSV names, or that a folder of class folders holds, in parallel, and write the
+    index; rows stand in the order of the CSV, or of the files' names.
 
-    A file named twice with the same class is kept once. Raises `UserError` that names the row, or the option, of whatever can't be used.
+    A file named twice with the same class is kept once. Raises `UserError` that names the row, or the option, of
+    whatever can't be used.
     """
     _check_options(source, labels, out, threads)
     if Path(source).is_dir():
@@ -102,10 +104,12 @@ def write_index(source: str, labels: str | None, out: str, threads: int | None =
 
 
 def read_folder(folder: Path, labels: str | None) -> Annotations:
-    """The videos of a folder that holds one folder a class; videos at its top are of a class of their own, "unlabelled".
+    """The videos of a folder that holds one folder a class; videos at its top are of a class of their own,
+    "unlabelled".
 
-    Classes are numbered as the `labels` file says, which is written if there is none: by name, so that a second split that is read with
-    the same file has the same numbers. Raises `UserError` for a folder without videos and for a class that the file does not name.
+    Classes are numbered as the `labels` file says, which is written if there is none: by name, so that a second split
+    that is read with the same file has the same numbers. Raises `UserError` for a folder without videos and for a
+    class that the file does not name.
     """
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
     if not files:
@@ -113,11 +117,16 @@ def read_folder(folder: Path, labels: str | None) -> Annotations:
     parts = [path.relative_to(folder).parts for path in files]
     classes = [part[0] if len(part) > 1 else "unlabelled" for part in parts]
     if labels and not Path(labels).exists():
-        Path(labels).write_text("".join(f"{number} {name}\n" for number, name in enumerate(sorted(set(classes)))), encoding="utf-8")
+        Path(labels).write_text(
+            "".join(f"{number} {name}\n" for number, name in enumerate(sorted(set(classes)))), encoding="utf-8"
+        )
     names = read_labels(labels, [Annotations([], [])], "--labels") if labels else sorted(set(classes))
     unknown = sorted(set(classes) - set(names))
     if unknown:
-        raise UserError(f"--folder: {folder / unknown[0]}: is no class of {labels}; add it there, or name another file with --labels")
+        raise UserError(
+            f"--folder: {folder / unknown[0]}: is no class of {labels}; add it there, or name another file with "
+            "--labels"
+        )
     return Annotations([str(path.absolute()) for path in files], [names.index(name) for name in classes])
 
 
@@ -149,7 +158,8 @@ def probe_file(folder: Path, path: str, label: int) -> Row:
 
 
 def _seconds(stream: av.VideoStream, frames: int, times: list[int]) -> float:
-    """From the first frame to the end of the last, which lasts as long as a frame does on average; 0 where nothing tells."""
+    """From the first frame to the end of the last, which lasts as long as a frame does on average; 0 where nothing
+    tells."""
     if len(times) == frames > 1:
         return float((max(times) - min(times)) * stream.time_base) * frames / (frames - 1)
     return frames / float(stream.average_rate) if stream.average_rate else 0.0
@@ -158,15 +168,23 @@ def _seconds(stream: av.VideoStream, frames: int, times: list[int]) -> float:
 def summary(rows: list[Row]) -> str:
     """Counts by codec, resolutions and reasons, as text."""
     usable = [row for row in rows if not row.error]
-    lines = [f"{len(usable)} of {len(rows)} files are usable, {sum(row.duration for row in usable) / 3600:.2f} hours of video"]
+    lines = [
+        f"{len(usable)} of {len(rows)} files are usable, {sum(row.duration for row in usable) / 3600:.2f} "
+        "hours of video"
+    ]
     lines += [
         f"  {count:8} {codec} in {pixels}"
         for (codec, pixels), count in Counter((row.codec, row.pixel_format) for row in usable).most_common()
     ]
     sizes = Counter((row.width, row.height) for row in usable)
-    lines.append(f"  {len(sizes):8} resolutions, most often " + ", ".join(f"{w} x {h} ({count})" for (w, h), count in sizes.most_common(3)))
+    lines.append(
+        f"  {len(sizes):8} resolutions, most often "
+        + ", ".join(f"{w} x {h} ({count})" for (w, h), count in sizes.most_common(3))
+    )
     if len(sizes) > MANY_RESOLUTIONS:
-        lines.append("  a GPU's decoder is set up anew for a size it does not hold: transcoding to a few sizes decodes faster")
+        lines.append(
+            "  a GPU's decoder is set up anew for a size it does not hold: transcoding to a few sizes decodes faster"
+        )
     reasons = Counter(row.error for row in rows if row.error)
     lines += [f"  {count:8} unusable: {reason}" for reason, count in reasons.most_common()]
     return "\n".join(lines)
@@ -185,7 +203,10 @@ def _check_options(source: str, labels: str | None, out: str, threads: int | Non
     if threads is not None and threads < 1:
         raise UserError(f"--threads: must be at least 1, is {threads}")
     if not Path(source).exists():
-        raise UserError(f"--csv or --folder: there is no {source}; point --csv to {CLIPS_FILE}, or --folder to a folder of class folders")
+        raise UserError(
+            f"--csv or --folder: there is no {source}; point --csv to {CLIPS_FILE}, or --folder to a folder of "
+            "class folders"
+        )
     for option, file in (("--csv", source), ("--labels", labels)):
         if file and Path(out).resolve() == Path(file).resolve():
             raise UserError(f"--out: {out} is the file of {option}, which it would overwrite; name another")

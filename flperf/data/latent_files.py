@@ -1,5 +1,5 @@
-"""Cached latents in the format of FutureLatents: a manifest CSV with a header and a column of paths, each to one `torch.save`d
-tensor `d t h w`. They replace video and encoder: what comes out is the latents' own layout `b t h w d`.
+"""Cached latents in the format of FutureLatents: a manifest CSV with a header and a column of paths, each to one
+`torch.save`d tensor `d t h w`. They replace video and encoder: what comes out is the latents' own layout `b t h w d`.
 """
 
 import csv
@@ -43,7 +43,10 @@ def read_manifest(file: str | None, key: str, column: str, limit: int | None) ->
     labels = [row.get(LABEL_COLUMN) or "0" for row in rows]
     for number, (row, label) in enumerate(zip(rows, labels, strict=True), start=2):  # row 1 is the header
         if not row[column] or not label.isdecimal():
-            raise UserError(f"{file}: row {number}: needs a path under {column}, and an index under {LABEL_COLUMN} if it has that column")
+            raise UserError(
+                f"{file}: row {number}: needs a path under {column}, and an index under {LABEL_COLUMN} if it has "
+                "that column"
+            )
     return Annotations([os.path.join(folder, row[column]) for row in rows], [int(label) for label in labels])
 
 
@@ -95,6 +98,7 @@ def _load(path: str) -> Tensor:
         raise UserError(f"{path}: cached latents must be one tensor d t h w, not {found}")
     if latents.dtype not in DTYPES:
         raise UserError(f"{path}: cached latents must be fp32, bf16 or fp16, not {latents.dtype}")
-    if not all(bound.isfinite() for bound in latents.aminmax()):  # which any NaN makes NaN; much quicker than a look at each
+    # which any NaN makes NaN; much quicker than a look at each
+    if not all(bound.isfinite() for bound in latents.aminmax()):
         raise UserError(f"{path}: its latents hold NaN or infinity; encode it again")
     return rearrange(latents, "d t h w -> t h w d")

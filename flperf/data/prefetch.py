@@ -1,13 +1,13 @@
 """Batches read ahead by a pool of threads, and what happens to clips that can't be read.
 
-Each clip is one task that writes its own slot of a preallocated batch, and a stated number of batches is in flight. There is no
-queue on which a thread could wait for another, so nothing can hang: tasks end by themselves, and closing or dropping the iterator
-cancels those that have not begun.
+Each clip is one task that writes its own slot of a preallocated batch, and a stated number of batches is in flight.
+There is no queue on which a thread could wait for another, so nothing can hang: tasks end by themselves, and closing
+or dropping the iterator cancels those that have not begun.
 
-Clips that can't be read do not end a run unless more than half of them can't. In training, whose order is random, that is half of the
-clips opened so far, once 32 were; an unreadable clip is replaced by the next one. Where clips are read in the order of the file, as in
-validation and encoding, it is half of the split, since rows sorted by class put the clips of a missing folder side by side; an unreadable
-clip is left out, its place marked invalid.
+Clips that can't be read do not end a run unless more than half of them can't. In training, whose order is random,
+that is half of the clips opened so far, once 32 were; an unreadable clip is replaced by the next one. Where clips are
+read in the order of the file, as in validation and encoding, it is half of the split, since rows sorted by class put
+the clips of a missing folder side by side; an unreadable clip is left out, its place marked invalid.
 """
 
 import itertools
@@ -40,7 +40,8 @@ class BadClip(Exception):
 
 
 class Faults:
-    """Counts the unreadable clips of one pass over an order, logs each path once, and ends the run when they are too many."""
+    """Counts the unreadable clips of one pass over an order, logs each path once, and ends the run when they are too
+    many."""
 
     def __init__(self, sampler: TrainingSampler | ValidationSampler):
         self.sampler = sampler
@@ -56,7 +57,10 @@ class Faults:
             if path not in self.reasons:
                 self.reasons[path] = reason
                 logger.warning(
-                    "unreadable clip %s: %s: %s", "replaced by the next one" if self.sampler.replaces else "left out", path, reason
+                    "unreadable clip %s: %s: %s",
+                    "replaced by the next one" if self.sampler.replaces else "left out",
+                    path,
+                    reason,
                 )
         if self.sampler.replaces and self.opened >= MIN_OPENED and self.bad > MAX_BAD_SHARE * self.opened:
             raise UserError(f"{self.bad} of the first {self.opened} clips can't be read: {_listing(self.reasons)}")
@@ -67,9 +71,12 @@ class Faults:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        """At the end of a pass in the order of the file, say what was left out; training says it in its metrics, an error in itself."""
+        """At the end of a pass in the order of the file, say what was left out; training says it in its metrics, an
+        error in itself."""
         if self.bad and not self.sampler.replaces and kind in (None, GeneratorExit):
-            logger.warning("%d of %d clips can't be read and are left out: %s", self.bad, self.opened, _listing(self.reasons))
+            logger.warning(
+                "%d of %d clips can't be read and are left out: %s", self.bad, self.opened, _listing(self.reasons)
+            )
 
 
 def _listing(reasons: dict[str, str]) -> str:
@@ -81,8 +88,9 @@ def _listing(reasons: dict[str, str]) -> str:
 def readable(sampler, draw: ClipRequest, read: Callable[[ClipRequest], Any]) -> tuple[ClipRequest, Any, Skipped]:
     """Read the clip of `draw`: (its draw, what `read` returned, skipped).
 
-    Where the order replaces clips that can't be read, the next attempts at the place follow until one is readable; gives up with a
-    `UserError` when MIN_OPENED attempts, or every clip of a smaller dataset, failed. Elsewhere the draw comes back invalid, with None.
+    Where the order replaces clips that can't be read, the next attempts at the place follow until one is readable;
+    gives up with a `UserError` when MIN_OPENED attempts, or every clip of a smaller dataset, failed. Elsewhere the
+    draw comes back invalid, with None.
     """
     skipped: Skipped = []
     for _ in range(min(sampler.size, MIN_OPENED)):
@@ -107,14 +115,16 @@ def read_ahead(tasks: Iterable, submit: Callable[[ThreadPoolExecutor, Any], Any]
                 yield pending.popleft()
         while pending:
             yield pending.popleft()
-    finally:  # also where the iterator is closed or dropped; no waiting, since a dropped one may be collected in a pool's thread
+    finally:
+        # also where the iterator is closed or dropped; no waiting, since a dropped one may be collected in a pool's
+        # thread
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _compute_alone(others: int) -> None:
-    """Make torch's operators in this thread use this thread only: teams of OpenMP that wait for each other on busy cores made
-    decoding eight times slower. The number is OpenMP's own for each thread, but torch also keeps it for threads to come, where a
-    passing thread puts `others` back."""
+    """Make torch's operators in this thread use this thread only: teams of OpenMP that wait for each other on busy
+    cores made decoding eight times slower. The number is OpenMP's own for each thread, but torch also keeps it for
+    threads to come, where a passing thread puts `others` back."""
     torch.get_num_threads()  # initialises the thread, which would otherwise happen later and undo the next line
     torch.set_num_threads(1)
     restorer = Thread(target=torch.set_num_threads, args=(others,))
@@ -123,8 +133,9 @@ def _compute_alone(others: int) -> None:
 
 
 class Buffers:
-    """Batches in host memory, of one size. A batch that nobody holds any more is written anew: fresh memory comes page by page, which takes
-    longer than reading latents does. Pinned memory is left to torch, whose allocator knows when a copy to the device has ended."""
+    """Batches in host memory, of one size. A batch that nobody holds any more is written anew: fresh memory comes
+    page by page, which takes longer than reading latents does. Pinned memory is left to torch, whose allocator knows
+    when a copy to the device has ended."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
         self.shape, self.dtype, self.pinned = shape, dtype, device.type == "cuda"
@@ -158,8 +169,9 @@ def filled_buffers(
     threads: int,
     ahead: int,
 ) -> Iterator[tuple[list[ClipRequest], Tensor, Skipped]]:
-    """Have `fill(draw, slot)` write every clip of a batch into its slot of a buffer `b …`, in a pool of threads, `ahead` batches in
-    advance, or as many as hold two clips for every thread; the slot of a clip that can't be read is zeros."""
+    """Have `fill(draw, slot)` write every clip of a batch into its slot of a buffer `b …`, in a pool of threads,
+    `ahead` batches in advance, or as many as hold two clips for every thread; the slot of a clip that can't be read
+    is zeros."""
 
     def filling(slot: Tensor) -> Callable[[ClipRequest], None]:
         def fill_or_blank(draw: ClipRequest) -> None:
@@ -174,11 +186,14 @@ def filled_buffers(
 
     def submit(pool: ThreadPoolExecutor, draws: list[ClipRequest]) -> tuple[Tensor, list[Future]]:
         buffer = buffers.take(len(draws))
-        return buffer, [pool.submit(readable, sampler, draw, filling(slot)) for draw, slot in zip(draws, buffer, strict=True)]
+        return buffer, [
+            pool.submit(readable, sampler, draw, filling(slot)) for draw, slot in zip(draws, buffer, strict=True)
+        ]
 
     batches = iter(batches)
     first = list(itertools.islice(batches, 1))
-    ahead = max([ahead, *(-(-2 * threads // len(draws)) for draws in first)])  # else threads would wait for the slowest clip
+    # else threads would wait for the slowest clip
+    ahead = max([ahead, *(-(-2 * threads // len(draws)) for draws in first)])
     with Faults(sampler) as faults:
         for buffer, futures in read_ahead(itertools.chain(first, batches), submit, threads, ahead):
             results = [future.result() for future in futures]
@@ -189,7 +204,8 @@ def filled_buffers(
 
 
 def prefetch_to_device(batches: Batches, device: torch.device) -> Batches:
-    """The same batches with `video` or `latents` on the device; on a CPU they pass as they are. Closing it closes `batches`."""
+    """The same batches with `video` or `latents` on the device; on a CPU they pass as they are. Closing it closes
+    `batches`."""
     if device.type != "cuda":
         yield from batches
         return

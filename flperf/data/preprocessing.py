@@ -1,9 +1,9 @@
 """What the backbone's Hugging Face processor does to a frame, as numbers that both decoders apply.
 
-The processors themselves need torchvision, so their rules (transformers 5.23: VJEPA2VideoProcessor, DINOv3ViTImageProcessor) are
-restated here, and so is that of 4DS, whose weights come without one: resize with antialiased bilinear weights, centre crop, then
-`rescale * x`, `- mean`, `/ std`. The first two are done on 8-bit frames by the decoders, the last three by the compiled encoder, so that
-only bytes travel.
+The processors themselves need torchvision, so their rules (transformers 5.23: VJEPA2VideoProcessor,
+DINOv3ViTImageProcessor) are restated here, and so is that of 4DS, whose weights come without one: resize with
+antialiased bilinear weights, centre crop, then `rescale * x`, `- mean`, `/ std`. The first two are done on 8-bit
+frames by the decoders, the last three by the compiled encoder, so that only bytes travel.
 """
 
 import json
@@ -29,7 +29,8 @@ _COMMON = {
     "image_mean": [0.485, 0.456, 0.406],
     "image_std": [0.229, 0.224, 0.225],
 }
-_FILES = ("processor_config.json", "video_preprocessor_config.json", "preprocessor_config.json")  # the order transformers looks in
+# the order transformers looks in
+_FILES = ("processor_config.json", "video_preprocessor_config.json", "preprocessor_config.json")
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,20 @@ class Preprocessing:
 
     @classmethod
     def of(cls, backbone: Backbone) -> "Preprocessing":
-        """The rule of a backbone; raises `UserError` where its preprocessor configuration can't be had or isn't supported."""
+        """The rule of a backbone; raises `UserError` where its preprocessor configuration can't be had or isn't
+        supported."""
         settings = _settings(backbone)
         if not settings["do_resize"] or settings["resample"] != 2:
-            raise UserError("backbone.processor: only resizing (do_resize) with bilinear weights (resample 2) is supported")
+            raise UserError(
+                "backbone.processor: only resizing (do_resize) with bilinear weights (resample 2) is supported"
+            )
         crop = _as_size(settings["crop_size"]) if settings["do_center_crop"] else None
         resize = _resize_rule(settings["size"])
         if crop is None and isinstance(resize, int):
-            raise UserError("backbone.processor: a shortest edge without crop_size leaves clips of different sizes; set do_center_crop")
+            raise UserError(
+                "backbone.processor: a shortest edge without crop_size leaves clips of different sizes; set "
+                "do_center_crop"
+            )
         smallest = (resize, resize) if isinstance(resize, int) else resize
         if crop and (crop[0] > smallest[0] or crop[1] > smallest[1]):
             raise UserError(f"backbone.processor: crop_size {crop} is larger than the resized frame {smallest}")
@@ -87,17 +94,18 @@ class Preprocessing:
         return Geometry(resized, offset)
 
     def apply(self, frames: Tensor) -> Tensor:
-        """Resize and crop uint8 frames `f h w c`, bit for bit as `F.interpolate(…, antialias=True)` and a crop would. On a GPU, whose
-        kernel takes no bytes, the result is fp32: whole numbers within 1 of the bytes.
+        """Resize and crop uint8 frames `f h w c`, bit for bit as `F.interpolate(…, antialias=True)` and a crop would.
+        On a GPU, whose kernel takes no bytes, the result is fp32: whole numbers within 1 of the bytes.
 
-        Nothing right of and below the crop is computed (a quarter of the time at 340 × 256): the scale is handed to the kernel, so
-        it needs neither the whole frame nor the whole output. What comes back is a view.
+        Nothing right of and below the crop is computed (a quarter of the time at 340 × 256): the scale is handed to
+        the kernel, so it needs neither the whole frame nor the whole output. What comes back is a view.
         """
         geometry = self.geometry(frames.shape[1], frames.shape[2])
         (top, left), (height, width) = geometry.offset, self.size
         rows = _extent(frames.shape[1], geometry.resized[0], top + height)
         columns = _extent(frames.shape[2], geometry.resized[1], left + width)
-        needed = frames[:, : rows.source, : columns.source].permute(0, 3, 1, 2)  # f c h w by strides only, as the kernel wants it
+        # f c h w by strides only, as the kernel wants it
+        needed = frames[:, : rows.source, : columns.source].permute(0, 3, 1, 2)
         if needed.is_cuda:
             needed = needed.float()
         resized = torch.ops.aten._upsample_bilinear2d_aa(
@@ -143,7 +151,12 @@ def _class_defaults(backbone: Backbone) -> dict[str, Any]:
         return _COMMON | {"do_center_crop": True, "crop_size": crop_size, "size": None}
     image_size = backbone.architecture.get("image_size") or 224
     if backbone.kind == "4ds":  # pixels in [0, 1] as they are
-        return _COMMON | {"do_normalize": False, "do_center_crop": True, "crop_size": image_size, "size": {"shortest_edge": image_size}}
+        return _COMMON | {
+            "do_normalize": False,
+            "do_center_crop": True,
+            "crop_size": image_size,
+            "size": {"shortest_edge": image_size},
+        }
     return _COMMON | {"do_center_crop": False, "crop_size": image_size, "size": image_size}
 
 
@@ -159,7 +172,10 @@ def _read_file(weights: str) -> dict[str, Any]:
             stored = stored.get("video_processor") or stored.get("image_processor")
         if stored is not None:
             return stored
-    raise UserError(f"backbone.weights: {weights} holds none of {', '.join(_FILES)}; point it to a folder with one, as the hub has it")
+    raise UserError(
+        f"backbone.weights: {weights} holds none of {', '.join(_FILES)}; point it to a folder with one, as "
+        "the hub has it"
+    )
 
 
 def _from_hub(name: str, filename: str) -> str | None:
@@ -188,4 +204,6 @@ def _as_size(size: Any) -> Size:
         return size, size
     if isinstance(size, dict) and size.keys() >= {"height", "width"}:
         return size["height"], size["width"]
-    raise UserError(f"backbone.processor: {size!r} is not a size: write 256, {{shortest_edge: 292}} or {{height: 224, width: 224}}")
+    raise UserError(
+        f"backbone.processor: {size!r} is not a size: write 256, {{shortest_edge: 292}} or {{height: 224, width: 224}}"
+    )

@@ -1,10 +1,11 @@
 """The decoder for CPUs: PyAV, one single-threaded decoder a clip, many clips at once.
 
-A file is demuxed from end to end, which is cheap and tells which packet is which frame; then only the packets between the last key
-frame before the window and its end are decoded, and H.264 frames that are neither wanted nor referenced are skipped undecoded, which
-leaves the others bit-identical. Every wanted frame, or a few small ones together, is resized while it is still in the processor's cache.
-The packets of a usual clip are kept in between; those of a long video are not, and are demuxed again up to the window's end, from the
-start of the file: seeking would be quicker, but not every container says where it arrived.
+A file is demuxed from end to end, which is cheap and tells which packet is which frame; then only the packets between
+the last key frame before the window and its end are decoded, and H.264 frames that are neither wanted nor referenced
+are skipped undecoded, which leaves the others bit-identical. Every wanted frame, or a few small ones together, is
+resized while it is still in the processor's cache. The packets of a usual clip are kept in between; those of a long
+video are not, and are demuxed again up to the window's end, from the start of the file: seeking would be quicker, but
+not every container says where it arrived.
 """
 
 import itertools
@@ -23,10 +24,12 @@ from flperf.data.prefetch import BadClip, Buffers, filled_buffers
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.samplers import Batches, ClipBatch, ClipRequest, FrameSampling
 
-# What a damaged file makes FFmpeg, PyAV, NumPy and torch raise: PyAV looks streams up by their number, also those that turn up late.
+# What a damaged file makes FFmpeg, PyAV, NumPy and torch raise: PyAV looks streams up by their number, also those
+# that turn up late.
 DECODE_ERRORS = (av.error.FFmpegError, OSError, ValueError, RuntimeError, LookupError)
 KEPT_BYTES = 2**24  # of packets between the two looks at a file; each thread keeps no more
-RESIZED_BYTES = 2**18  # of frames resized by one call, which costs 0.15 ms by itself; more would leave the processor's cache
+# of frames resized by one call, which costs 0.15 ms by itself; more would leave the processor's cache
+RESIZED_BYTES = 2**18
 
 
 def read_batches(
@@ -129,8 +132,8 @@ class Packets:
         self.length = sum(mark.is_shown for mark in self.marks)
 
     def frame_indices(self) -> dict[int, int]:
-        """Presentation time → index of the frame. Empty where times are missing or doubled, as in some AVI files: there a frame's
-        index is its place in the decoder's output, and everything must be decoded."""
+        """Presentation time → index of the frame. Empty where times are missing or doubled, as in some AVI files:
+        there a frame's index is its place in the decoder's output, and everything must be decoded."""
         times = [mark.pts for mark in self.marks if mark.is_shown]
         if None in times or len(set(times)) < len(times):
             return {}
@@ -138,7 +141,11 @@ class Packets:
 
     def key_frame(self, index_of: dict[int, int], first: int) -> int:
         """The place of the last key frame that is shown no later than frame `first`; 0 where there is none."""
-        keys = [place for place, mark in enumerate(self.marks) if mark.is_keyframe and index_of.get(mark.pts, first + 1) <= first]
+        keys = [
+            place
+            for place, mark in enumerate(self.marks)
+            if mark.is_keyframe and index_of.get(mark.pts, first + 1) <= first
+        ]
         return keys[-1] if keys else 0
 
     def from_place(self, place: int) -> Iterator[av.Packet]:
@@ -156,7 +163,8 @@ def demux(container, stream) -> Iterator[av.Packet]:
 
 
 def _write_frames(packets: Packets, frames: list[int], preprocessing: Preprocessing, out: Tensor) -> None:
-    """Write frames (ascending indices in presentation order, the last one repeated in short files) into the slots of `out`."""
+    """Write frames (ascending indices in presentation order, the last one repeated in short files) into the slots of
+    `out`."""
     slots = {frame: slot for slot, frame in reversed(list(enumerate(frames)))}  # each frame's first slot
     for group in _groups(_decode(packets, slots)):
         indices, pixels = zip(*group, strict=True)
@@ -183,7 +191,9 @@ def _decode(packets: Packets, wanted) -> Iterator[tuple[int, av.VideoFrame]]:
     context, remaining, decoded = packets.context, set(wanted), itertools.count()
     index_of = packets.frame_indices()
     skipping = index_of and context.name == "h264"
-    for packet in itertools.chain(packets.from_place(packets.key_frame(index_of, min(wanted)) if index_of else 0), [None]):
+    for packet in itertools.chain(
+        packets.from_place(packets.key_frame(index_of, min(wanted)) if index_of else 0), [None]
+    ):
         if skipping and packet:
             context.skip_frame = "DEFAULT" if index_of.get(packet.pts) in remaining else "NONREF"
         for frame in context.decode(packet):

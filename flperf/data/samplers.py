@@ -1,9 +1,9 @@
 """Which clip stands where: annotation files, and the order in which training and validation read them.
 
-Training is one endless stream of samples. Sample s of the stream is clip permutation(seed, s // N)[s % N], so every clip comes
-exactly once an epoch, batches straddle epochs, and resuming needs nothing but the step. A clip that can't be read is replaced by
-attempt 1, 2, … at the same place, which takes the next clips of the permutation: the same replacement on every machine. In validation
-it is not: its place is marked invalid.
+Training is one endless stream of samples. Sample s of the stream is clip permutation(seed, s // N)[s % N], so every
+clip comes exactly once an epoch, batches straddle epochs, and resuming needs nothing but the step. A clip that can't
+be read is replaced by attempt 1, 2, … at the same place, which takes the next clips of the permutation: the same
+replacement on every machine. In validation it is not: its place is marked invalid.
 """
 
 import logging
@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BatchShare:
-    """A process among the others. `batch_size` counts the samples of one update over all processes and accumulation steps."""
+    """A process among the others. `batch_size` counts the samples of one update over all processes and accumulation
+    steps."""
 
     rank: int
     world_size: int
@@ -85,10 +86,12 @@ class TrainingSampler:
     def draw(self, sample: int, attempt: int = 0) -> ClipRequest:
         """What stands at a place of the stream; later attempts are replacements."""
         clip = int(self.permutation(sample // self.size)[(sample + attempt) % self.size])
-        return ClipRequest(sample, attempt, clip, _uniform(self.seed, sample, attempt, 1), valid=True)  # 1: no permutation's entropy
+        # 1: no permutation's entropy
+        return ClipRequest(sample, attempt, clip, _uniform(self.seed, sample, attempt, 1), valid=True)
 
     def batches(self, first_step: int, share: BatchShare) -> Iterator[list[ClipRequest]]:
-        """The micro batches of one rank from `first_step` on: position = a * (m * w) + r * m + i in each global batch."""
+        """The micro batches of one rank from `first_step` on: position = a * (m * w) + r * m + i in each global
+        batch."""
         stride = share.micro_batch_size * share.world_size
         step = first_step
         while True:
@@ -99,8 +102,8 @@ class TrainingSampler:
 
 
 class ValidationSampler:
-    """Clips 0 … size-1 in file order. The last batch is filled with the last clip, marked invalid, so that shapes never change
-    and every rank has the same number of batches."""
+    """Clips 0 … size-1 in file order. The last batch is filled with the last clip, marked invalid, so that shapes
+    never change and every rank has the same number of batches."""
 
     replaces = False
 
@@ -129,7 +132,8 @@ class ValidationSampler:
 
 @dataclass(frozen=True)
 class FrameSampling:
-    """The frames taken from a file: `n_frames` at distance `stride`, placed by `start` ("first", "random" or "center")."""
+    """The frames taken from a file: `n_frames` at distance `stride`, placed by `start` ("first", "random" or
+    "center")."""
 
     n_frames: int
     stride: int

@@ -1,8 +1,9 @@
 """Save and resume a run, cheaply and at any number of processes and ZeRO stage.
 
-Training is held up only while the state is copied to host memory; a thread writes that copy, one write at a time. The threads of
-all processes agree over a gloo group of their own, beside whatever training communicates, so `latest` moves only when every file is on
-disk, and a failed write is an error everywhere. Every process reads only what it holds.
+Training is held up only while the state is copied to host memory; a thread writes that copy, one write at a time. The
+threads of all processes agree over a gloo group of their own, beside whatever training communicates, so `latest`
+moves only when every file is on disk, and a failed write is an error everywhere. Every process reads only what it
+holds.
 """
 
 from collections.abc import Callable
@@ -38,8 +39,8 @@ T = TypeVar("T")
 class Checkpoints:
     """The checkpoints of one run. All methods but `check` are called by all processes alike.
 
-    A write that failed in the background raises its `UserError`, which names the file, in the next call; the checkpoints before it
-    stay, and so does `latest`.
+    A write that failed in the background raises its `UserError`, which names the file, in the next call; the
+    checkpoints before it stay, and so does `latest`.
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, folder: Path, keep: int):
@@ -52,7 +53,8 @@ class Checkpoints:
         self.host = torch.empty(0)  # the copy that is written; kept, because fresh memory costs as much as the copy
 
     def resume(self) -> int:
-        """Load the newest undamaged checkpoint and return its step, 0 if the run has none. Raises `UserError` if all are damaged."""
+        """Load the newest undamaged checkpoint and return its step, 0 if the run has none. Raises `UserError` if all
+        are damaged."""
         problems = []
         for path in self._together(lambda: files.candidates(self.folder))[0]:
             found = [problem for problem in self._together(partial(self._problem, path)) if problem]
@@ -63,7 +65,9 @@ class Checkpoints:
             if self.rank == 0:
                 print(f"{found[0]}: leaving {path.name} for the checkpoint before it", flush=True)
         if problems:
-            raise UserError(f"no undamaged checkpoint is left ({'; '.join(problems)}): restore one, or start anew with --overwrite")
+            raise UserError(
+                f"no undamaged checkpoint is left ({'; '.join(problems)}): restore one, or start anew with --overwrite"
+            )
         return 0
 
     def save(self, step: int) -> None:
@@ -101,7 +105,8 @@ class Checkpoints:
         dist.destroy_process_group(self.group)
 
     def _copy_to_host(self) -> tuple[bytes, list[str]]:
-        """Fill `host` with what this process writes, in the order of the file; returns the file's header and the names of the states."""
+        """Fill `host` with what this process writes, in the order of the file; returns the file's header and the
+        names of the states."""
         fragments = written_fragments(self.engine, self.rank, self.world_size)
         tensors = {
             f"{state}/{name}": tensor
@@ -169,9 +174,14 @@ class Checkpoints:
         targets = {name: state_tensors(engine, fragment) for name, fragment in fragments.items()}
         filled = 0
         stored = files.stored_fragments(path, index)
-        for name, start, slices in tqdm(stored, f"loading {path.name}", unit="part", leave=False, disable=self.rank > 0 or None):
+        for name, start, slices in tqdm(
+            stored, f"loading {path.name}", unit="part", leave=False, disable=self.rank > 0 or None
+        ):
             if name in fragments:
-                filled += sum(copy_overlap(slices[state], start, targets[name][state], fragments[name].start) for state in index.states)
+                filled += sum(
+                    copy_overlap(slices[state], start, targets[name][state], fragments[name].start)
+                    for state in index.states
+                )
         if filled != len(index.states) * sum(fragment.numel for fragment in fragments.values()):
             raise UserError(f"{path}: does not hold every element of the head")
         copy_masters_to_parameters(engine)
@@ -181,7 +191,8 @@ class Checkpoints:
 
 
 def copy_overlap(source, source_start: int, target: Tensor, target_start: int) -> int:
-    """Copy those elements of a stored slice that `target` holds too; returns how many. Both begin somewhere in one parameter."""
+    """Copy those elements of a stored slice that `target` holds too; returns how many. Both begin somewhere in one
+    parameter."""
     first = max(source_start, target_start)
     last = min(source_start + source.get_shape()[0], target_start + len(target))
     if last > first:

@@ -2,14 +2,16 @@
 
     checkpoints/
       step_00000500/
-        rank_00000.safetensors …   what each process held: flat fp32 fragments `weight/<parameter>`, `exp_avg/<parameter>`, …;
+        rank_00000.safetensors …   what each process held: flat fp32 fragments `weight/<parameter>`,
+        `exp_avg/<parameter>`, …;
                                    the file's metadata says with which element of the parameter each begins
         checkpoint.json            step, shapes, and size and checksum of every file
       latest                       the name of the newest
 
-A folder is written as `step_….unfinished` and renamed when all of it is on disk, then `latest` is replaced: a kill at any moment leaves
-the checkpoints before it as they were. Checksums (64-bit words summed modulo 2^64, which runs at the speed of memory) show any
-single wrong bit. safetensors because a reader takes the slices it needs, with no unpickling, at any number of processes.
+A folder is written as `step_….unfinished` and renamed when all of it is on disk, then `latest` is replaced: a kill at
+any moment leaves the checkpoints before it as they were. Checksums (64-bit words summed modulo 2^64, which runs at
+the speed of memory) show any single wrong bit. safetensors because a reader takes the slices it needs, with no
+unpickling, at any number of processes.
 """
 
 import hashlib
@@ -58,7 +60,8 @@ def unfinished_folder(folder: Path, step: int) -> Path:
 
 
 def shard_header(starts: dict[str, int], lengths: dict[str, int]) -> bytes:
-    """The head of a safetensors file of flat fp32 tensors, one after another: `lengths` by tensor, `starts` by parameter."""
+    """The head of a safetensors file of flat fp32 tensors, one after another: `lengths` by tensor, `starts` by
+    parameter."""
     entries: dict = {"__metadata__": {"start": json.dumps(starts)}}
     offset = 0
     for key, numel in lengths.items():
@@ -70,8 +73,8 @@ def shard_header(starts: dict[str, int], lengths: dict[str, int]) -> bytes:
 
 
 def write_shard(path: Path, header: bytes, data: Tensor) -> dict[str, int]:
-    """Write `data` (fp32 [n] on the host) behind its header, down to the disk; returns size and checksum. Like all that writes here, it
-    raises `UserError` that names the file."""
+    """Write `data` (fp32 [n] on the host) behind its header, down to the disk; returns size and checksum. Like all
+    that writes here, it raises `UserError` that names the file."""
     content, total = data.numpy().view(np.uint8), 0
     with writing(path), open(path, "wb") as file:
         blocks = (content[start : start + BLOCK] for start in range(0, len(content), BLOCK))
@@ -86,7 +89,9 @@ def write_shard(path: Path, header: bytes, data: Tensor) -> dict[str, int]:
 def word_sum(block: np.ndarray) -> int:
     """The sum modulo 2^64 of the little-endian 64-bit words of uint8 [n], as if zeros filled the last one."""
     whole = len(block) // 8 * 8
-    return (int(block[:whole].view("<u8").sum(dtype=np.uint64)) + int.from_bytes(block[whole:].tobytes(), "little")) % 2**64
+    return (
+        int(block[:whole].view("<u8").sum(dtype=np.uint64)) + int.from_bytes(block[whole:].tobytes(), "little")
+    ) % 2**64
 
 
 def index_text(index: Index) -> str:
@@ -112,7 +117,8 @@ def read_index(folder: Path) -> Index:
 
 
 def check(folder: Path, part: int = 0, parts: int = 1) -> Index:
-    """Read the index and every `parts`-th file from the `part`-th on. Raises `Damaged` at the first that isn't what was written."""
+    """Read the index and every `parts`-th file from the `part`-th on. Raises `Damaged` at the first that isn't what
+    was written."""
     index = read_index(folder)
     for name in list(index.files)[part::parts]:
         _check_file(folder / name, **index.files[name])
@@ -163,7 +169,8 @@ def _remove(checkpoint: Path) -> None:
 
 
 def candidates(folder: Path) -> list[Path]:
-    """The checkpoint that `latest` names and those before it, newest first; all of them if `latest` is lost or what it names is."""
+    """The checkpoint that `latest` names and those before it, newest first; all of them if `latest` is lost or what
+    it names is."""
     steps = [path.name for path in folder.glob("step_*") if _is_tag(path.name)]
     latest = folder / LATEST
     named = latest.read_text(errors="replace").strip() if latest.exists() else ""
@@ -175,7 +182,8 @@ def candidates(folder: Path) -> list[Path]:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in a run's `checkpoints` folder that is complete and undamaged, or None. Reads all of its files."""
+    """The newest checkpoint in a run's `checkpoints` folder that is complete and undamaged, or None. Reads all of its
+    files."""
     for checkpoint in candidates(folder):
         try:
             check(checkpoint)
@@ -186,7 +194,8 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def stored_fragments(folder: Path, index: Index) -> Iterator[tuple[str, int, dict]]:
-    """Every stored fragment as parameter, first element, and by state a slice [numel] that reads what is taken from it."""
+    """Every stored fragment as parameter, first element, and by state a slice [numel] that reads what is taken from
+    it."""
     for file in index.files:
         with safe_open(folder / file, framework="pt") as shard:
             for name, start in json.loads(shard.metadata()["start"]).items():

@@ -1,8 +1,9 @@
 """Compile once for all starts: Inductor's, AOT autograd's and Triton's caches beside the runs.
 
-The folder is `<experiment>/compile_cache`, shared by all runs of the experiment and by all processes: entries are addressed by their
-content (graph, options, versions, device), so runs of one model that differ in data or learning rate share them. It lies on the file
-system of the checkpoints, since a requeued job finds its checkpoints there but not what another node left in /tmp.
+The folder is `<experiment>/compile_cache`, shared by all runs of the experiment and by all processes: entries are
+addressed by their content (graph, options, versions, device), so runs of one model that differ in data or learning
+rate share them. It lies on the file system of the checkpoints, since a requeued job finds its checkpoints there but
+not what another node left in /tmp.
 """
 
 import os
@@ -18,7 +19,8 @@ def use_compile_cache(experiment: str) -> None:
 
 
 def compile_cache_state() -> str:
-    """What this process found so far: "warm" if every graph was there, "cold" if any was compiled, "unused" if there was none."""
+    """What this process found so far: "warm" if every graph was there, "cold" if any was compiled, "unused" if there
+    was none."""
     from torch._dynamo.utils import counters
 
     keys = {"aot_autograd": "autograd_cache", "inductor": "fxgraph_cache"}

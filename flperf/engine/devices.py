@@ -1,4 +1,5 @@
-"""What devices can do: one table of facts with their sources, and the peaks of a device at hand, measured on the spot."""
+"""What devices can do: one table of facts with their sources, and the peaks of a device at hand, measured on the
+spot."""
 
 import resource
 import time
@@ -17,7 +18,8 @@ MEASURING_TIME = 0.2  # seconds over which the best is sought: longer than other
 
 @dataclass(frozen=True)
 class Device:
-    """Per device; rates a second, dense (without sparsity), one direction of a link. None: the vendor states nothing."""
+    """Per device; rates a second, dense (without sparsity), one direction of a link. None: the vendor states
+    nothing."""
 
     name: str
     peaks: dict[torch.dtype, float]  # FLOP/s of matrix products
@@ -46,7 +48,8 @@ DEVICES = {
         devices_per_node=8,
         decoders=5,
         decode_rate=75 * 30,
-        source="NVIDIA A100 data sheet; DGX A100 data sheet (HDR InfiniBand, 200 Gb/s a GPU); H100 white paper's table of NVDEC streams",
+        source="NVIDIA A100 data sheet; DGX A100 data sheet (HDR InfiniBand, 200 Gb/s a GPU); H100 white paper's "
+        "table of NVDEC streams",
     ),
     "h100": Device(
         name="H100 SXM 80 GB",
@@ -58,7 +61,8 @@ DEVICES = {
         devices_per_node=8,
         decoders=7,
         decode_rate=170 * 30,
-        source="NVIDIA H100 data sheet; DGX H100 data sheet (NDR InfiniBand, 400 Gb/s a GPU); H100 white paper's table of NVDEC streams",
+        source="NVIDIA H100 data sheet; DGX H100 data sheet (NDR InfiniBand, 400 Gb/s a GPU); H100 white paper's "
+        "table of NVDEC streams",
     ),
     "h200": Device(
         name="H200 SXM 141 GB",
@@ -70,7 +74,8 @@ DEVICES = {
         devices_per_node=8,
         decoders=7,
         decode_rate=170 * 30,
-        source="NVIDIA H200 data sheet; DGX H200 data sheet (NDR InfiniBand, 400 Gb/s a GPU); NVDEC as the H100's, whose engines it has",
+        source="NVIDIA H200 data sheet; DGX H200 data sheet (NDR InfiniBand, 400 Gb/s a GPU); NVDEC as the H100's, "
+        "whose engines it has",
     ),
     "b200": Device(
         name="B200 SXM 180 GB",
@@ -82,7 +87,8 @@ DEVICES = {
         devices_per_node=8,
         decoders=7,
         decode_rate=170 * 30,
-        source="NVIDIA HGX B200 and DGX B200 data sheets (400 Gb/s a GPU); NVDEC assumed as the H100's: no rate is stated for it",
+        source="NVIDIA HGX B200 and DGX B200 data sheets (400 Gb/s a GPU); NVDEC assumed as the H100's: no rate is "
+        "stated for it",
     ),
 }
 
@@ -125,8 +131,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 @cache  # a start asks for it twice: which precision is faster, and what MFU is a share of
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a matrix product, the best of a few. On a CPU of growing ones, the last of which takes less than `LONGEST_PRODUCT`: one that
-    emulates bf16 multiplies it a hundred times slower than fp32."""
+    """FLOP/s of a matrix product, the best of a few. On a CPU of growing ones, the last of which takes less than
+    `LONGEST_PRODUCT`: one that emulates bf16 multiplies it a hundred times slower than fp32."""
     rate = 0.0
     for size in (8192,) if device.type == "cuda" else (256, 512, 1024):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))  # a GPU multiplies ones faster
@@ -145,7 +151,8 @@ def copy_rate(device: torch.device) -> float:
 
 
 def best_seconds(function: Callable[[], object], device: torch.device) -> float:
-    """The shortest of six calls, or of as many as `MEASURING_TIME` has room for: six short ones would all meet the same disturbance."""
+    """The shortest of six calls, or of as many as `MEASURING_TIME` has room for: six short ones would all meet the
+    same disturbance."""
     taken: list[float] = []
     while len(taken) < 6 or sum(taken) < MEASURING_TIME:
         start = time.perf_counter()

@@ -1,8 +1,9 @@
 """From typed options to a DeepSpeed engine: process group, device, precision, optimizer, ZeRO.
 
-Three things are ours: the optimizer keeps the moving average of the weights as one more optimizer state (so ZeRO shards it,
-checkpoints carry it, and it follows the fp32 master weights, not their bf16 copies); learning rate and decay are pure functions
-of the step (so nothing about a schedule is stored); blocks are compiled before DeepSpeed sees them.
+Three things are ours: the optimizer keeps the moving average of the weights as one more optimizer state (so ZeRO
+shards it, checkpoints carry it, and it follows the fp32 master weights, not their bf16 copies); learning rate and
+decay are pure functions of the step (so nothing about a schedule is stored); blocks are compiled before DeepSpeed
+sees them.
 """
 
 import deepspeed
@@ -20,8 +21,8 @@ from flperf.models.heads import REPEATED
 def deepspeed_options(
     engine: Engine, trainer: Trainer, share: BatchShare, parameters: int, dtype: torch.dtype, device: torch.device
 ) -> dict:
-    """DeepSpeed's configuration for a head of so many parameters. Gradients accumulate in fp32 as soon as there is more than one
-    micro-batch to add, but for ZeRO 0 in bf16, where DeepSpeed has no such optimizer."""
+    """DeepSpeed's configuration for a head of so many parameters. Gradients accumulate in fp32 as soon as there is
+    more than one micro-batch to add, but for ZeRO 0 in bf16, where DeepSpeed has no such optimizer."""
     bare = is_unwrapped(engine, dtype)
     options = {
         "train_batch_size": share.batch_size,
@@ -47,7 +48,9 @@ def is_unwrapped(engine: Engine, dtype: torch.dtype) -> bool:
     return engine.zero_stage == 0 and dtype == torch.float32
 
 
-def build_engine(head: nn.Module, config: Config, share: BatchShare, dtype: torch.dtype, device: torch.device) -> deepspeed.DeepSpeedEngine:
+def build_engine(
+    head: nn.Module, config: Config, share: BatchShare, dtype: torch.dtype, device: torch.device
+) -> deepspeed.DeepSpeedEngine:
     """Wrap the head. Matrices decay; biases, norms and learned tokens don't."""
     head = head.to(device)
     if config.engine.zero_stage == 3:
@@ -63,26 +66,33 @@ def build_engine(head: nn.Module, config: Config, share: BatchShare, dtype: torc
     options = deepspeed_options(config.engine, config.trainer, share, count_parameters(head), dtype, device)
     engine, *_ = deepspeed.initialize(model=head, optimizer=optimizer, config=options, dist_init_required=False)
     for state in optimizer.state.values():
-        state["step"].zero_()  # DeepSpeed's ZeRO 0 allocates the moments by a step with zero gradients, which must not count
+        # DeepSpeed's ZeRO 0 allocates the moments by a step with zero gradients, which must not count
+        state["step"].zero_()
     if config.engine.zero_stage in (1, 2):
-        # In bf16 it would ask each tensor whether all of it is finite and wait for the answer, though the norm that follows tells as much.
+        # In bf16 it would ask each tensor whether all of it is finite and wait for the answer, though the norm that
+        # follows tells as much.
         engine.optimizer.check_overflow = lambda partition_gradients: None
     return engine
 
 
 def head_weights(engine: deepspeed.DeepSpeedEngine, *, average: bool) -> dict[str, Tensor]:
-    """Full fp32 weights of the head, or their moving average, by parameter name, on every process (a collective under ZeRO)."""
+    """Full fp32 weights of the head, or their moving average, by parameter name, on every process (a collective under
+    ZeRO)."""
     average = average and engine.global_steps > engine.skipped_steps  # before the first update there is none
     if average and hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
-        # DeepSpeed 0.19 links optimizer states to parameters once, after the first group's first step, when the others have none.
+        # DeepSpeed 0.19 links optimizer states to parameters once, after the first group's first step, when the
+        # others have none.
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     masters = unsharded_masters(engine)
-    return {name: _full_weight(engine, parameter, masters, average) for name, parameter in engine.module.named_parameters()}
+    return {
+        name: _full_weight(engine, parameter, masters, average) for name, parameter in engine.module.named_parameters()
+    }
 
 
 def unsharded_masters(engine: deepspeed.DeepSpeedEngine) -> dict[nn.Parameter, Tensor]:
-    """ZeRO 0: what the optimizer updates for each parameter of the head: the parameter itself in fp32, a master copy in bf16."""
+    """ZeRO 0: what the optimizer updates for each parameter of the head: the parameter itself in fp32, a master copy
+    in bf16."""
     if engine.zero_optimization_stage() > 0:
         return {}
     if engine.optimizer is engine.basic_optimizer:

@@ -12,8 +12,9 @@ from flperf.config import Trainer
 class AdamWWithEMA(torch.optim.AdamW):
     """Fused AdamW that also keeps an exponential moving average of what it updates, under the state key "ema".
 
-    `group["ema_decay"]` is the decay of the coming step; None keeps no average. With `clip` it also clips the gradients' norm and
-    skips a non-finite update: DeepSpeed does both in its own wrappers but not for a bare fp32 optimizer (ZeRO 0).
+    `group["ema_decay"]` is the decay of the coming step; None keeps no average. With `clip` it also clips the
+    gradients' norm and skips a non-finite update: DeepSpeed does both in its own wrappers but not for a bare fp32
+    optimizer (ZeRO 0).
     """
 
     def __init__(self, groups: list[dict], trainer: Trainer, clip: bool):
@@ -55,7 +56,8 @@ def learning_rate(step: int, trainer: Trainer, total_steps: int) -> float:
 
 
 def ema_decay(step: int, trainer: Trainer) -> float | None:
-    """The decay grows to its final value as (1 + step) / (10 + step), so that early averages forget the initial weights."""
+    """The decay grows to its final value as (1 + step) / (10 + step), so that early averages forget the initial
+    weights."""
     return None if trainer.ema_decay is None else min(trainer.ema_decay, (1 + step) / (10 + step))
 
 

@@ -1,8 +1,8 @@
 """Stop a run at the end of a step when a scheduler asks for it, so that it loses nothing and is queued again.
 
-Schedulers send SIGTERM or SIGUSR1, and not to every process at once. The processes therefore vote: the flag is all-reduced on the
-device after every step (4 bytes) and read one step later, when it has long arrived. So all of them leave after the same step, no
-step waits for the host, and one signalled process is enough.
+Schedulers send SIGTERM or SIGUSR1, and not to every process at once. The processes therefore vote: the flag is
+all-reduced on the device after every step (4 bytes) and read one step later, when it has long arrived. So all of them
+leave after the same step, no step waits for the host, and one signalled process is enough.
 """
 
 import os
@@ -16,7 +16,8 @@ _received: list[int] = []  # a process has one handler a signal, hence one list
 
 
 class Preempted(SystemExit):
-    """Raised on all processes after the same step, with everything saved; exit status 75 (`EX_TEMPFAIL`: try again later)."""
+    """Raised on all processes after the same step, with everything saved; exit status 75 (`EX_TEMPFAIL`: try again
+    later)."""
 
     def __init__(self) -> None:
         super().__init__(os.EX_TEMPFAIL)
@@ -38,7 +39,8 @@ class PreemptionVote:
         self.arrived = torch.cuda.Event() if on_gpu else None
 
     def passed(self) -> bool:
-        """The outcome of the vote that the last call began (False at first); begins the next. A collective, without a host wait."""
+        """The outcome of the vote that the last call began (False at first); begins the next. A collective, without a
+        host wait."""
         if self.arrived:
             self.arrived.synchronize()  # the copy of a whole step ago
         outcome = bool(self.result)

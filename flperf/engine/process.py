@@ -31,8 +31,8 @@ class Process:
 
 
 def start_process(timeout: float = Engine.timeout) -> Process:
-    """Join the process group that the launcher (deepspeed, torchrun, srun) describes in the environment, or be alone; collectives fail
-    after `timeout` seconds."""
+    """Join the process group that the launcher (deepspeed, torchrun, srun) describes in the environment, or be alone;
+    collectives fail after `timeout` seconds."""
     for name, alone in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, alone)
     os.environ.setdefault("MASTER_PORT", "29500" if int(os.environ["WORLD_SIZE"]) > 1 else "0")
@@ -43,15 +43,19 @@ def start_process(timeout: float = Engine.timeout) -> Process:
     else:
         device = torch.device("cpu")
         # torchrun's name for it, then DeepSpeed's.
-        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
+        local_world_size = int(
+            os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
+        )
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     deepspeed.utils.logger.setLevel("WARNING")
-    # On a CPU DeepSpeed would first compile, for a minute or more, a shared-memory all-reduce that only its inference uses.
+    # On a CPU DeepSpeed would first compile, for a minute or more, a shared-memory all-reduce that only its inference
+    # uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout))
-        atexit.register(dist.destroy_process_group)  # its threads must not be left to the interpreter's end, which may abort on them
+        # its threads must not be left to the interpreter's end, which may abort on them
+        atexit.register(dist.destroy_process_group)
     return Process(dist.get_rank(), local_rank, dist.get_world_size(), device)
 
 
@@ -64,7 +68,8 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 @lru_cache
 def bf16_is_faster(device: torch.device) -> bool:
-    """A GPU with bf16 always is. Of CPUs with bf16 instructions some multiply twice as fast as in fp32, some half as fast: measured."""
+    """A GPU with bf16 always is. Of CPUs with bf16 instructions some multiply twice as fast as in fp32, some half as
+    fast: measured."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     native = torch.cpu._is_avx512_bf16_supported()  # what has to emulate it is not worth measuring
@@ -79,11 +84,15 @@ def batch_share(trainer: Trainer, process: Process) -> BatchShare:
     share, rest = divmod(trainer.batch_size, process.world_size)
     if rest or not share:
         raise UserError(
-            f"trainer.batch_size: {trainer.batch_size} clips cannot be shared out evenly among {process.world_size} processes; "
+            f"trainer.batch_size: {trainer.batch_size} clips cannot be shared out evenly among "
+            f"{process.world_size} processes; "
             "start a number of processes that divides it"
         )
     wanted = trainer.micro_batch_size or share
     micro = max(size for size in range(1, min(wanted, share) + 1) if share % size == 0)
     if micro != wanted and process.is_main:
-        print(f"trainer.micro_batch_size: {wanted} does not divide the {share} clips of a process: {micro} x {share // micro} instead")
+        print(
+            f"trainer.micro_batch_size: {wanted} does not divide the {share} clips of a process: {micro} x "
+            f"{share // micro} instead"
+        )
     return BatchShare(process.rank, process.world_size, micro, trainer.batch_size)

@@ -1,8 +1,9 @@
 """DeepSpeed's training state as named fragments of parameters, alike at every ZeRO stage and in both precisions.
 
-A fragment is what this process holds of one parameter: a run of its flattened elements, in the fp32 master weights and in every
-state of the optimizer. Each stage keeps these in flat buffers of its own; a fragment is a view into them, so that a checkpoint is
-copied out of and into the very memory that the optimizer updates, and one written at any stage is read at any other.
+A fragment is what this process holds of one parameter: a run of its flattened elements, in the fp32 master weights
+and in every state of the optimizer. Each stage keeps these in flat buffers of its own; a fragment is a view into
+them, so that a checkpoint is copied out of and into the very memory that the optimizer updates, and one written at
+any stage is read at any other.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ WEIGHT = "weight"  # the fp32 master weights; the other states have the optimize
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [start, start + numel) of a flattened parameter, which are [offset, offset + numel) of a tensor the optimizer updates."""
+    """Elements [start, start + numel) of a flattened parameter, which are [offset, offset + numel) of a tensor the
+    optimizer updates."""
 
     start: int
     numel: int
@@ -45,7 +47,8 @@ def held_fragments(engine: deepspeed.DeepSpeedEngine) -> dict[str, Fragment]:
 
 
 def written_fragments(engine: deepspeed.DeepSpeedEngine, rank: int, world_size: int) -> dict[str, Fragment]:
-    """What this process writes, so that each element is written once: at ZeRO 0, where all hold everything, an equal share."""
+    """What this process writes, so that each element is written once: at ZeRO 0, where all hold everything, an equal
+    share."""
     held = held_fragments(engine)
     if engine.zero_optimization_stage() > 0:
         return held
@@ -80,7 +83,8 @@ def parameter_shapes(engine: deepspeed.DeepSpeedEngine) -> dict[str, list[int]]:
 
 
 def state_tensors(engine: deepspeed.DeepSpeedEngine, fragment: Fragment) -> dict[str, Tensor]:
-    """The fragment's elements by state: fp32 views [numel]. Before the first update there may be no state but the weights."""
+    """The fragment's elements by state: fp32 views [numel]. Before the first update there may be no state but the
+    weights."""
     states = engine.basic_optimizer.state.get(fragment.master, {})
     views = {name: fragment.of(tensor) for name, tensor in states.items() if name != "step"}
     return {WEIGHT: fragment.of(fragment.master)} | views
@@ -91,7 +95,9 @@ def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> int:
     return next((int(state["step"]) for state in engine.basic_optimizer.state.values()), 0)
 
 
-def allocate_states(engine: deepspeed.DeepSpeedEngine, fragments: dict[str, Fragment], states: list[str], step: int) -> None:
+def allocate_states(
+    engine: deepspeed.DeepSpeedEngine, fragments: dict[str, Fragment], states: list[str], step: int
+) -> None:
     """Give the optimizer the states that a checkpoint holds, as its first update would, and the count of updates."""
     if states == [WEIGHT]:  # written before the first update, which still is to come
         return

@@ -1,8 +1,9 @@
 """Notice a process that died or can't be reached, and end the others with its name instead of letting them hang.
 
-A collective only says that someone is missing, after its timeout, and on a GPU the host waits for the device, not for the collective.
-So every process beats through the TCP store in which all of them met, from a thread that neither holds up. Rank 0 reads the
-beats and publishes who was lost; the others read rank 0's beat and what it published, so that traffic grows linearly with processes.
+A collective only says that someone is missing, after its timeout, and on a GPU the host waits for the device, not for
+the collective. So every process beats through the TCP store in which all of them met, from a thread that neither
+holds up. Rank 0 reads the beats and publishes who was lost; the others read rank 0's beat and what it published, so
+that traffic grows linearly with processes.
 """
 
 import itertools
@@ -24,8 +25,9 @@ LOST = "lost"  # the key under which rank 0 publishes
 
 
 class Watchdog:
-    """A context in which processes watch each other. One that is silent for a tenth of `timeout` (seconds) is lost, and so is the run:
-    the others name it on stderr and exit with status 1. An exception on one process ends the others with its text.
+    """A context in which processes watch each other. One that is silent for a tenth of `timeout` (seconds) is lost,
+    and so is the run: the others name it on stderr and exit with status 1. An exception on one process ends the
+    others with its text.
 
     Silence is counted in ticks of a clock thread of our own, not in wall time: a process that was itself suspended, or
     whose interpreter was locked, does not take the others for dead when it wakes.
@@ -43,7 +45,8 @@ class Watchdog:
         dist.all_gather_object(self.peers, (self.rank, socket.gethostname(), os.getpid()))
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
-        # Under torchrun the store outlives a restart of the processes: a prefix of this start's own keeps old keys apart.
+        # Under torchrun the store outlives a restart of the processes: a prefix of this start's own keeps old keys
+        # apart.
         self.store = dist.PrefixStore(self._name(0), store)
         self.store.set(str(self.rank), "0")
         if self.rank == 0:
@@ -68,7 +71,8 @@ class Watchdog:
         self.left.set()
 
     def _beat(self) -> None:
-        """Send beats and read others'. May hang in a dead connection for minutes, which is why another thread counts."""
+        """Send beats and read others'. May hang in a dead connection for minutes, which is why another thread
+        counts."""
         seen = {}
         for count in itertools.count(1):
             if self.left.wait(self.interval):
@@ -93,7 +97,8 @@ class Watchdog:
                 self._lose(silent, f"not heard from for {BEATS * self.interval:.0f} s")
 
     def _wait_for_the_cause(self) -> None:
-        """After a failed collective: a dead process of this host is seen at once, one of another host when it falls silent."""
+        """After a failed collective: a dead process of this host is seen at once, one of another host when it falls
+        silent."""
         host = self.peers[self.rank][1]
         here = [(rank, process) for rank, name, process in self.peers if name == host]
         for _ in range(2 * BEATS * 10):

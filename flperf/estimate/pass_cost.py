@@ -1,7 +1,7 @@
 """What a pass over a batch moves and holds in memory, counted without computing it.
 
-PyTorch's fake tensors run the shapes of every operator as on a CPU, whose attention, like the GPU's, never writes its n x n scores down.
-(On the meta device attention is made of plain products, which do.)
+PyTorch's fake tensors run the shapes of every operator as on a CPU, whose attention, like the GPU's, never writes its
+n x n scores down. (On the meta device attention is made of plain products, which do.)
 """
 
 import weakref
@@ -18,13 +18,18 @@ from flperf.models.encoder import Encoder, encode_clip
 from flperf.models.latents import LatentGeometry
 
 aten = torch.ops.aten
-UNFUSED = KEPT | {aten.convolution, aten.convolution_backward, aten._scaled_dot_product_flash_attention_for_cpu_backward}
+UNFUSED = KEPT | {
+    aten.convolution,
+    aten.convolution_backward,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward,
+}
 
 
 @dataclass(frozen=True)
 class PassCost:
-    """Bytes. eager: every operator reads its inputs and writes its outputs. fused: what stands between two products (matrix products,
-    attention) is one kernel, so each operand of a product is written or read once more. peak: held at most, weights and inputs apart."""
+    """Bytes. eager: every operator reads its inputs and writes its outputs. fused: what stands between two products
+    (matrix products, attention) is one kernel, so each operand of a product is written or read once more. peak: held
+    at most, weights and inputs apart."""
 
     eager: int
     fused: int
@@ -77,26 +82,35 @@ def encoding_cost(encoder: Encoder, geometry: LatentGeometry, mode: str, clips: 
     return memory.cost()
 
 
-def training_cost(head: nn.Module, geometry: LatentGeometry, clips: int, dtype: torch.dtype, flow_matching: bool) -> PassCost:
-    """Of the forward and backward pass of `clips` clips at once, each gradient of a parameter leaving as soon as it is complete. The head
-    may be on the meta device; it is not usable afterwards."""
+def training_cost(
+    head: nn.Module, geometry: LatentGeometry, clips: int, dtype: torch.dtype, flow_matching: bool
+) -> PassCost:
+    """Of the forward and backward pass of `clips` clips at once, each gradient of a parameter leaving as soon as it
+    is complete. The head may be on the meta device; it is not usable afterwards."""
     grid = (geometry.height, geometry.width, geometry.dim)
     with FakeTensorMode():
         _imagine(head, dtype)
         for parameter in head.parameters():
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
         context = torch.empty(clips, geometry.context_frames, *grid, dtype=dtype)
-        inputs = [torch.empty(clips, geometry.target_frames, *grid, dtype=dtype), torch.empty(clips)] if flow_matching else []
+        inputs = (
+            [torch.empty(clips, geometry.target_frames, *grid, dtype=dtype), torch.empty(clips)]
+            if flow_matching
+            else []
+        )
         with Memory() as memory:
             head(context, *inputs).float().square().mean().backward()
     return memory.cost()
 
 
 def _imagine(module: nn.Module, dtype: torch.dtype) -> None:
-    """Replace parameters by fake ones in `dtype`, buffers by fake ones of their own, in place: checkpointed forwards are bound to it."""
+    """Replace parameters by fake ones in `dtype`, buffers by fake ones of their own, in place: checkpointed forwards
+    are bound to it."""
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
-            part._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=parameter.requires_grad)
+            part._parameters[name] = nn.Parameter(
+                torch.empty(parameter.shape, dtype=dtype), requires_grad=parameter.requires_grad
+            )
         for name, buffer in part.named_buffers(recurse=False):
             part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 

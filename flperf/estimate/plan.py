@@ -1,7 +1,8 @@
-"""What a run would need and how fast it might be on devices that are not here, as numbers; `flperf estimate` prints them.
+"""What a run would need and how fast it might be on devices that are not here, as numbers; `flperf estimate` prints
+them.
 
-Models are built without weights, their FLOPs and bytes counted, and the table of devices and the constants below say what time they take.
-Weights of no kind are read or fetched.
+Models are built without weights, their FLOPs and bytes counted, and the table of devices and the constants below say
+what time they take. Weights of no kind are read or fetched.
 """
 
 from dataclasses import dataclass, replace
@@ -28,15 +29,26 @@ from flperf.objectives.flow_matching import FlowMatching
 
 # What is assumed of every device: shares of its peaks that a run reaches.
 COMPUTE_EFFICIENCY, MEMORY_EFFICIENCY, NETWORK_EFFICIENCY = 0.5, 0.8, 0.8
-# What is assumed of the videos, where they are files: Kinetics-400 as it is mostly passed on, with x264's default distance of keyframes.
+# What is assumed of the videos, where they are files: Kinetics-400 as it is mostly passed on, with x264's default
+# distance of keyframes.
 SOURCE_SIZE, KEYFRAME_INTERVAL = (256, 340), 250
 STATED_SIZE = (1080, 1920)  # for which decoders' rates are stated
 SMALLEST_PICTURE = 0.25  # of the time of a stated picture, which even a small one takes
 CACHED = 2  # bytes of a cached latent's element, bf16
 # Sizes of hub checkpoints, so that none need be there: keys of `backbone.architecture`.
 CHECKPOINTS = {
-    "facebook/vjepa2-vitl-fpc64-256": {"crop_size": 256, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
-    "facebook/vjepa2-vith-fpc64-256": {"crop_size": 256, "hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16},
+    "facebook/vjepa2-vitl-fpc64-256": {
+        "crop_size": 256,
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    },
+    "facebook/vjepa2-vith-fpc64-256": {
+        "crop_size": 256,
+        "hidden_size": 1280,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+    },
     "facebook/dinov3-vitl16-pretrain-lvd1689m": {
         **{"image_size": 224, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
         **{"intermediate_size": 4096, "num_register_tokens": 4},
@@ -62,7 +74,8 @@ class Workload:
 
     @property
     def flops(self) -> float:
-        """A clip's, in training. The backward pass multiplies twice for each product, once more where whole blocks are computed again."""
+        """A clip's, in training. The backward pass multiplies twice for each product, once more where whole blocks
+        are computed again."""
         return self.encoder_flops + self.head_flops * (4 if self.config.model.activation_checkpointing == "full" else 3)
 
     @property
@@ -74,11 +87,14 @@ class Workload:
     def moved(self) -> float:
         """Bytes that one update reads and writes, the optimizer apart."""
         passes = self.encoding, self.training[self.config.model.activation_checkpointing]
-        return self.share.accumulation_steps * sum(cost.fused if self.config.engine.compile else cost.eager for cost in passes)
+        return self.share.accumulation_steps * sum(
+            cost.fused if self.config.engine.compile else cost.eager for cost in passes
+        )
 
     @property
     def frames(self) -> int:
-        """Decoded for a clip: its own span, and from the keyframe before it where it starts anywhere. 0 where there are no files."""
+        """Decoded for a clip: its own span, and from the keyframe before it where it starts anywhere. 0 where there
+        are no files."""
         dataset = self.config.dataset
         if dataset.kind in WITHOUT_VIDEO or dataset.kind == "bouncing_shapes":
             return 0
@@ -108,7 +124,8 @@ def dtype_on(device: Device, config: Config) -> torch.dtype:
 
 
 def plan(config: Config, dtype: torch.dtype, processes: int) -> Workload:
-    """Build everything on the meta device and count. Raises `UserError` where sizes can't be had or the batch can't be shared out."""
+    """Build everything on the meta device and count. Raises `UserError` where sizes can't be had or the batch can't
+    be shared out."""
     share = batch_share(config.trainer, Process(0, 0, processes, torch.device("cpu")))
     backbone = backbone_without_weights(config.backbone)
     preprocessing, encoded = Preprocessing.of(backbone), config.dataset.kind not in WITHOUT_VIDEO
@@ -116,7 +133,9 @@ def plan(config: Config, dtype: torch.dtype, processes: int) -> Workload:
         encoder = Encoder(backbone, preprocessing, dtype)
         geometry = latent_geometry(config, *encoder.latent_shape(config.dataset.n_frames))
         heads = {
-            mode: build_head(replace(config.model, activation_checkpointing=mode), geometry, seed=config.seed, compile=False)
+            mode: build_head(
+                replace(config.model, activation_checkpointing=mode), geometry, seed=config.seed, compile=False
+            )
             for mode in get_args(get_type_hints(Model)["activation_checkpointing"])
         }
     flow_matching = isinstance(build_objective(config, geometry), FlowMatching)
@@ -139,15 +158,18 @@ def plan(config: Config, dtype: torch.dtype, processes: int) -> Workload:
 
 
 def backbone_without_weights(backbone: Backbone) -> Backbone:
-    """The same sizes, without a hub name or a file of weights; a local folder has a configuration beside them, so it stays."""
+    """The same sizes, without a hub name or a file of weights; a local folder has a configuration beside them, so it
+    stays."""
     if backbone.weights is None or Path(backbone.weights).is_dir():
         return backbone
     if backbone.kind == "4ds":
         return replace(backbone, weights=None)
     if backbone.weights not in CHECKPOINTS:
         raise UserError(
-            f"backbone.weights: the sizes of {backbone.weights!r} are not known here (known: {', '.join(CHECKPOINTS)}); "
-            "set it to a folder with its config.json and preprocessor configuration, or to null with backbone.architecture"
+            f"backbone.weights: the sizes of {backbone.weights!r} are not known here (known: "
+            f"{', '.join(CHECKPOINTS)}); "
+            "set it to a folder with its config.json and preprocessor configuration, or to null with "
+            "backbone.architecture"
         )
     return replace(backbone, weights=None, architecture=CHECKPOINTS[backbone.weights])
 
@@ -196,7 +218,12 @@ class Step:
     @property
     def bound(self) -> str:
         collective = self.hidden + self.exposed
-        bounds = {"arithmetic": self.arithmetic, "memory": self.memory, "collectives": collective, "decode": self.decode}
+        bounds = {
+            "arithmetic": self.arithmetic,
+            "memory": self.memory,
+            "collectives": collective,
+            "decode": self.decode,
+        }
         return max(bounds, key=bounds.get)
 
     @property
@@ -210,7 +237,9 @@ def step(workload: Workload, device: Device, stage: int, nodes: int, per_node: i
     states = workload.states(stage, processes, device)
     updated = 2 * states.optimizer + states.gradients + states.weights  # optimizer states are read and written
     seconds = {hidden: 0.0 for hidden in (True, False)}
-    for collective in collectives(workload.head_parameters, stage, workload.dtype.itemsize, workload.share.accumulation_steps):
+    for collective in collectives(
+        workload.head_parameters, stage, workload.dtype.itemsize, workload.share.accumulation_steps
+    ):
         if processes > 1:
             seconds[collective.hidden] += collective.sent(processes) / ring_rate(device, nodes, per_node)
     return Step(
@@ -224,7 +253,8 @@ def step(workload: Workload, device: Device, stage: int, nodes: int, per_node: i
 
 
 def ring_rate(device: Device, nodes: int, per_node: int) -> float:
-    """Bytes/s that a process sends in a ring through all: as fast as the slowest link, where a node leaves by all its adapters at once."""
+    """Bytes/s that a process sends in a ring through all: as fast as the slowest link, where a node leaves by all its
+    adapters at once."""
     return NETWORK_EFFICIENCY * (device.link if nodes == 1 else min(device.link, per_node * device.network))
 
 

@@ -1,4 +1,5 @@
-"""An estimate as text: sizes, memory by ZeRO stage, time of an update by number of nodes, and what all of it assumes."""
+"""An estimate as text: sizes, memory by ZeRO stage, time of an update by number of nodes, and what all of it
+assumes."""
 
 from collections.abc import Iterator
 
@@ -14,7 +15,10 @@ def report(workload: Workload, device: Device, nodes: list[int], per_node: int) 
     """Everything, several sections of lines. nodes: `work` is the share of one process among the first of them."""
     places = [(count, stage) for count in nodes for stage in STAGES]
     first = step(workload, device, workload.config.engine.zero_stage, nodes[0], per_node)
-    stars = f"* the configured stage; activations by checkpointing, in all: {workload.config.model.activation_checkpointing}"
+    stars = (
+        "* the configured stage; activations by checkpointing, in all: "
+        f"{workload.config.model.activation_checkpointing}"
+    )
     memories = [_place(workload, *place) | _memory_row(workload, device, *place, per_node) for place in places]
     steps = [_place(workload, *place) | _step_row(workload, device, *place, per_node) for place in places]
     sections = (
@@ -30,15 +34,29 @@ def report(workload: Workload, device: Device, nodes: list[int], per_node: int) 
 
 def _sizes(workload: Workload, processes: int) -> Iterator[str]:
     config, geometry, share = workload.config, workload.geometry, workload.share
-    encoder = f"{workload.encoder_parameters / 1e6:.1f} M parameters, {config.backbone.kind}, encode: {config.backbone.encode}"
+    encoder = (
+        f"{workload.encoder_parameters / 1e6:.1f} M parameters, {config.backbone.kind}, encode: "
+        f"{config.backbone.encode}"
+    )
     trained = workload.flops - workload.encoder_flops
     yield f"encoder   {encoder if workload.encoder_parameters else 'none: latents are cached'}"
     yield f"head      {workload.head_parameters / 1e6:.1f} M parameters, {config.model.head}"
-    yield f"latents   {geometry.context_frames} + {geometry.target_frames} frames of {geometry.height} x {geometry.width} x {geometry.dim}"
-    yield f"FLOPs     a clip: {_flops(workload.encoder_flops)} encoder forward + {_flops(trained)} head forward and backward"
-    yield f"bytes     a process and update: {workload.moved / 1e9:.2f} GB read and written in memory, the optimizer apart"
+    yield (
+        f"latents   {geometry.context_frames} + {geometry.target_frames} frames of {geometry.height} x "
+        f"{geometry.width} x {geometry.dim}"
+    )
+    yield (
+        f"FLOPs     a clip: {_flops(workload.encoder_flops)} encoder forward + {_flops(trained)} head forward "
+        "and backward"
+    )
+    yield (
+        f"bytes     a process and update: {workload.moved / 1e9:.2f} GB read and written in memory, the optimizer apart"
+    )
     shared = f"{share.micro_batch_size} x {share.accumulation_steps} accumulation x {processes} processes"
-    yield f"batch     {share.batch_size} = {shared}, {str(workload.dtype).removeprefix('torch.')}; it grows with the nodes"
+    yield (
+        f"batch     {share.batch_size} = {shared}, {str(workload.dtype).removeprefix('torch.')}; it grows "
+        "with the nodes"
+    )
 
 
 def _flops(count: float) -> str:
@@ -106,7 +124,10 @@ def _input(workload: Workload, device: Device, result: Step) -> str:
     needed = f"{needed} {computed * workload.frames:.0f} decoded frames/s"
     if not device.decode_rate:
         return f"{needed}; what this machine decodes is not estimated"
-    rates = f"{decode_rate(device):.0f} of {_size(SOURCE_SIZE)} (assumed), {device.decode_rate:.0f} of {_size(STATED_SIZE)} (stated)"
+    rates = (
+        f"{decode_rate(device):.0f} of {_size(SOURCE_SIZE)} (assumed), {device.decode_rate:.0f} of "
+        f"{_size(STATED_SIZE)} (stated)"
+    )
     return f"{needed}; {device.decoders} NVDEC engines give {rates}"
 
 
@@ -117,18 +138,30 @@ def _size(size: tuple[int, int]) -> str:
 def _assumptions(workload: Workload, device: Device) -> Iterator[str]:
     peak, small = device.peaks[workload.dtype] / 1e12, estimation.SMALLEST_PICTURE
     yield "Assumed"
-    yield f"- {estimation.COMPUTE_EFFICIENCY:.0%} of the peak of {peak:.4g} TFLOP/s, {estimation.MEMORY_EFFICIENCY:.0%} of {device.bandwidth / 1e12:.3g} TB/s"
+    yield (
+        f"- {estimation.COMPUTE_EFFICIENCY:.0%} of the peak of {peak:.4g} TFLOP/s, "
+        f"{estimation.MEMORY_EFFICIENCY:.0%} of {device.bandwidth / 1e12:.3g} TB/s"
+    )
     if workload.config.engine.compile:
         yield "- compiled: what stands between two products (matrix products, attention) is one kernel"
     else:
         yield "- eager: every operator reads and writes memory"
-    yield "- bounds overlap one another, but for collectives that nothing hides; each process keeps its clips as nodes are added"
+    yield (
+        "- bounds overlap one another, but for collectives that nothing hides; each process keeps its clips "
+        "as nodes are added"
+    )
     if device.is_gpu:
         links = f"{device.link / 1e9:.0f} GB/s in a node, {device.network / 1e9:.0f} GB/s a device between nodes"
         yield f"- {estimation.NETWORK_EFFICIENCY:.0%} of links of {links}; rings, without latency and stragglers"
     if workload.frames and device.decode_rate:
         yield f"- H.264 of {_size(SOURCE_SIZE)}, a keyframe every {estimation.KEYFRAME_INTERVAL} frames"
         yield f"- a small picture takes a decoder at least {small:.0%} of the time of one of {_size(STATED_SIZE)}"
-        yield "- engines as busy as can be; an H100's, by DALI, were not (benchmarks/NOTES.md), and the CPU's cores decode beside them"
-    yield "- activations of eager operators (compiled ones keep less); no CUDA context, no NCCL buffers, no fragments of memory"
+        yield (
+            "- engines as busy as can be; an H100's, by DALI, were not (benchmarks/NOTES.md), and the CPU's "
+            "cores decode beside them"
+        )
+    yield (
+        "- activations of eager operators (compiled ones keep less); no CUDA context, no NCCL buffers, no "
+        "fragments of memory"
+    )
     yield f"- facts of the device: {device.source}"

@@ -1,10 +1,12 @@
 """What ZeRO costs: the bytes that a process holds and those it sends for one update, by stage.
 
-Formulas, not measurements, of what DeepSpeed 0.19 does with flperf's options; `tests/test_zero.py` holds them against both counted in
-real runs. That is not everywhere the textbook (Rajbhandari et al., arXiv:1910.02054, section 7: 2 Psi at stages 0 to 2, 3 Psi at 3,
-for Psi parameters and many processes):
-- Stages 1 and 2 all-reduce gradients where a reduce-scatter would do, so they send 3 Psi: `use_multi_rank_bucket_allreduce`, on by default.
-- Stage 3 keeps weights from the forward to the backward pass unless it holds more than 1e9 elements, so it gathers once: 2 Psi.
+Formulas, not measurements, of what DeepSpeed 0.19 does with flperf's options; `tests/test_zero.py` holds them against
+both counted in real runs. That is not everywhere the textbook (Rajbhandari et al., arXiv:1910.02054, section 7: 2 Psi
+at stages 0 to 2, 3 Psi at 3, for Psi parameters and many processes):
+- Stages 1 and 2 all-reduce gradients where a reduce-scatter would do, so they send 3 Psi:
+  `use_multi_rank_bucket_allreduce`, on by default.
+- Stage 3 keeps weights from the forward to the backward pass unless it holds more than 1e9 elements, so it gathers
+  once: 2 Psi.
 """
 
 from dataclasses import dataclass
@@ -38,18 +40,29 @@ class States:
 
 
 def model_states(
-    parameters: int, stage: int, processes: int, element_bytes: int, *, average: bool, accumulates: bool = False, overlaps: bool = True
+    parameters: int,
+    stage: int,
+    processes: int,
+    element_bytes: int,
+    *,
+    average: bool,
+    accumulates: bool = False,
+    overlaps: bool = True,
 ) -> States:
-    """element_bytes: of the compute dtype. average: whether a moving average is kept. accumulates: more than one micro-batch an update.
-    overlaps: gradients are sent during the backward pass (two buckets in turn), as flperf asks for on GPUs."""
+    """element_bytes: of the compute dtype. average: whether a moving average is kept. accumulates: more than one
+    micro-batch an update. overlaps: gradients are sent during the backward pass (two buckets in turn), as flperf asks
+    for on GPUs."""
     shard = parameters / (processes if stage > 0 else 1)
     bare = stage == 0 and element_bytes == MASTER  # the optimizer updates the weights themselves
-    wrapped = stage == 1 and accumulates and element_bytes < MASTER  # DeepSpeed's BF16_Optimizer, which has no such buckets
+    # DeepSpeed's BF16_Optimizer, which has no such buckets
+    wrapped = stage == 1 and accumulates and element_bytes < MASTER
     return States(
         weights=element_bytes * (shard if stage == 3 else parameters),
         gathered=element_bytes * min(parameters, LIVE_PARAMETERS) if stage == 3 else 0,
         gradients=_gradients(parameters, shard, stage, element_bytes, accumulates),
-        buckets=0 if stage == 0 or wrapped else element_bytes * min(parameters, REDUCE_BUCKET) * (2 if overlaps and stage < 3 else 1),
+        buckets=0
+        if stage == 0 or wrapped
+        else element_bytes * min(parameters, REDUCE_BUCKET) * (2 if overlaps and stage < 3 else 1),
         master=0 if bare else MASTER * shard,
         moments=2 * MASTER * shard,
         average=MASTER * shard if average else 0,
@@ -67,7 +80,8 @@ def _gradients(parameters: int, shard: float, stage: int, element_bytes: int, ac
 
 @dataclass(frozen=True)
 class Collective:
-    """message: bytes of the whole tensor. hidden: sent while something is computed (`overlap_comm`), so that it need not cost time."""
+    """message: bytes of the whole tensor. hidden: sent while something is computed (`overlap_comm`), so that it need
+    not cost time."""
 
     kind: str
     message: float

@@ -29,16 +29,18 @@ def seconds_ahead(frames: int, stride: int, frames_per_latent: int, rate: float)
 def write_forecasts(run: Run, out: Path, clips: int, frames: int | None, seconds: float | None) -> str:
     """Forecast the first `clips` validation clips; returns what was written, as text.
 
-    forecasts.safetensors holds forecast `n k t h w d`, context and target `n t h w d` (all normalised), clip int64 [n] (rows of the
-    validation split), and where the files' frame rates are known seconds [n t]. Raises `UserError` where `seconds` are asked for and
-    they are not.
+    forecasts.safetensors holds forecast `n k t h w d`, context and target `n t h w d` (all normalised), clip int64
+    [n] (rows of the validation split), and where the files' frame rates are known seconds [n t]. Raises `UserError`
+    where `seconds` are asked for and they are not.
     """
     clips = min(clips, run.dataset.validation_size)
     if not clips:
         raise UserError("dataset.validation: is not set; forecasts are made of validation clips")
     rates = clip_rates(run, clips)
     if seconds is not None and rates is None:
-        raise UserError(f"--seconds: clips of dataset.kind {run.config.dataset.kind!r} have no frame rate; use --frames")
+        raise UserError(
+            f"--seconds: clips of dataset.kind {run.config.dataset.kind!r} have no frame rate; use --frames"
+        )
     if seconds is not None:
         frames = frames_for(seconds, run.config.dataset.stride, run.encoder.frames_per_latent, max(rates))
     tensors, videos = _forecasts(run, clips, frames)
@@ -59,7 +61,9 @@ def write_forecasts(run: Run, out: Path, clips: int, frames: int | None, seconds
 def _forecasts(run: Run, clips: int, frames: int | None) -> tuple[dict[str, Tensor], dict[int, Tensor | None]]:
     """Latents of the clips that could be read, and their videos by row of the split, all on the CPU."""
     parts, videos = [], {}
-    for batch in run.dataset.chosen_batches([range(clips)], run.share.micro_batch_size, "validation", run.process.device):
+    for batch in run.dataset.chosen_batches(
+        [range(clips)], run.share.micro_batch_size, "validation", run.process.device
+    ):
         context, target = run.latents(batch)
         samples = forecast(run.objective, run.forecaster, context, batch.sample.to(run.process.device), frames)
         kept = {"forecast": samples.to(run.dtype), "context": context, "target": target, "clip": batch.clip}
@@ -70,7 +74,8 @@ def _forecasts(run: Run, clips: int, frames: int | None) -> tuple[dict[str, Tens
 
 
 def clip_rates(run: Run, clips: int) -> list[float] | None:
-    """Frames a second of the first validation clips; None where clips are not files of videos. An unreadable file counts as 0."""
+    """Frames a second of the first validation clips; None where clips are not files of videos. An unreadable file
+    counts as 0."""
     if run.dataset.frame_rate is None:
         return None
     rates = []

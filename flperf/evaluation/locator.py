@@ -1,5 +1,5 @@
-"""Does a forecast know where things will be? A locator finds the bouncing shapes in true latents; put to forecast ones, it tells the error
-in pixels at every horizon."""
+"""Does a forecast know where things will be? A locator finds the bouncing shapes in true latents; put to forecast
+ones, it tells the error in pixels at every horizon."""
 
 import json
 from dataclasses import asdict
@@ -38,7 +38,9 @@ class Coordinates(nn.Module):
         super().__init__()
         self.image_size = image_size
         self.reduce = nn.Linear(dim, REDUCED)
-        self.mlp = nn.Sequential(nn.Linear(height * width * REDUCED, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 2 * len(SHAPES)))
+        self.mlp = nn.Sequential(
+            nn.Linear(height * width * REDUCED, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 2 * len(SHAPES))
+        )
 
     def forward(self, latents: Tensor) -> Tensor:
         tokens = rearrange(self.reduce(latents), "n h w c -> n (h w c)")
@@ -54,7 +56,8 @@ class Coordinates(nn.Module):
 
 
 class Heatmaps(nn.Module):
-    """A two-layer MLP on each patch and its neighbours to a logit a shape; the centre is the mean of the distribution over patches."""
+    """A two-layer MLP on each patch and its neighbours to a logit a shape; the centre is the mean of the distribution
+    over patches."""
 
     def __init__(self, height: int, width: int, dim: int, image_size: int):
         super().__init__()
@@ -69,7 +72,9 @@ class Heatmaps(nn.Module):
         """Cross-entropy with the distribution over patches whose mean is the centre."""
         logits = self(latents)
         wanted = patch_heatmaps(centres, self.image_size, *logits.shape[-2:])
-        return F.cross_entropy(rearrange(logits, "n shape h w -> (n shape) (h w)"), rearrange(wanted, "n shape h w -> (n shape) (h w)"))
+        return F.cross_entropy(
+            rearrange(logits, "n shape h w -> (n shape) (h w)"), rearrange(wanted, "n shape h w -> (n shape) (h w)")
+        )
 
     def locate(self, latents: Tensor) -> Tensor:
         logits = self(latents)
@@ -80,7 +85,8 @@ LOCATORS = {"coordinates": Coordinates, "heatmap": Heatmaps}
 
 
 class Locator(nn.Module):
-    """One of them for a grid of (height, width, channels), with the mean and standard deviation of the latents that it was trained on."""
+    """One of them for a grid of (height, width, channels), with the mean and standard deviation of the latents that
+    it was trained on."""
 
     def __init__(self, kind: str, grid: tuple[int, int, int], image_size: int):
         super().__init__()
@@ -102,25 +108,32 @@ class Locator(nn.Module):
 
 
 def frame_centres(centres: Tensor, encoder: Encoder) -> Tensor:
-    """Centres `b f 2 2` of video frames to those of latent frames, `b t 2 2`: the mean over the frames that each is computed from."""
+    """Centres `b f 2 2` of video frames to those of latent frames, `b t 2 2`: the mean over the frames that each is
+    computed from."""
     frames = rearrange(centres, "b (t p) shape xy -> b t p shape xy", p=encoder.frames_per_latent)
     return frames[:, :, : encoder.frames_covered].mean(2)
 
 
 class FrameLatents:
-    """Latents of single frames with the true centres, as forecasts of a configuration have them but for standardisation.
+    """Latents of single frames with the true centres, as forecasts of a configuration have them but for
+    standardisation.
 
     A single image is repeated to as many frames as a latent frame has.
     """
 
     def __init__(self, config: Config, device: torch.device):
         if config.dataset.kind != "bouncing_shapes":
-            raise UserError(f"dataset.kind: a locator learns from bouncing_shapes, whose positions are known, not {config.dataset.kind!r}")
+            raise UserError(
+                "dataset.kind: a locator learns from bouncing_shapes, whose positions are known, not "
+                f"{config.dataset.kind!r}"
+            )
         self.config, self.device = config, device
         preprocessing = Preprocessing.of(config.backbone)
         self.dataset = open_dataset(config, preprocessing, config.seed)
         dtype = compute_dtype(config.engine.precision, device)
-        self.encoder = build_encoder(config.backbone, preprocessing, dtype=dtype, device=device, compile=config.engine.compile)
+        self.encoder = build_encoder(
+            config.backbone, preprocessing, dtype=dtype, device=device, compile=config.engine.compile
+        )
         self.repeats = self.encoder.frames_per_latent if config.dataset.n_frames == 1 else 1
         self.frames, height, width, dim = self.encoder.latent_shape(config.dataset.n_frames * self.repeats)
         self.grid = height, width, dim
@@ -128,8 +141,12 @@ class FrameLatents:
 
     @torch.no_grad()
     def of(self, batch: ClipBatch) -> tuple[Tensor, Tensor]:
-        """Latents `n h w d` and centres `n 2 2` of all latent frames of a batch; of a single image where a clip is one."""
-        video, centres = (repeat(part.to(self.device), "b f ... -> b (f r) ...", r=self.repeats) for part in (batch.video, batch.centres))
+        """Latents `n h w d` and centres `n 2 2` of all latent frames of a batch; of a single image where a clip is
+        one."""
+        video, centres = (
+            repeat(part.to(self.device), "b f ... -> b (f r) ...", r=self.repeats)
+            for part in (batch.video, batch.centres)
+        )
         if self.frames == 1:
             latents = self.encoder(video)
         else:
@@ -191,13 +208,21 @@ def identity(config: Config) -> dict:
 
 def save_locator(path: Path, locator: Locator, config: Config) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": FORMAT, "head": locator.kind, "grid": json.dumps(locator.grid), "identity": json.dumps(identity(config))}
+    metadata = {
+        "format": FORMAT,
+        "head": locator.kind,
+        "grid": json.dumps(locator.grid),
+        "identity": json.dumps(identity(config)),
+    }
     with atomic_file(path) as unfinished:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in locator.state_dict().items()}, unfinished, metadata)
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in locator.state_dict().items()}, unfinished, metadata
+        )
 
 
 def load_locator(path: str | Path, config: Config, device: torch.device) -> Locator:
-    """Raises `UserError` where the file is no locator, or one of another encoder, normalisation or canvas than the configuration's."""
+    """Raises `UserError` where the file is no locator, or one of another encoder, normalisation or canvas than the
+    configuration's."""
     weights, metadata = read_tensor_file(path, FORMAT, "flperf locator", device)
     theirs, ours = json.loads(metadata["identity"]), identity(config)
     wrong = [f"{key} {theirs[key]!r} (here {value!r})" for key, value in ours.items() if theirs[key] != value]
@@ -209,11 +234,15 @@ def load_locator(path: str | Path, config: Config, device: torch.device) -> Loca
 
 
 class PixelErrors:
-    """Watches an evaluation: how far from the true centres a locator finds the shapes in forecast, copied and true latents."""
+    """Watches an evaluation: how far from the true centres a locator finds the shapes in forecast, copied and true
+    latents."""
 
     def __init__(self, locator: Locator, run: Run):
         if run.config.dataset.kind != "bouncing_shapes":
-            raise UserError(f"--locator: judges bouncing_shapes, whose positions are known, not dataset.kind {run.config.dataset.kind!r}")
+            raise UserError(
+                "--locator: judges bouncing_shapes, whose positions are known, not dataset.kind "
+                f"{run.config.dataset.kind!r}"
+            )
         self.locator, self.run = locator, run
         self.sums = MeanAccumulator(run.process.device)
 

@@ -1,7 +1,8 @@
 """A linear probe: do forecast latents still say what a video shows?
 
-It is trained on the true target latents of training clips, averaged over frames and places, and applied to those of validation clips
-and of their forecasts. Accuracy on the true ones is the upper bound; on the copied last context latent, what needs no forecast.
+It is trained on the true target latents of training clips, averaged over frames and places, and applied to those of
+validation clips and of their forecasts. Accuracy on the true ones is the upper bound; on the copied last context
+latent, what needs no forecast.
 """
 
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ from flperf.run import Run
 
 
 def training_features(run: Run) -> tuple[Tensor, Tensor]:
-    """labels [n] and pooled true target latents [n d] of the first `evaluation.probe_clips` training clips, of all processes."""
+    """labels [n] and pooled true target latents [n d] of the first `evaluation.probe_clips` training clips, of all
+    processes."""
     pooled, process = PooledLatents(), run.process
     count = min(run.config.evaluation.probe_clips, run.dataset.train_size)
     mine = range(process.rank, count, process.world_size)
@@ -30,7 +32,8 @@ def training_features(run: Run) -> tuple[Tensor, Tensor]:
 
 
 def probe_accuracies(training: tuple[Tensor, Tensor], validation: tuple[Tensor, dict[str, Tensor]]) -> dict[str, float]:
-    """Top-1 accuracy by whose latents were probed, and `chance`: that of always naming the commonest class of the training clips."""
+    """Top-1 accuracy by whose latents were probed, and `chance`: that of always naming the commonest class of the
+    training clips."""
     labels, features = training
     true_labels, by_name = validation
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(features.numpy(), labels.numpy())
@@ -40,7 +43,9 @@ def probe_accuracies(training: tuple[Tensor, Tensor], validation: tuple[Tensor, 
 
 def probe_summary(accuracies: dict[str, float]) -> str:
     """One line of top-1 accuracies."""
-    return "linear probe, top-1: " + ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in accuracies.items())
+    return "linear probe, top-1: " + ", ".join(
+        f"{name.replace('_', ' ')} {value:.1%}" for name, value in accuracies.items()
+    )
 
 
 def has_classes(labels: list[int]) -> bool:
@@ -49,7 +54,8 @@ def has_classes(labels: list[int]) -> bool:
 
 @dataclass
 class PooledLatents:
-    """Latents of every valid clip averaged over places and frames, by whose forecast they are ("target": the truth), for probes."""
+    """Latents of every valid clip averaged over places and frames, by whose forecast they are ("target": the truth),
+    for probes."""
 
     labels: list[Tensor] = field(default_factory=list)
     features: dict[str, list[Tensor]] = field(default_factory=dict)

@@ -2,14 +2,22 @@
 
 from flperf.evaluation.metrics import ERRORS
 
-NAMES = {"forecast": "forecast", "copy_last": "copy last", "mean": "mean latent", "median": "median latent", "ridge": "ridge"}
+NAMES = {
+    "forecast": "forecast",
+    "copy_last": "copy last",
+    "mean": "mean latent",
+    "median": "median latent",
+    "ridge": "ridge",
+}
 
 COLUMNS = {"l1": "L1", "mse": "MSE", "cosine": "1 - cos", "energy": "energy", "frechet": "Fréchet"}
 
 
 def table(result: dict) -> tuple[list[str], list[list[str | float]]]:
     """The comparison as column names and rows: one row a forecast, errors over all frames."""
-    rows: list[list[str | float]] = [[label, *(result[f"{name}_{error}"] for error in COLUMNS)] for name, label in NAMES.items()]
+    rows: list[list[str | float]] = [
+        [label, *(result[f"{name}_{error}"] for error in COLUMNS)] for name, label in NAMES.items()
+    ]
     return ["forecast", *COLUMNS.values()], rows
 
 

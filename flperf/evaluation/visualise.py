@@ -1,7 +1,7 @@
 """What a forecast looks like: tensors, short videos and one picture for each of a few clips, in a folder of its own.
 
-Latents are shown by their three strongest principal components as red, green and blue: one basis, fitted on the true latents of the clip,
-for context, target and forecast alike, so that equal colours mean equal latents.
+Latents are shown by their three strongest principal components as red, green and blue: one basis, fitted on the true
+latents of the clip, for context, target and forecast alike, so that equal colours mean equal latents.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,8 @@ PREVIEW_SIZE = 128  # pixels, of the videos of projections
 
 @dataclass(frozen=True)
 class Example:
-    """One clip. Latents normalised, `t h w d`, on the CPU; target is None where the future is not known; a forecast may reach beyond it."""
+    """One clip. Latents normalised, `t h w d`, on the CPU; target is None where the future is not known; a forecast
+    may reach beyond it."""
 
     context: Tensor
     forecast: Tensor  # one sample
@@ -66,7 +67,8 @@ class Projection:
 def write_example(folder: str | Path, example: Example) -> Path:
     """Write everything about one clip into a folder; returns the path of its picture.
 
-    video.pt, video.mp4; context_, target_ and prediction_latents.pt, `t h w d`; the same with `_pca`, `t h w 3`, and as mp4; overview.png.
+    video.pt, video.mp4; context_, target_ and prediction_latents.pt, `t h w d`; the same with `_pca`, `t h w 3`, and
+    as mp4; overview.png.
     """
     folder = Path(folder)
     projection = Projection(example.true)
@@ -83,13 +85,16 @@ def write_example(folder: str | Path, example: Example) -> Path:
                 _write_projection(folder / f"{name}_pca", projection(values))
         return draw_overview(folder / "overview.png", example, projection)
     except OSError as error:
-        raise UserError(f"{error.filename or folder}: the pictures of a forecast can't be written: {error.strerror}") from error
+        raise UserError(
+            f"{error.filename or folder}: the pictures of a forecast can't be written: {error.strerror}"
+        ) from error
 
 
 def save_visualisation_tensors(
     video: Tensor | None, context: Tensor, target: Tensor | None, prediction: Tensor, out_dir: str | Path
 ) -> None:
-    """video uint8 `t c h w` and latents `t h w d` as `video.pt`, `context_latents.pt`, …, each one plain tensor; None is left out."""
+    """video uint8 `t c h w` and latents `t h w d` as `video.pt`, `context_latents.pt`, …, each one plain tensor; None
+    is left out."""
     tensors = {"video": video, "context_latents": context, "target_latents": target, "prediction_latents": prediction}
     for name, tensor in tensors.items():
         if tensor is not None:
@@ -111,7 +116,11 @@ def draw_overview(path: Path, example: Example, projection: Projection) -> Path:
 
     known, ahead = len(example.context), len(example.forecast)
     total = known + ahead
-    shown = sorted({round(i * (total - 1) / (COLUMNS - 1)) for i in range(COLUMNS)}) if total > COLUMNS else list(range(total))
+    shown = (
+        sorted({round(i * (total - 1) / (COLUMNS - 1)) for i in range(COLUMNS)})
+        if total > COLUMNS
+        else list(range(total))
+    )
     rows = _picture_rows(example, projection, total)
     figure = Figure(figsize=(1.05 * len(shown) + 1.6, 1.15 * len(rows) + 2.4), geometry="constrained")
     FigureCanvasAgg(figure)
@@ -120,7 +129,9 @@ def draw_overview(path: Path, example: Example, projection: Projection) -> Path:
     for row, (label, images) in zip(axes, rows.items(), strict=True):
         for axis, frame in zip(row, shown, strict=True):
             axis.set(xticks=[], yticks=[])
-            axis.spines[:].set(color="tab:blue" if frame < known else "tab:orange", linewidth=1.5, visible=frame in images)
+            axis.spines[:].set(
+                color="tab:blue" if frame < known else "tab:orange", linewidth=1.5, visible=frame in images
+            )
             if frame in images:
                 axis.imshow(images[frame])
         row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
@@ -152,7 +163,12 @@ def _draw_errors(axis, example: Example) -> None:
     forecasts = {"forecast": example.forecast[: len(target)]}
     if example.baselines is not None:
         trivial = example.baselines.forecasts(example.context[None])
-        names = {"copy_last": "copy of the last latent", "mean": "mean latent", "median": "median latent", "ridge": "ridge regression"}
+        names = {
+            "copy_last": "copy of the last latent",
+            "mean": "mean latent",
+            "median": "median latent",
+            "ridge": "ridge regression",
+        }
         forecasts |= {label: trivial[name][0] for name, label in names.items()}
     for (label, latents), style in zip(forecasts.items(), ("o-", "s--", "^:", "d:", "v:"), strict=False):
         error = (latents[: len(target)] - target).abs().mean((1, 2, 3))
@@ -164,9 +180,11 @@ def _draw_errors(axis, example: Example) -> None:
 
 @torch.no_grad()
 def dump_examples(run: Run, folder: Path) -> list[Path]:
-    """Write `evaluation.dump_examples` clips of the split "visualisation" (else of validation) to `folder/example_00` and so on.
+    """Write `evaluation.dump_examples` clips of the split "visualisation" (else of validation) to `folder/example_00`
+    and so on.
 
-    Returns the paths of their pictures. In flow matching the forecast that is shown is the first sample: a future, not the mean of some.
+    Returns the paths of their pictures. In flow matching the forecast that is shown is the first sample: a future,
+    not the mean of some.
     """
     split = "visualisation" if "visualisation" in run.dataset.splits else "validation"
     count = min(run.config.evaluation.dump_examples, len(run.dataset.splits[split]))
@@ -178,7 +196,9 @@ def dump_examples(run: Run, folder: Path) -> list[Path]:
         for clip in batch.valid.nonzero()[:, 0].tolist():
             known, ahead, truth = (part[clip].float().cpu() for part in (context, samples, target))
             video = None if batch.video is None else batch.video[clip].cpu()
-            pictures.append(write_example(folder / f"example_{len(pictures):02d}", Example(known, ahead, truth, video, baselines)))
+            pictures.append(
+                write_example(folder / f"example_{len(pictures):02d}", Example(known, ahead, truth, video, baselines))
+            )
     return pictures
 
 
@@ -205,7 +225,9 @@ def save_mp4_video(frames: np.ndarray, out_base_path: str | Path, fps: float) ->
     """Write frames uint8 `t h w c` of even height and width to `<out_base_path>.mp4`; returns that path."""
     path = Path(f"{out_base_path}.mp4")
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "17", "preset": "veryfast"})
+        stream = container.add_stream(
+            "libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "17", "preset": "veryfast"}
+        )
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for frame in frames:

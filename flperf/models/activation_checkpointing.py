@@ -1,7 +1,8 @@
 """What a block keeps of its forward pass for the backward pass; the rest is computed again there.
 
-`selective` keeps what matrix products and attention made (all that is costly to make) and computes norms, modulation, activations and
-rotation again: no more products than without it. `full` keeps the block's inputs alone, which costs its forward pass once more.
+`selective` keeps what matrix products and attention made (all that is costly to make) and computes norms, modulation,
+activations and rotation again: no more products than without it. `full` keeps the block's inputs alone, which costs
+its forward pass once more.
 """
 
 from functools import partial
@@ -15,15 +16,21 @@ aten = torch.ops.aten
 PRODUCTS = {aten.mm, aten.addmm, aten.bmm}
 ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu,
-    *(aten._scaled_dot_product_cudnn_attention, aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_efficient_attention),
-    *(aten._flash_attention_forward, aten._efficient_attention_forward),  # which xFormers runs where it has no kernel of its own
+    *(
+        aten._scaled_dot_product_cudnn_attention,
+        aten._scaled_dot_product_flash_attention,
+        aten._scaled_dot_product_efficient_attention,
+    ),
+    # which xFormers runs where it has no kernel of its own
+    *(aten._flash_attention_forward, aten._efficient_attention_forward),
 }
 KEPT = PRODUCTS | ATTENTION
 XFORMERS = ("xformers_flash", "xformers_flash3")  # namespaces of its operators
 
 
 def recompute_in_backward(block: nn.Module, mode: str) -> None:
-    """Wrap the block's forward; `mode` is `selective` or `full`. Compiled afterwards, recomputation is fused into the backward graph."""
+    """Wrap the block's forward; `mode` is `selective` or `full`. Compiled afterwards, recomputation is fused into the
+    backward graph."""
     forward, rerun = block.forward, {"selective": _keeping_products, "full": _keeping_inputs}[mode]
 
     def checkpointed(*inputs):
@@ -38,4 +45,6 @@ def _policy(_: Any, operator: Any, *arguments: Any, **named: Any) -> CheckpointP
 
 
 _keeping_inputs = partial(checkpoint, use_reentrant=False)
-_keeping_products = partial(checkpoint, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, _policy))
+_keeping_products = partial(
+    checkpoint, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, _policy)
+)

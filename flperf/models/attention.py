@@ -1,7 +1,9 @@
-"""Attention, which encoders and heads share, in the layout that their projections leave: `b n a k`, so that no kernel has to transpose.
+"""Attention, which encoders and heads share, in the layout that their projections leave: `b n a k`, so that no kernel
+has to transpose.
 
-On CUDA xFormers where it is the fastest, else PyTorch: on an H100 cuDNN's kernel, which PyTorch runs, took 0.58 to 0.72 of the time of
-FlashAttention-2 (benchmarks/test_attention.py), which is all that xFormers has there unless flash_attn_3 is installed.
+On CUDA xFormers where it is the fastest, else PyTorch: on an H100 cuDNN's kernel, which PyTorch runs, took 0.58 to
+0.72 of the time of FlashAttention-2 (benchmarks/test_attention.py), which is all that xFormers has there unless
+flash_attn_3 is installed.
 """
 
 import ctypes
@@ -17,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 if torch.cuda.is_available():
-    # For good (it is undone when `preferred` goes), not around each call: a graph that holds the change is compiled anew at every start.
+    # For good (it is undone when `preferred` goes), not around each call: a graph that holds the change is compiled
+    # anew at every start.
     preferred = sdpa_kernel(ORDER, set_priority=True)
     preferred.__enter__()
 
@@ -31,7 +34,8 @@ def _xformers_is_fastest() -> bool:
 
 XFORMERS = _xformers_is_fastest()
 if XFORMERS:
-    # xFormers' wheel is linked with CUDA 12's runtime, and without it refuses all its operators. PyTorch brings that of CUDA 13.
+    # xFormers' wheel is linked with CUDA 12's runtime, and without it refuses all its operators. PyTorch brings that
+    # of CUDA 13.
     runtime = next(file for file in files("nvidia-cuda-runtime-cu12") or [] if file.name == "libcudart.so.12")
     ctypes.CDLL(str(runtime.locate()))
     from xformers.ops import memory_efficient_attention

@@ -1,8 +1,8 @@
 """The forecasts that need no training, fitted once a run on its first training clips: what a head must beat.
 
-copy_last repeats the last context latent; mean and median are those of each place over the training clips; ridge is a local linear
-regression, which sees motion. Everything is in normalised latents, so channel statistics come first: the clips' latents are kept on
-the host until both are known, which takes no second decoding.
+copy_last repeats the last context latent; mean and median are those of each place over the training clips; ridge is a
+local linear regression, which sees motion. Everything is in normalised latents, so channel statistics come first: the
+clips' latents are kept on the host until both are known, which takes no second decoding.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,8 @@ RIDGE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # a training token; the best on
 
 @dataclass
 class Baselines:
-    """position_mean, position_median: fp32 [t' h w d]; ridge: fp32 [t' 3d+1 d], one regression a frame ahead, shared by all places."""
+    """position_mean, position_median: fp32 [t' h w d]; ridge: fp32 [t' 3d+1 d], one regression a frame ahead, shared
+    by all places."""
 
     position_mean: Tensor
     position_median: Tensor
@@ -48,7 +49,8 @@ class Baselines:
 
 
 def local_features(context: Tensor) -> Tensor:
-    """What the ridge regression sees of `b t h w d`, `b h w 3d+1`: the last latent, its change, the mean of its 3 x 3 neighbours, 1."""
+    """What the ridge regression sees of `b t h w d`, `b h w 3d+1`: the last latent, its change, the mean of its 3 x 3
+    neighbours, 1."""
     last, previous = context[:, -1], context[:, max(-2, -context.shape[1])]
     neighbours = F.avg_pool2d(rearrange(last, "b h w d -> b d h w"), 3, stride=1, padding=1, count_include_pad=False)
     ones = torch.ones_like(last[..., :1])
@@ -61,7 +63,8 @@ class LatentSample:
     def __init__(self, normalisation: str, geometry: LatentGeometry, device: torch.device):
         self.normalisation, self.geometry, self.device = normalisation, geometry, device
         self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []  # held out [b], the last two context frames, target
-        self.channels = torch.zeros(2, geometry.dim, dtype=torch.float64, device=device)  # sums of values and of squares
+        # sums of values and of squares
+        self.channels = torch.zeros(2, geometry.dim, dtype=torch.float64, device=device)
         self.tokens = 0
 
     @torch.no_grad()
@@ -86,9 +89,14 @@ class LatentSample:
         return statistics, Baselines(mean, median, self._ridge(normaliser))
 
     def _statistics(self, channels: tuple[Tensor, Tensor] | None) -> Statistics:
-        total = self._reduced(torch.cat([self.channels.flatten(), torch.tensor([float(self.tokens)], device=self.device).double()]))
+        total = self._reduced(
+            torch.cat([self.channels.flatten(), torch.tensor([float(self.tokens)], device=self.device).double()])
+        )
         if not total.isfinite().all():
-            raise UserError("the latents of the first training clips hold NaN or infinity; check backbone.weights and engine.precision")
+            raise UserError(
+                "the latents of the first training clips hold NaN or infinity; check backbone.weights and "
+                "engine.precision"
+            )
         mean, squares = total[:-1].view(2, -1) / total[-1]
         std = (squares - mean.square()).clamp(min=0).sqrt()
         if channels is not None:
@@ -98,7 +106,8 @@ class LatentSample:
         return Statistics(mean.float(), std.float())
 
     def _positions(self, normaliser: Normaliser, frame: int) -> tuple[Tensor, Tensor]:
-        """Mean and median over all clips of one target frame, fp32 [h w d] each: frame by frame, so that little is held at a time."""
+        """Mean and median over all clips of one target frame, fp32 [h w d] each: frame by frame, so that little is
+        held at a time."""
         latents = torch.cat([normaliser(target[:, frame].to(self.device)) for _, _, target in self.pairs])
         if dist.is_initialized():
             shares = [torch.empty_like(latents) for _ in range(dist.get_world_size())]
@@ -107,15 +116,20 @@ class LatentSample:
         ordered = latents.sort(dim=0).values
         middle = len(ordered) // 2
         median = ordered[middle] if len(ordered) % 2 else ordered[middle - 1 : middle + 1].mean(0)
-        return ordered.double().mean(0).float(), median  # of sorted values: the same bits however the clips were shared out
+        # of sorted values: the same bits however the clips were shared out
+        return ordered.double().mean(0).float(), median
 
     def _ridge(self, normaliser: Normaliser) -> Tensor:
-        """[t' 3d+1 d]: least squares with the penalty on everything but the constant that does best on the other half of the clips."""
+        """[t' 3d+1 d]: least squares with the penalty on everything but the constant that does best on the other half
+        of the clips."""
         geometry, width = self.geometry, 3 * self.geometry.dim + 1
         gram = torch.zeros(2, width, width, dtype=torch.float64, device=self.device)
         cross = torch.zeros(2, geometry.target_frames, width, geometry.dim, dtype=torch.float64, device=self.device)
         for held_out, context, target in self.pairs:
-            x, y = local_features(normaliser(context.to(self.device))).double(), normaliser(target.to(self.device)).double()
+            x, y = (
+                local_features(normaliser(context.to(self.device))).double(),
+                normaliser(target.to(self.device)).double(),
+            )
             for half in (0, 1):
                 mine = held_out == half
                 inputs = rearrange(x[mine], "b h w x -> (b h w) x")
@@ -138,7 +152,8 @@ class LatentSample:
 
 
 def ridge_solution(gram: Tensor, cross: Tensor, penalty: float) -> Tensor:
-    """w [t x d] that minimises |x w - y|^2 + penalty n |w|^2 given x'x [x x], with the constant last, and x'y [t x d]."""
+    """w [t x d] that minimises |x w - y|^2 + penalty n |w|^2 given x'x [x x], with the constant last, and x'y [t x
+    d]."""
     weight = penalty * gram[-1, -1] * torch.ones(len(gram), dtype=gram.dtype, device=gram.device)
     weight[-1] = 0
     factor = torch.linalg.cholesky(gram + weight.diag())
@@ -147,7 +162,10 @@ def ridge_solution(gram: Tensor, cross: Tensor, penalty: float) -> Tensor:
 
 def save_statistics(path: Path, statistics: Statistics, baselines: Baselines) -> None:
     """The file appears complete or not at all: a run that is killed here measures anew."""
-    write_atomically(path, save({name: tensor.cpu().contiguous() for name, tensor in {**vars(statistics), **vars(baselines)}.items()}))
+    write_atomically(
+        path,
+        save({name: tensor.cpu().contiguous() for name, tensor in {**vars(statistics), **vars(baselines)}.items()}),
+    )
 
 
 def load_statistics(path: Path, device: torch.device) -> tuple[Statistics, Baselines]:
@@ -155,7 +173,9 @@ def load_statistics(path: Path, device: torch.device) -> tuple[Statistics, Basel
     try:
         tensors = load_file(path, device=str(device))
     except SafetensorError as error:
-        raise UserError(f"{path}: is damaged ({error}); remove it, and the next start of the run measures it anew") from None
+        raise UserError(
+            f"{path}: is damaged ({error}); remove it, and the next start of the run measures it anew"
+        ) from None
     return split_statistics(tensors)
 
 

@@ -1,7 +1,7 @@
 """How modules are compiled: the repeated block, not the whole network.
 
-All blocks of one class share one compilation, so the time to the first step does not grow with depth: on a 4-layer encoder a
-third of the whole graph's, at the same speed after it.
+All blocks of one class share one compilation, so the time to the first step does not grow with depth: on a 4-layer
+encoder a third of the whole graph's, at the same speed after it.
 """
 
 import sys
@@ -15,10 +15,11 @@ ERASE_LINE = "\r\033[K"
 
 
 def compile_forward(module: nn.Module, name: str) -> None:
-    """Compile a module's forward into one graph (a graph break is an error); the first pass, which compiles, shows `name`.
+    """Compile a module's forward into one graph (a graph break is an error); the first pass, which compiles, shows
+    `name`.
 
-    The method is wrapped, not the module: hooks (ZeRO 3 gathers parameters in them) stay outside the compiled region, and parameter
-    names stay what they are.
+    The method is wrapped, not the module: hooks (ZeRO 3 gathers parameters in them) stay outside the compiled region,
+    and parameter names stay what they are.
     """
     compiled, first = torch.compile(module.forward, fullgraph=True, dynamic=False), True
 

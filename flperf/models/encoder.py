@@ -1,7 +1,7 @@
 """The frozen encoder behind one function: uint8 video `b f h w c` in, latents `b t h w d` out.
 
-Pixels are normalised inside the compiled graph, so that what crosses the bus and fills the prefetch buffers is one byte a channel.
-The backbones themselves stand in flperf/backbones.
+Pixels are normalised inside the compiled graph, so that what crosses the bus and fills the prefetch buffers is one
+byte a channel. The backbones themselves stand in flperf/backbones.
 """
 
 from typing import Any
@@ -71,7 +71,9 @@ class Encoder(nn.Module):
         return self.backbone(self.normalise(video)).contiguous()
 
 
-def build_encoder(backbone: Backbone, preprocessing: Preprocessing, *, dtype: torch.dtype, device: torch.device, compile: bool) -> Encoder:
+def build_encoder(
+    backbone: Backbone, preprocessing: Preprocessing, *, dtype: torch.dtype, device: torch.device, compile: bool
+) -> Encoder:
     """The frozen encoder on `device`, its blocks and its pixel normalisation compiled."""
     encoder = Encoder(backbone, preprocessing, dtype).to(device)
     if compile:
@@ -85,8 +87,9 @@ def build_encoder(backbone: Backbone, preprocessing: Preprocessing, *, dtype: to
 def encode_clip(encoder: Encoder, video: Tensor, geometry: LatentGeometry, mode: str) -> tuple[Tensor, Tensor]:
     """Raw context and target latents, `b t h w d` each, of uint8 video `b f h w c`.
 
-    mode "split" encodes the context frames by themselves, so that nothing of the target can reach the context; "joint" encodes the
-    clip as a whole and splits the latents, as FutureLatents does: an encoder that attends over time then leaks the future.
+    mode "split" encodes the context frames by themselves, so that nothing of the target can reach the context;
+    "joint" encodes the clip as a whole and splits the latents, as FutureLatents does: an encoder that attends over
+    time then leaks the future.
     """
     context_frames = geometry.context_frames * encoder.frames_per_latent
     last_frame = context_frames + geometry.target_frames * encoder.frames_per_latent

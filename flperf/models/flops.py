@@ -15,7 +15,8 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def count_flops(module: nn.Module, *shapes: tuple[int, ...]) -> int:
-    """Floating-point operations (a multiply-add is two) of one forward pass on inputs of these shapes, counted on the meta device."""
+    """Floating-point operations (a multiply-add is two) of one forward pass on inputs of these shapes, counted on the
+    meta device."""
     tensors = (*module.parameters(), *module.buffers())
     twin = copy.deepcopy(module, memo={id(tensor): tensor.detach().to("meta", torch.float32) for tensor in tensors})
     for part in twin.modules():
@@ -27,12 +28,20 @@ def count_flops(module: nn.Module, *shapes: tuple[int, ...]) -> int:
 
 def encoder_flops(encoder: Encoder, geometry: LatentGeometry, mode: str) -> int:
     """Forward FLOPs of encoding one clip."""
-    frames = [geometry.context_frames, geometry.target_frames] if mode == "split" else [geometry.context_frames + geometry.target_frames]
-    return sum(count_flops(encoder.backbone, (1, count * encoder.frames_per_latent, 3, *encoder.resolution)) for count in frames)
+    frames = (
+        [geometry.context_frames, geometry.target_frames]
+        if mode == "split"
+        else [geometry.context_frames + geometry.target_frames]
+    )
+    return sum(
+        count_flops(encoder.backbone, (1, count * encoder.frames_per_latent, 3, *encoder.resolution))
+        for count in frames
+    )
 
 
 def head_flops(head: nn.Module, geometry: LatentGeometry, flow_matching: bool) -> int:
-    """Forward FLOPs of one clip; training costs three times that (the backward pass multiplies twice for each product)."""
+    """Forward FLOPs of one clip; training costs three times that (the backward pass multiplies twice for each
+    product)."""
     context = (1, geometry.context_frames, geometry.height, geometry.width, geometry.dim)
     target = (1, geometry.target_frames, geometry.height, geometry.width, geometry.dim)
     return count_flops(head, context, *([target, (1,)] if flow_matching else []))

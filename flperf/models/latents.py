@@ -1,7 +1,7 @@
 """The latent contract: `b t h w d`, split into context and target, normalised before a head sees it.
 
-Flow matching draws noise of unit variance per channel, so by default latents are standardised per channel; a head that outputs
-zero then forecasts the mean latent.
+Flow matching draws noise of unit variance per channel, so by default latents are standardised per channel; a head
+that outputs zero then forecasts the mean latent.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class LatentGeometry:
-    """A forecast's geometry: `target_frames` latent frames after `context_frames`, each a `height` x `width` grid of `dim` channels."""
+    """A forecast's geometry: `target_frames` latent frames after `context_frames`, each a `height` x `width` grid of
+    `dim` channels."""
 
     context_frames: int
     target_frames: int
@@ -43,7 +44,8 @@ def latent_geometry(config: Config, frames: int, height: int, width: int, dim: i
     target = config.model.num_target_latents or frames - context
     if target < 1 or context + target > frames:
         raise UserError(
-            f"model.num_context_latents {context} + num_target_latents {config.model.num_target_latents} do not fit the clip: "
+            f"model.num_context_latents {context} + num_target_latents {config.model.num_target_latents} do not "
+            "fit the clip: "
             f"dataset.n_frames {config.dataset.n_frames} gives {frames} latent frames"
         )
     return LatentGeometry(context, target, height, width, dim)
@@ -72,7 +74,8 @@ class Normaliser(nn.Module):
             self.register_buffer("std", statistics.channel_std)
 
     def fused(self) -> dict | None:
-        """The same as arguments of the flow-matching ops, which then normalise as they read; None where they can't ("l1")."""
+        """The same as arguments of the flow-matching ops, which then normalise as they read; None where they can't
+        ("l1")."""
         match self.kind:
             case "standardize":
                 return {"mean": self.mean, "std": self.std}

@@ -12,7 +12,8 @@ from flperf.config import Config, Objective
 from flperf.models.latents import LatentGeometry, Normaliser
 from flperf.objectives.solvers import Velocity, guided, integrate
 
-# The shift is that of Esser et al. (arXiv:2403.03206, section 5.3.2); the size that needs none is Zheng et al.'s (arXiv:2510.11690).
+# The shift is that of Esser et al. (arXiv:2403.03206, section 5.3.2); the size that needs none is Zheng et al.'s
+# (arXiv:2510.11690).
 DIMENSION_SHIFT_BASE = 4096
 
 # Keep these random numbers apart from those of the training noise, and the parts of a roll-out from one another.
@@ -20,17 +21,29 @@ TAU_STREAM, SAMPLING_STREAM, DROPOUT_STREAM, PART_STREAM = 1, 2, 3, 2**32
 
 
 class FlowMatching:
-    """The head outputs the velocity data - noise at x_tau = (1 - tau) noise + tau data (Lipman et al., arXiv:2210.02747)."""
+    """The head outputs the velocity data - noise at x_tau = (1 - tau) noise + tau data (Lipman et al.,
+    arXiv:2210.02747)."""
 
     def __init__(self, config: Config, geometry: LatentGeometry):
-        self.objective, self.sampling, self.seed, self.geometry = config.objective, config.evaluation.sampling, config.seed, geometry
+        self.objective, self.sampling, self.seed, self.geometry = (
+            config.objective,
+            config.evaluation.sampling,
+            config.seed,
+            geometry,
+        )
         self.shift = tau_shift(config.objective, geometry)
 
     def loss(
-        self, head: Callable, context: Tensor, target: Tensor, sample: Tensor, reduction: str = "mean", normaliser: Normaliser | None = None
+        self,
+        head: Callable,
+        context: Tensor,
+        target: Tensor,
+        sample: Tensor,
+        reduction: str = "mean",
+        normaliser: Normaliser | None = None,
     ) -> Tensor:
-        """fp32 scalar, or [b] with reduction "sample". context, target: normalised `b t h w d`; sample: int64 [b]. With a normaliser,
-        target is raw, where the encoder left it, and is normalised as the ops read it."""
+        """fp32 scalar, or [b] with reduction "sample". context, target: normalised `b t h w d`; sample: int64 [b].
+        With a normaliser, target is raw, where the encoder left it, and is normalised as the ops read it."""
         options = normaliser.fused() if normaliser else {}
         if options is None:
             target, options = normaliser(target), {}
@@ -41,10 +54,13 @@ class FlowMatching:
             context = context * self._keeps_context(sample)[:, None, None, None, None].to(context.dtype)
         prediction = head(context, noised.view(target.shape), tau)
         prediction = rearrange(prediction, "b t h w d -> b (t h w) d")
-        return flow_matching_loss(prediction, tokens, sample, seed=self.seed, loss=self.objective.loss, reduction=reduction, **options)
+        return flow_matching_loss(
+            prediction, tokens, sample, seed=self.seed, loss=self.objective.loss, reduction=reduction, **options
+        )
 
     def _keeps_context(self, sample: Tensor) -> Tensor:
-        """Which samples see their context, bool [b]: a function of the sample, like their noise. The others see zeros, the mean latent."""
+        """Which samples see their context, bool [b]: a function of the sample, like their noise. The others see
+        zeros, the mean latent."""
         uniform = torch.special.ndtr(philox_normal(sample, 1, seed=self.seed + DROPOUT_STREAM)[:, 0])
         return uniform >= self.objective.context_dropout
 
@@ -54,8 +70,8 @@ class FlowMatching:
         return self.sampling.samples
 
     def draw(self, head: nn.Module, context: Tensor, keys: Tensor, part: int = 0) -> Tensor:
-        """fp32 `b k t h w d`: a sample for each of `keys` int64 [b k], one after another, all from one computation of the context's keys
-        and values. A sample's noise is a function of its key and of the part of a roll-out."""
+        """fp32 `b k t h w d`: a sample for each of `keys` int64 [b k], one after another, all from one computation of
+        the context's keys and values. A sample's noise is a function of its key and of the part of a roll-out."""
         geometry = self.geometry
 
         def velocity_given(context: Tensor) -> Velocity:
@@ -67,7 +83,9 @@ class FlowMatching:
             velocity = guided(velocity, velocity_given(torch.zeros_like(context)), self.sampling)
         forecasts = []
         for key in keys.unbind(1):
-            noise = philox_normal(key, geometry.target_tokens * geometry.dim, seed=self.seed + SAMPLING_STREAM + PART_STREAM * part)
+            noise = philox_normal(
+                key, geometry.target_tokens * geometry.dim, seed=self.seed + SAMPLING_STREAM + PART_STREAM * part
+            )
             noise = noise.view(-1, geometry.target_frames, geometry.height, geometry.width, geometry.dim)
             forecasts.append(integrate(velocity, noise, self.sampling))
         return torch.stack(forecasts, dim=1)
@@ -81,7 +99,8 @@ def tau_shift(objective: Objective, geometry: LatentGeometry) -> float:
 
 
 def draw_tau(objective: Objective, shift: float, sample: Tensor, seed: int) -> Tensor:
-    """tau in (0, 1), fp32 [b], one for each sample: uniform, or logit-normal; then shifted to tau / (tau + shift (1 - tau))."""
+    """tau in (0, 1), fp32 [b], one for each sample: uniform, or logit-normal; then shifted to tau / (tau + shift (1 -
+    tau))."""
     normal = philox_normal(sample, 1, seed=seed + TAU_STREAM)[:, 0]
     if objective.tau_distribution == "uniform":
         tau = torch.special.ndtr(normal)

@@ -21,14 +21,21 @@ class Regression:
         def errors(prediction: Tensor, target: Tensor) -> Tensor:
             return distance(prediction.float(), target.float()).flatten(1).mean(1)
 
-        # Eager, each of its few operations would write the latents in fp32. A process that compiles it for more losses and shapes than
-        # torch keeps goes on eager, which fullgraph would make an error.
+        # Eager, each of its few operations would write the latents in fp32. A process that compiles it for more
+        # losses and shapes than torch keeps goes on eager, which fullgraph would make an error.
         self.errors = torch.compile(errors, dynamic=False) if config.engine.compile else errors
 
     def loss(
-        self, head: Callable, context: Tensor, target: Tensor, sample: Tensor, reduction: str = "mean", normaliser: Normaliser | None = None
+        self,
+        head: Callable,
+        context: Tensor,
+        target: Tensor,
+        sample: Tensor,
+        reduction: str = "mean",
+        normaliser: Normaliser | None = None,
     ) -> Tensor:
-        """fp32 scalar, or [b] with reduction "sample". context, target: normalised `b t h w d`; with a normaliser, target is raw."""
+        """fp32 scalar, or [b] with reduction "sample". context, target: normalised `b t h w d`; with a normaliser,
+        target is raw."""
         target = normaliser(target) if normaliser else target
         per_sample = self.errors(head(context), target)
         return per_sample.mean() if reduction == "mean" else per_sample

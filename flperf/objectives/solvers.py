@@ -1,7 +1,7 @@
 """From noise at tau = 0 to a forecast at tau = 1, along the velocity that a flow-matching head has learnt.
 
-The solvers are torchdiffeq's. Fixed-step ones take `steps` steps on a grid that the shift may bend as it bends training's tau: above 1
-the steps are shorter near the noise, where the velocity decides most.
+The solvers are torchdiffeq's. Fixed-step ones take `steps` steps on a grid that the shift may bend as it bends
+training's tau: above 1 the steps are shorter near the noise, where the velocity decides most.
 """
 
 from collections.abc import Callable
@@ -35,13 +35,15 @@ def integrate(velocity: Velocity, noise: Tensor, sampling: Sampling) -> Tensor:
         grid = time_grid(sampling.steps, sampling.shift).to(noise.device)
         options, tolerances = {"grid_constructor": lambda function, x, ends: grid}, {}
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device=noise.device)
-    return odeint(lambda tau, x: velocity(x, tau).to(x.dtype), noise, ends, method=method, options=options, **tolerances)[-1]
+    return odeint(
+        lambda tau, x: velocity(x, tau).to(x.dtype), noise, ends, method=method, options=options, **tolerances
+    )[-1]
 
 
 def guided(conditional: Velocity, unconditional: Velocity, sampling: Sampling) -> Velocity:
-    """Classifier-free guidance (Ho and Salimans, arXiv:2207.12598): unconditional + guidance (conditional - unconditional), inside the
-    interval of tau (Kynkaanniemi et al., arXiv:2404.07724) only; outside it, the conditional velocity alone. Velocities have the shape of
-    x; tau is a scalar."""
+    """Classifier-free guidance (Ho and Salimans, arXiv:2207.12598): unconditional + guidance (conditional -
+    unconditional), inside the interval of tau (Kynkaanniemi et al., arXiv:2404.07724) only; outside it, the
+    conditional velocity alone. Velocities have the shape of x; tau is a scalar."""
     first, last = sampling.guidance_interval
 
     def velocity(x: Tensor, tau: Tensor) -> Tensor:

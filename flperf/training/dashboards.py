@@ -1,7 +1,7 @@
 """Where a run can be watched: W&B and TensorBoard, behind one small interface.
 
-A dashboard takes numbers by name, tables and pictures of one step. Both keep to the run's folder, so that a resumed run goes on where it
-stopped; only the main process ever opens one.
+A dashboard takes numbers by name, tables and pictures of one step. Both keep to the run's folder, so that a resumed
+run goes on where it stopped; only the main process ever opens one.
 """
 
 import importlib.util
@@ -47,7 +47,8 @@ def open_dashboards(config: Config, folder: Path, run_id: str, first_step: int) 
 
 
 class WandB:
-    """Each start of a run adds to one W&B run, whose id is `run_id`. Where the server can't be reached, it is written to `folder/wandb`."""
+    """Each start of a run adds to one W&B run, whose id is `run_id`. Where the server can't be reached, it is written
+    to `folder/wandb`."""
 
     def __init__(self, config: Config, folder: Path, run_id: str):
         import wandb
@@ -130,8 +131,8 @@ Mode = Literal["online", "offline", "disabled", "shared"]
 
 
 def wandb_mode_and_project(tracking: Tracking) -> tuple[Mode, str]:
-    """What wandb itself is told (WANDB_MODE, WANDB_PROJECT, its settings files) wins over `auto` and the default project; `auto` is
-    offline where no login has left a key for the server in use."""
+    """What wandb itself is told (WANDB_MODE, WANDB_PROJECT, its settings files) wins over `auto` and the default
+    project; `auto` is offline where no login has left a key for the server in use."""
     import wandb
 
     settings = wandb.setup(wandb.Settings(silent=True)).settings

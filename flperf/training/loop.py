@@ -1,4 +1,5 @@
-"""The training loop, in the order in which data flows: wait for clips, encode, head and loss, backward, update; then log, save, evaluate.
+"""The training loop, in the order in which data flows: wait for clips, encode, head and loss, backward, update; then
+log, save, evaluate.
 
 Nothing in a step waits for the device on our account; numbers are read when they are logged.
 """
@@ -35,7 +36,8 @@ from flperf.training.tracking import Tracker
 
 
 class Schedule:
-    """When a run ends, and what is due after a step. An epoch is `train_size` clips, which need not be a whole number of steps."""
+    """When a run ends, and what is due after a step. An epoch is `train_size` clips, which need not be a whole number
+    of steps."""
 
     def __init__(self, run: Run, first_step: int):
         trainer = run.config.trainer
@@ -48,7 +50,8 @@ class Schedule:
         return math.floor(step / self.steps_per_epoch)
 
     def dump_name(self, done: int) -> str:
-        """`epoch_EE` where an epoch ends with the step that makes `done` steps; elsewhere with the step: an epoch may hold several."""
+        """`epoch_EE` where an epoch ends with the step that makes `done` steps; elsewhere with the step: an epoch may
+        hold several."""
         epoch = self.epoch(done)
         return f"epoch_{epoch:02d}" if self.epoch(done - 1) < epoch else f"epoch_{epoch:02d}_step_{done:06d}"
 
@@ -82,7 +85,9 @@ class StepMeter:
 
     def read(self, step: int, epoch: int, rate: float) -> dict:
         """One line of metrics; loss and skipped clips over all processes, times of this one."""
-        totals = torch.stack([torch.stack(self.losses).mean().double().cpu(), torch.tensor(float(self.skipped_clips)).double()])
+        totals = torch.stack(
+            [torch.stack(self.losses).mean().double().cpu(), torch.tensor(float(self.skipped_clips)).double()]
+        )
         totals = totals.to(self.run.process.device)
         dist.all_reduce(totals)
         loss, skipped = totals.tolist()
@@ -115,14 +120,20 @@ def train(run: Run, folder: RunFolder, *, profiled: bool = False) -> None:
     first_step = checkpoints.resume()
     schedule = Schedule(run, first_step)
     tracker = Tracker(run.config, folder, run.process.is_main, first_step, schedule.total_steps)
-    tracker.say(f"resumed at step {first_step}" if first_step else f"training {schedule.total_steps} steps; the first compiles")
+    tracker.say(
+        f"resumed at step {first_step}" if first_step else f"training {schedule.total_steps} steps; the first compiles"
+    )
     use_latent_statistics(run, folder)
-    batches = prefetch_to_device(run.dataset.train_batches(first_step, run.share, run.process.device), run.process.device)
+    batches = prefetch_to_device(
+        run.dataset.train_batches(first_step, run.share, run.process.device), run.process.device
+    )
     try:
         if run.dataset.validation_size and run.config.evaluation.eval_first and first_step == 0:
             validate(run, tracker, schedule, 0)
         if profiled and len(schedule.steps) < PROFILED_STEPS:
-            raise UserError(f"--profile: watches the first {PROFILED_STEPS} steps, but only {len(schedule.steps)} are left to do")
+            raise UserError(
+                f"--profile: watches the first {PROFILED_STEPS} steps, but only {len(schedule.steps)} are left to do"
+            )
         with StepProfile(folder.path / "profile", run.process) if profiled else nullcontext() as profile:
             train_steps(run, schedule, batches, tracker, checkpoints, profile)
         checkpoints.close()
@@ -164,7 +175,11 @@ def train_steps(
         if profile and profile.step():
             tracker.say(f"{profile.table}\nthe trace is in {profile.folder}; open it at https://ui.perfetto.dev")
         interrupted = vote.passed()
-        if done % config.tracking.log_every == 0 or done in (schedule.steps.start + 1, schedule.steps.stop) or interrupted:
+        if (
+            done % config.tracking.log_every == 0
+            or done in (schedule.steps.start + 1, schedule.steps.stop)
+            or interrupted
+        ):
             tracker.log(meter.read(done, schedule.epoch(done), rate))
         if done == schedule.steps.start + 1:
             say_first_step(tracker)
@@ -183,7 +198,8 @@ def train_steps(
 
 
 def say_first_step(tracker: Tracker) -> None:
-    """How long the start took, from the start of this process to the end of its first step, which was just waited for."""
+    """How long the start took, from the start of this process to the end of its first step, which was just waited
+    for."""
     seconds, state = process_seconds(), compile_cache_state()
     tracker.say(f"first step after {seconds:.1f} s (compile cache: {state})")
     tracker.describe(first_step_s=round(seconds, 2), compile_cache=state)
@@ -232,7 +248,9 @@ def use_latent_statistics(run: Run, folder: RunFolder) -> None:
         batches = run.dataset.train_batches(0, run.share, device)
         clips = min(run.config.latents.statistics_clips, run.dataset.train_size)
         rounds = math.ceil(clips / (run.share.micro_batch_size * run.share.world_size))
-        for _ in tqdm(range(rounds), desc="latent statistics", leave=False, disable=None if run.process.is_main else True):
+        for _ in tqdm(
+            range(rounds), desc="latent statistics", leave=False, disable=None if run.process.is_main else True
+        ):
             batch = next(batches)
             latents.add(*run.raw_latents(batch), batch.sample)
         batches.close()

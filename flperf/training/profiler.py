@@ -1,7 +1,7 @@
 """`--profile`: where the time of a step goes, as a trace for chrome://tracing or Perfetto and as a table.
 
-Stages are timed as in every run (on CUDA by events); what happens inside them (copies, collectives, an idle device) comes from
-PyTorch's profiler, which watches a few steps after the first ones have compiled.
+Stages are timed as in every run (on CUDA by events); what happens inside them (copies, collectives, an idle device)
+comes from PyTorch's profiler, which watches a few steps after the first ones have compiled.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,13 @@ from flperf.training.timing import StageTimer
 
 WAITED, WARM_UP, WATCHED = 3, 1, 5  # steps
 PROFILED_STEPS = WAITED + WARM_UP + WATCHED
-STAGES = {"data": "wait for data", "encode": "encoder", "forward": "head, forward", "backward": "head, backward", "optim": "optimizer"}
+STAGES = {
+    "data": "wait for data",
+    "encode": "encoder",
+    "forward": "head, forward",
+    "backward": "head, backward",
+    "optim": "optimizer",
+}
 COLLECTIVES = ("nccl", "gloo:", "c10d::")
 COPIES = ("Memcpy HtoD",)
 
@@ -27,7 +33,13 @@ class StepProfile:
     """A context; call `step` after every step. Every process watches itself, the main one writes."""
 
     def __init__(self, folder: Path, process: Process):
-        self.folder, self.process, self.timer, self.table, self.steps = folder, process, StageTimer(process.device), "", 0
+        self.folder, self.process, self.timer, self.table, self.steps = (
+            folder,
+            process,
+            StageTimer(process.device),
+            "",
+            0,
+        )
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (process.device.type == "cuda")
         steps = schedule(wait=WAITED, warmup=WARM_UP, active=WATCHED, repeat=1)
         self.profiler = profile(activities=activities, schedule=steps, on_trace_ready=self._write, acc_events=True)
@@ -61,14 +73,24 @@ class StepProfile:
 
 
 def stage_table(stages: dict[str, float], events: Iterable[FunctionEvent], on_gpu: bool) -> str:
-    """Milliseconds a step and its share, as text. stages: `StageTimer`'s; events: those of a profile of `WATCHED` steps."""
-    # Of a GPU only what ran on it: a kernel's time stands again at the operator that launched it and in every range around it.
-    worked = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation] if on_gpu else events
+    """Milliseconds a step and its share, as text. stages: `StageTimer`'s; events: those of a profile of `WATCHED`
+    steps."""
+    # Of a GPU only what ran on it: a kernel's time stands again at the operator that launched it and in every range
+    # around it.
+    worked = (
+        [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
+        if on_gpu
+        else events
+    )
 
     def milliseconds(parts: tuple[str, ...]) -> float:
         """Of the events with one of these in their name, without what they called."""
         chosen = [event for event in worked if any(part in event.name for part in parts)]
-        return sum(event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in chosen) / 1e3 / WATCHED
+        return (
+            sum(event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in chosen)
+            / 1e3
+            / WATCHED
+        )
 
     step = sum(event.cpu_time_total for event in events if event.name.startswith("ProfilerStep")) / 1e3 / WATCHED
     rows = {label: stages[f"{name}_ms"] for name, label in STAGES.items()}

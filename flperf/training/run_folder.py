@@ -61,15 +61,19 @@ class RunFolder:
         except (yaml.YAMLError, UnicodeDecodeError):
             earlier = None
         now = yaml.safe_load(dump_config(config))
-        if not isinstance(earlier, dict) or now.keys() - earlier.keys():  # what is cut off after a section is YAML still
-            raise UserError(f"{path}: is damaged; remove it to go on with the run as it is configured now, or start anew with --overwrite")
+        # what is cut off after a section is YAML still
+        if not isinstance(earlier, dict) or now.keys() - earlier.keys():
+            raise UserError(
+                f"{path}: is damaged; remove it to go on with the run as it is configured now, or start anew with "
+                "--overwrite"
+            )
         changed = [line for line in differences(earlier, now) if not _is_free(line.split(":")[0])]
         if changed:
             raise UserError(f"{path}: is that of a run with another configuration ({'; '.join(changed)}); {START_ANEW}")
 
     def open(self, config: Config, process: Process, dataset: Dataset, *, overwrite: bool) -> None:
-        """Make the folder and describe the run in it; with `overwrite`, put an earlier run aside under another name. Raises `UserError` if
-        an earlier run of this name had other training clips."""
+        """Make the folder and describe the run in it; with `overwrite`, put an earlier run aside under another name.
+        Raises `UserError` if an earlier run of this name had other training clips."""
         clips = training_clips(dataset)
         if not (self.debug or overwrite):
             self._check_clips(clips)
@@ -89,7 +93,8 @@ class RunFolder:
         earlier = self._described().get("training", clips)
         if earlier["order"] != clips["order"]:
             raise UserError(
-                f"dataset.train: names other clips ({clips['clips']}), or in another order, than the run in {self.path} was trained on "
+                f"dataset.train: names other clips ({clips['clips']}), or in another order, than the run in "
+                f"{self.path} was trained on "
                 f"({earlier['clips']}); {START_ANEW}"
             )
 
@@ -98,7 +103,8 @@ class RunFolder:
         write_atomically(self.path / "run.json", json.dumps(self._described() | facts, indent=2) + "\n")
 
     def run_id(self) -> str:
-        """What dashboards know the run by: drawn at its first start and kept, so that every later start goes on with the same one."""
+        """What dashboards know the run by: drawn at its first start and kept, so that every later start goes on with
+        the same one."""
         if "run_id" not in self._described():
             self.describe(run_id=uuid.uuid4().hex[:8])
         return self._described()["run_id"]
@@ -124,12 +130,17 @@ def describe_run(process: Process) -> dict:
     """Versions, commit, devices and command: what is needed to say later what ran."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    name = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else f"{platform.processor() or platform.machine()}"
+    name = (
+        torch.cuda.get_device_name(process.device)
+        if process.device.type == "cuda"
+        else f"{platform.processor() or platform.machine()}"
+    )
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
         "commit": commit or None,
-        "versions": {"python": platform.python_version(), "flperf": version("flperf")} | {name: version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version(), "flperf": version("flperf")}
+        | {name: version(name) for name in PACKAGES},
         "device": name,
         "threads": torch.get_num_threads(),
         "world_size": process.world_size,

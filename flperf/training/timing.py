@@ -9,7 +9,8 @@ import torch
 
 
 class StageTimer:
-    """Milliseconds a step spends in each stage. On CUDA by events, which are read only when the numbers are asked for."""
+    """Milliseconds a step spends in each stage. On CUDA by events, which are read only when the numbers are asked
+    for."""
 
     def __init__(self, device: torch.device):
         self.on_gpu = device.type == "cuda"

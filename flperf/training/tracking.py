@@ -1,7 +1,8 @@
-"""Where a run leaves its traces: the run's folder, `metrics.jsonl`, dashboards, a progress bar. Only the main process writes.
+"""Where a run leaves its traces: the run's folder, `metrics.jsonl`, dashboards, a progress bar. Only the main process
+writes.
 
-A folder is never silently reused: a run resumes the earlier one of the same name if its configuration is the same in all that
-shapes the result, and stops with the differences otherwise.
+A folder is never silently reused: a run resumes the earlier one of the same name if its configuration is the same in
+all that shapes the result, and stops with the differences otherwise.
 """
 
 import json
@@ -34,7 +35,9 @@ class Tracker:
         with writing(folder.metrics):
             cut_torn_line(folder.metrics)
             self.file = folder.metrics.open("a")
-        self.bar = tqdm(total=total_steps, initial=first_step, desc=config.name, unit="step", dynamic_ncols=True, disable=None)
+        self.bar = tqdm(
+            total=total_steps, initial=first_step, desc=config.name, unit="step", dynamic_ncols=True, disable=None
+        )
         self.said = -math.inf
 
     def step(self) -> None:
@@ -114,7 +117,8 @@ def without_nan(value: Any) -> Any:
 
 
 def scalars(metrics: dict) -> dict[str, float]:
-    """Numbers under `train/` or `val/`; those of each latent frame ahead, lists in metrics.jsonl, under `val/horizon_01/` and so on."""
+    """Numbers under `train/` or `val/`; those of each latent frame ahead, lists in metrics.jsonl, under
+    `val/horizon_01/` and so on."""
     split = metrics.get("split", "train")
     values = {f"{split}/{key}": value for key, value in metrics.items() if isinstance(value, int | float)}
     for key, ahead in metrics.get("horizon", {}).items():
@@ -124,7 +128,11 @@ def scalars(metrics: dict) -> dict[str, float]:
 
 def progress_text(metrics: dict) -> str:
     """Loss, clips a second, and the stage that takes most of the step."""
-    stages = {key.removesuffix("_ms"): metrics[key] for key in ("data_ms", "encode_ms", "head_ms", "optim_ms") if key in metrics}
+    stages = {
+        key.removesuffix("_ms"): metrics[key]
+        for key in ("data_ms", "encode_ms", "head_ms", "optim_ms")
+        if key in metrics
+    }
     slowest = max(stages, key=stages.get)
     share = stages[slowest] / max(metrics["step_ms"], 1e-9)
     return f"loss {metrics['loss']:.4f}, {metrics['clips_per_s']:.1f} clips/s, {slowest} {share:.0%}"

@@ -1,4 +1,5 @@
-"""4DS: the published file layout, and the arithmetic against an implementation in NumPy that shares nothing with the module."""
+"""4DS: the published file layout, and the arithmetic against an implementation in NumPy that shares nothing with the
+module."""
 
 import numpy as np
 import pytest
@@ -27,13 +28,21 @@ def published(prefix: str = "params/") -> dict[str, np.ndarray]:
     for block in range(SIZE.num_hidden_layers):
         layer = f"processor/layers_{block}"
         for part in ("query", "key", "value"):
-            shapes |= {f"{layer}/attention/{part}/kernel": (dim, heads, width), f"{layer}/attention/{part}/bias": (heads, width)}
+            shapes |= {
+                f"{layer}/attention/{part}/kernel": (dim, heads, width),
+                f"{layer}/attention/{part}/bias": (heads, width),
+            }
         shapes |= {f"{layer}/attention/out/kernel": (heads, width, dim), f"{layer}/attention/out/bias": (dim,)}
-        shapes |= {f"{layer}/{norm}/{part}": (dim,) for norm in ("attention_norm", "mlp_norm") for part in ("scale", "bias")}
+        shapes |= {
+            f"{layer}/{norm}/{part}": (dim,) for norm in ("attention_norm", "mlp_norm") for part in ("scale", "bias")
+        }
         shapes |= {f"{layer}/mlp/dense_in/kernel": (dim, hidden), f"{layer}/mlp/dense_in/bias": (hidden,)}
         shapes |= {f"{layer}/mlp/dense_out/kernel": (hidden, dim), f"{layer}/mlp/dense_out/bias": (dim,)}
     scale = {1: 0.5, 2: 0.3, 3: 0.3, 4: 0.5, 5: 0.05}
-    return {prefix + key: (scale[len(shape)] * random.standard_normal(shape)).astype(np.float32) for key, shape in shapes.items()}
+    return {
+        prefix + key: (scale[len(shape)] * random.standard_normal(shape)).astype(np.float32)
+        for key, shape in shapes.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +58,15 @@ def backbone(path, **architecture) -> Backbone:
 
 def norm(x, weights, key):
     centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * weights[f"{key}/scale"] + weights[f"{key}/bias"]
+    return (
+        centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * weights[f"{key}/scale"]
+        + weights[f"{key}/bias"]
+    )
 
 
 def features(weights: dict, video: np.ndarray, blocks: int) -> np.ndarray:
-    """The input of block `blocks`, t h w d in fp64, of a video f h w c in [0, 1] on the grid of the learned positions."""
+    """The input of block `blocks`, t h w d in fp64, of a video f h w c in [0, 1] on the grid of the learned
+    positions."""
     weights = {key.removeprefix("params/"): value.astype(np.float64) for key, value in weights.items()}
     frames, height, width, _ = video.shape
     tubelets = video.reshape(frames // 2, 2, height // 16, 16, width // 16, 16, 3)
@@ -65,14 +78,22 @@ def features(weights: dict, video: np.ndarray, blocks: int) -> np.ndarray:
         layer = f"processor/layers_{block}"
         normed = norm(x, weights, f"{layer}/attention_norm")
         query, key, value = (
-            np.einsum("nd,dak->nak", normed, weights[f"{layer}/attention/{part}/kernel"]) + weights[f"{layer}/attention/{part}/bias"]
+            np.einsum("nd,dak->nak", normed, weights[f"{layer}/attention/{part}/kernel"])
+            + weights[f"{layer}/attention/{part}/bias"]
             for part in ("query", "key", "value")
         )
         logits = np.einsum("nak,mak->anm", query, key) / np.sqrt(query.shape[-1])
         attended = np.exp(logits - logits.max(-1, keepdims=True))
         mixed = np.einsum("anm,mak->nak", attended / attended.sum(-1, keepdims=True), value)
-        x = x + np.einsum("nak,akd->nd", mixed, weights[f"{layer}/attention/out/kernel"]) + weights[f"{layer}/attention/out/bias"]
-        hidden = norm(x, weights, f"{layer}/mlp_norm") @ weights[f"{layer}/mlp/dense_in/kernel"] + weights[f"{layer}/mlp/dense_in/bias"]
+        x = (
+            x
+            + np.einsum("nak,akd->nd", mixed, weights[f"{layer}/attention/out/kernel"])
+            + weights[f"{layer}/attention/out/bias"]
+        )
+        hidden = (
+            norm(x, weights, f"{layer}/mlp_norm") @ weights[f"{layer}/mlp/dense_in/kernel"]
+            + weights[f"{layer}/mlp/dense_in/bias"]
+        )
         hidden = 0.5 * hidden * (1 + np.tanh(np.sqrt(2 / np.pi) * (hidden + 0.044715 * hidden**3)))
         x = x + hidden @ weights[f"{layer}/mlp/dense_out/kernel"] + weights[f"{layer}/mlp/dense_out/bias"]
     return x.reshape(shape)
@@ -80,8 +101,8 @@ def features(weights: dict, video: np.ndarray, blocks: int) -> np.ndarray:
 
 @pytest.mark.parametrize("readout,blocks", [(1.0, 3), (0.7, 1), (0.2, 0)])
 def test_published_weights_give_what_the_formulas_say(file, readout, blocks):
-    """In fp64 both err by a few thousand roundings of 2^-53 at most, on values of order 1: 1e-10 leaves three digits to spare, and any
-    difference of formula (tanh or erf GELU, eps 1e-5, a swapped axis) shows at 1e-4 or more."""
+    """In fp64 both err by a few thousand roundings of 2^-53 at most, on values of order 1: 1e-10 leaves three digits
+    to spare, and any difference of formula (tanh or erf GELU, eps 1e-5, a swapped axis) shows at 1e-4 or more."""
     module = FourDS(backbone(file, readout=readout), (224, 224)).double().eval()
     assert len(module.blocks) == blocks
     video = np.random.default_rng(1).random((16, 224, 224, 3))
@@ -108,8 +129,8 @@ def test_the_readout_is_the_one_of_the_published_list(layers, fraction):
 
 
 def test_positions_are_stretched_linearly(file):
-    """Positions that grow linearly along an axis must do so on any grid: place i of n lies at (i + 1/2) N/n - 1/2 of the N learned
-    ones, and the outermost ones go no further."""
+    """Positions that grow linearly along an axis must do so on any grid: place i of n lies at (i + 1/2) N/n - 1/2 of
+    the N learned ones, and the outermost ones go no further."""
     module = FourDS(backbone(file), CROP)
     grid = (3, 5, 28)
     along = torch.meshgrid(*(torch.arange(float(count)) for count in POSITIONS), indexing="ij")
@@ -128,9 +149,16 @@ def test_as_an_encoder(file):
     """Pixels reach the weights in [0, 1]; clips of other sizes are taken; blocks behind the readout are not there."""
     chosen = backbone(file, image_size=48)
     preprocessing = Preprocessing.of(chosen)
-    assert (preprocessing.resize, preprocessing.size, preprocessing.mean, preprocessing.std) == (48, (48, 48), (0.0,) * 3, (1.0,) * 3)
+    assert (preprocessing.resize, preprocessing.size, preprocessing.mean, preprocessing.std) == (
+        48,
+        (48, 48),
+        (0.0,) * 3,
+        (1.0,) * 3,
+    )
     encoder = Encoder(chosen, preprocessing, torch.float32)
-    assert torch.equal(encoder.normalise(torch.full((1, 2, 48, 48, 3), 255, dtype=torch.uint8)), torch.ones(1, 2, 3, 48, 48))
+    assert torch.equal(
+        encoder.normalise(torch.full((1, 2, 48, 48, 3), 255, dtype=torch.uint8)), torch.ones(1, 2, 3, 48, 48)
+    )
     video = torch.randint(0, 256, (2, 6, 48, 48, 3), dtype=torch.uint8)
     assert encoder(video).shape == (2, *encoder.latent_shape(6)) == (2, 3, 3, 3, 24)
     assert len(encoder.backbone.blocks) == BLOCKS

@@ -7,7 +7,8 @@ from torch import nn
 from flperf.models.backbones.tubelets import TubeletEmbedding
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 3, 12, 8), (1, 5, 3, 15, 11)], ids=["whole", "with pixels left over"])  # b f c h w
+# b f c h w
+@pytest.mark.parametrize("shape", [(2, 4, 3, 12, 8), (1, 5, 3, 15, 11)], ids=["whole", "with pixels left over"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_is_the_convolution(shape, bias):
     convolution = nn.Conv3d(3, 6, kernel_size=(2, 4, 2), stride=(2, 4, 2), bias=bias, dtype=torch.float64)

@@ -55,7 +55,9 @@ def recorded(clock: Clock, **options) -> tuple[dict, dict]:
 
 def test_ways_take_turns_and_ratios_are_those_of_their_rounds(clock):
     seconds, info = recorded(clock, beside={"usual": clock.function("usual", 3.0)})
-    assert clock.calls[:4] == ["usual", "ours"] * 2, "the first call of each compiles, the second tells how long it takes"
+    assert clock.calls[:4] == ["usual", "ours"] * 2, (
+        "the first call of each compiles, the second tells how long it takes"
+    )
     assert clock.calls[4:] == ["usual", "ours"] * 3
     assert seconds == {"usual": [3.0] * 3, "": [2.0] * 3}
     assert info["times as fast as usual"] == 1.5 and info["clips_per_s"] == 4.0

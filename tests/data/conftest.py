@@ -39,7 +39,9 @@ def videos(tmp_path_factory) -> Path:
     (folder / "truncated.mp4").write_bytes((folder / "h264.mp4").read_bytes()[:4000])
     (folder / "stray.ts").write_bytes(_with_a_stray_stream((folder / "h264.ts").read_bytes()))
     _write_video(folder / "no_frames.mp4", 0, "mjpeg", 0, 96, 130, "yuvj420p", {})
-    (folder / "damaged.webm").write_bytes(bytes(b ^ (0xFF if i > 1500 and i % 211 == 0 else 0) for i, b in enumerate(good)))
+    (folder / "damaged.webm").write_bytes(
+        bytes(b ^ (0xFF if i > 1500 and i % 211 == 0 else 0) for i, b in enumerate(good))
+    )
     _write_audio(folder / "audio.mp4")
     return folder
 
@@ -55,7 +57,9 @@ def decode_all():
     return decode
 
 
-def _write_video(path: Path, seed: int, codec: str, frames: int, height: int, width: int, pixels: str, options: dict) -> None:
+def _write_video(
+    path: Path, seed: int, codec: str, frames: int, height: int, width: int, pixels: str, options: dict
+) -> None:
     colours = torch.from_numpy(np.random.default_rng(seed).uniform(0, 255, (1, 3, 40, 50)))
     texture = F.interpolate(colours, scale_factor=8, mode="bilinear")[0].permute(1, 2, 0).byte().numpy()  # h w c
     with av.open(str(path), "w") as container:
@@ -73,7 +77,8 @@ def _write_video(path: Path, seed: int, codec: str, frames: int, height: int, wi
 
 
 def _with_a_stray_stream(content: bytes) -> bytes:
-    """One damaged byte in the last frame's first packet of a transport stream: its identifier is that of no known stream."""
+    """One damaged byte in the last frame's first packet of a transport stream: its identifier is that of no known
+    stream."""
     starts = [
         place for place in range(0, len(content), 188) if content[place + 1 : place + 3] == b"\x41\x00"
     ]  # a frame begins, stream 0x100

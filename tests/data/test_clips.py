@@ -22,7 +22,11 @@ def samples(sampler, first_step, share, steps):
 @pytest.mark.parametrize("batch_size", [1, 4, 40])
 def test_every_clip_comes_once_an_epoch(size, batch_size):
     steps = -(-3 * size // batch_size)
-    stream = [draw.clip for step in samples(TrainingSampler(size, 1), 0, BatchShare(0, 1, batch_size, batch_size), steps) for draw in step]
+    stream = [
+        draw.clip
+        for step in samples(TrainingSampler(size, 1), 0, BatchShare(0, 1, batch_size, batch_size), steps)
+        for draw in step
+    ]
     for epoch in range(3):
         assert sorted(stream[epoch * size : (epoch + 1) * size]) == list(range(size))
 
@@ -67,7 +71,9 @@ def test_start_numbers_are_uniform():
 @pytest.mark.parametrize("size,world_size,batch_size", [(1, 1, 4), (10, 1, 4), (10, 3, 2), (12, 2, 3), (13, 2, 3)])
 def test_validation_reads_each_clip_once_and_every_rank_as_often(size, world_size, batch_size):
     sampler = ValidationSampler(size)
-    ranks = [list(sampler.batches(BatchShare(rank, world_size, 1, world_size), batch_size)) for rank in range(world_size)]
+    ranks = [
+        list(sampler.batches(BatchShare(rank, world_size, 1, world_size), batch_size)) for rank in range(world_size)
+    ]
     assert len({len(batches) for batches in ranks}) == 1
     assert {len(batch) for batches in ranks for batch in batches} == {batch_size}
     draws = [draw for batches in ranks for batch in batches for draw in batch]
@@ -101,16 +107,24 @@ def test_annotations(tmp_path):
 def test_a_clip_named_twice_is_kept_once_and_counted(tmp_path, caplog):
     (tmp_path / "a.csv").write_text("a.mp4 1\nb.mp4 0\na.mp4 1\na.mp4 01\n")
     annotations = read_annotations(str(tmp_path / "a.csv"), "dataset.train", None)
-    assert [path.rpartition("/")[2] for path in annotations.paths] == ["a.mp4", "b.mp4"] and annotations.labels == [1, 0]
+    assert [path.rpartition("/")[2] for path in annotations.paths] == ["a.mp4", "b.mp4"] and annotations.labels == [
+        1,
+        0,
+    ]
     assert "a.csv: 2 rows name a clip again" in caplog.text
 
 
 def test_a_byte_order_mark_and_spare_spaces_are_no_part_of_a_path(tmp_path):
     (tmp_path / "a.csv").write_text("a.mp4  1\nb c.mp4 0\n", encoding="utf-8-sig")
-    assert read_annotations(str(tmp_path / "a.csv"), "dataset.train", None).paths == [f"{tmp_path}/a.mp4", f"{tmp_path}/b c.mp4"]
+    assert read_annotations(str(tmp_path / "a.csv"), "dataset.train", None).paths == [
+        f"{tmp_path}/a.mp4",
+        f"{tmp_path}/b c.mp4",
+    ]
 
 
-@pytest.mark.parametrize("content", ["Café.mp4 0\n".encode("latin-1"), "a.mp4 0\n".encode("utf-16"), b"\x00\x00\x00\x20ftypisom\xff\xfe"])
+@pytest.mark.parametrize(
+    "content", ["Café.mp4 0\n".encode("latin-1"), "a.mp4 0\n".encode("utf-16"), b"\x00\x00\x00\x20ftypisom\xff\xfe"]
+)
 def test_what_is_no_utf8_is_said(tmp_path, content):
     (tmp_path / "a.csv").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.csv: is no text in UTF-8; .* dataset\.train"):
@@ -146,7 +160,9 @@ def test_labels_must_cover_the_classes(tmp_path):
 
 def test_missing_files_are_named_before_a_backbone_is_fetched(tmp_path):
     """`prepare_dataset` is called first of all; of two missing files, the training clips' is named."""
-    config = Config(dataset=Dataset(kind="kinetics_400", train=str(tmp_path / "train.csv"), validation="no.csv", labels="none.csv"))
+    config = Config(
+        dataset=Dataset(kind="kinetics_400", train=str(tmp_path / "train.csv"), validation="no.csv", labels="none.csv")
+    )
     for name in ("train", "validation", "labels"):
         with pytest.raises(UserError, match=rf"dataset\.{name}: there is no file"):
             prepare_dataset(config)

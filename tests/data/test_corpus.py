@@ -1,5 +1,5 @@
-"""More than two hundred damaged files in one dataset, and a long one: reading goes on, replaces the same clips every time, and keeps
-nothing open and little in memory."""
+"""More than two hundred damaged files in one dataset, and a long one: reading goes on, replaces the same clips every
+time, and keeps nothing open and little in memory."""
 
 import os
 import struct
@@ -43,7 +43,8 @@ def box_boundaries(content: bytes) -> list[int]:
 
 @pytest.fixture(scope="module")
 def corpus(videos, tmp_path_factory) -> tuple[Path, Annotations]:
-    """Whole files, and of each its mutants: flipped bits, cuts at every box of the MP4 and elsewhere, foreign extensions."""
+    """Whole files, and of each its mutants: flipped bits, cuts at every box of the MP4 and elsewhere, foreign
+    extensions."""
     folder, random = tmp_path_factory.mktemp("corpus"), np.random.default_rng(0)
     names = []
 
@@ -75,7 +76,14 @@ def read(annotations: Annotations, clips: int, batch_size: int = 16):
     """(row, video) of each clip, and the skipped ones, of the first clips of the order."""
     sampler = TrainingSampler(len(annotations), 0)
     batches = pyav.read_batches(
-        sampler.batches(0, BatchShare(0, 1, batch_size, batch_size)), sampler, annotations, WINDOW, PREPROCESSING, 2, 2, CPU
+        sampler.batches(0, BatchShare(0, 1, batch_size, batch_size)),
+        sampler,
+        annotations,
+        WINDOW,
+        PREPROCESSING,
+        2,
+        2,
+        CPU,
     )
     for _ in range(clips // batch_size):
         yield next(batches)
@@ -92,7 +100,8 @@ def test_reading_goes_on_and_is_the_same_every_time(corpus):
         runs.append(([batch.clip.tolist() for batch in batches], [batch.skipped for batch in batches]))
     assert runs[0] == runs[1]
     assert any(runs[0][1])
-    assert all("cut" in path or "flipped" in path for skipped in runs[0][1] for path, _ in skipped)  # no whole file was lost
+    # no whole file was lost
+    assert all("cut" in path or "flipped" in path for skipped in runs[0][1] for path, _ in skipped)
 
 
 def memory() -> float:

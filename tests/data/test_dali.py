@@ -1,7 +1,8 @@
-"""DALI's graph: the GPU's serialises without one, its CPU twin runs; on either device it agrees with PyAV and replaces the same clips.
+"""DALI's graph: the GPU's serialises without one, its CPU twin runs; on either device it agrees with PyAV and
+replaces the same clips.
 
-Levels measured against PyAV on these files, smooth textures: DALI's own conversion from YUV makes mean differences of 1.3 to 1.7
-levels and up to 18 at single pixels.
+Levels measured against PyAV on these files, smooth textures: DALI's own conversion from YUV makes mean differences of
+1.3 to 1.7 levels and up to 18 at single pixels.
 """
 
 import threading
@@ -27,7 +28,9 @@ def read(decoder, folder, names, sampler=None, batches=None, window=None, batch_
     annotations = Annotations([str(folder / name) for name in names], list(range(len(names))))
     sampler = sampler or TrainingSampler(len(names), 0)
     batches = batches or sampler.batches(0, BatchShare(0, 1, batch_size, batch_size))
-    return decoder.read_batches(batches, sampler, annotations, window or FrameSampling(6, 3, "random"), PREPROCESSING, 2, 2, device, **more)
+    return decoder.read_batches(
+        batches, sampler, annotations, window or FrameSampling(6, 3, "random"), PREPROCESSING, 2, 2, device, **more
+    )
 
 
 def pairs(folder, names, device, **how):
@@ -58,12 +61,14 @@ OF_NVDEC = ["h264.mp4", "hevc_large.mp4", "vp9_large.webm", "vp8.webm", "variabl
 
 
 @pytest.mark.parametrize(
-    "device, name", [*((CPU, name) for name in SMALL_FILES), *(pytest.param(GPU, name, marks=pytest.mark.gpu) for name in OF_NVDEC)]
+    "device, name",
+    [*((CPU, name) for name in SMALL_FILES), *(pytest.param(GPU, name, marks=pytest.mark.gpu) for name in OF_NVDEC)],
 )
 @pytest.mark.parametrize("stride", [1, 4])
 def test_agrees_with_pyav(videos, device, name, stride):
     ours, reference = (
-        take(stream, 2) for stream in pairs(videos, [name], device, window=FrameSampling(10, stride, "random"), batch_size=2)
+        take(stream, 2)
+        for stream in pairs(videos, [name], device, window=FrameSampling(10, stride, "random"), batch_size=2)
     )
     for a, b in zip(ours, reference, strict=True):
         assert a.video.device == device
@@ -73,7 +78,17 @@ def test_agrees_with_pyav(videos, device, name, stride):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_bad_clips_are_replaced_as_pyav_replaces_them_and_no_good_one_is_lost(videos, device):
-    names = ["vp9.webm", "damaged.webm", "vp8.webm", "missing.webm", "mjpeg.avi", "empty.webm", "vp9_short.webm", "vp9.webm", "vp8.webm"]
+    names = [
+        "vp9.webm",
+        "damaged.webm",
+        "vp8.webm",
+        "missing.webm",
+        "mjpeg.avi",
+        "empty.webm",
+        "vp9_short.webm",
+        "vp9.webm",
+        "vp8.webm",
+    ]
     window = FrameSampling(12, 3, "first")  # the whole of damaged.webm is needed
     ours, reference = (take(stream, 6) for stream in pairs(videos, names, device, window=window))
     for a, b in zip(ours, reference, strict=True):
@@ -87,7 +102,22 @@ def test_bad_clips_are_replaced_as_pyav_replaces_them_and_no_good_one_is_lost(vi
 @pytest.mark.parametrize("device", DEVICES)
 def test_validation_leaves_out_what_cannot_be_read(videos, device):
     """A missing file is found by the probe, a damaged one by the decoder; a batch may hold nothing else."""
-    names = ["missing", "missing", "vp9", "damaged", "vp8", "missing", "damaged", "vp9", "vp8", "vp9", "missing", "missing", "vp8", "vp9"]
+    names = [
+        "missing",
+        "missing",
+        "vp9",
+        "damaged",
+        "vp8",
+        "missing",
+        "damaged",
+        "vp9",
+        "vp8",
+        "vp9",
+        "missing",
+        "missing",
+        "vp8",
+        "vp9",
+    ]
     files, sampler, window = [f"{name}.webm" for name in names], ValidationSampler(14), FrameSampling(12, 3, "first")
     ours, reference = (
         list(read(decoder, videos, files, sampler, sampler.batches(BatchShare(0, 1, 2, 2), 2), window, device=place))

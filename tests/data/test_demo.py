@@ -36,7 +36,8 @@ def test_it_is_read_like_kinetics(folder):
     batches.close()
     assert batch.video.shape == (96, 8, 32, 32, 3) and not batch.skipped
     assert sorted(batch.label.tolist()) == sorted([0, 1, 2, 3] * 24)
-    assert (batch.video[:, 0].float() - batch.video[:, -1].float()).abs().mean((1, 2, 3)).min() > 1  # something moves in each
+    # something moves in each
+    assert (batch.video[:, 0].float() - batch.video[:, -1].float()).abs().mean((1, 2, 3)).min() > 1
 
 
 def test_half_is_vp9_and_half_h264(folder):
@@ -56,7 +57,9 @@ def test_it_is_written_once(folder):
 
 
 def test_a_killed_first_run_leaves_no_half_folder(tmp_path):
-    script = f"from flperf.data.demo import write_demo; print('begun', flush=True); write_demo({str(tmp_path / 'demo')!r})"
+    script = (
+        f"from flperf.data.demo import write_demo; print('begun', flush=True); write_demo({str(tmp_path / 'demo')!r})"
+    )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     process.stdout.readline()
     while not list(tmp_path.glob(".demo-*/demo/videos/*")):
@@ -84,5 +87,8 @@ def test_kinds_are_looked_up():
 
 
 def test_importing_the_data_package_is_light():
-    script = "import sys, flperf.data; assert not {'nvidia.dali', 'transformers', 'huggingface_hub', 'av'} & sys.modules.keys()"
+    script = (
+        "import sys, flperf.data; assert not {'nvidia.dali', 'transformers', 'huggingface_hub', 'av'} & "
+        "sys.modules.keys()"
+    )
     subprocess.run([sys.executable, "-c", script], check=True)

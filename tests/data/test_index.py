@@ -53,7 +53,9 @@ def test_an_interrupted_index_goes_on(annotated, tmp_path, monkeypatch):
     out.unlink()
     (tmp_path / "index.csv.partial").write_bytes(b"".join(lines[:4]) + lines[4][:7])  # killed in the middle of a row
     probed, probe = [], index.probe_file
-    monkeypatch.setattr(index, "probe_file", lambda folder, path, label: probed.append(path) or probe(folder, path, label))
+    monkeypatch.setattr(
+        index, "probe_file", lambda folder, path, label: probed.append(path) or probe(folder, path, label)
+    )
     assert index.write_index(str(annotated), None, str(out)) == whole
     assert len(probed) == len(whole) - 3
     assert not (tmp_path / "index.csv.partial").exists()
@@ -128,15 +130,24 @@ def test_mistakes_name_the_row(annotated, tmp_path):
     (tmp_path / "bad.csv").write_text(",".join(index.HEADER) + "\nclip.mp4,one,h264\n")
     with pytest.raises(UserError, match="row 2: is no row of an index"):
         index.read_index(str(tmp_path / "bad.csv"), None)
-    (tmp_path / "marked.csv").write_text(",".join(index.HEADER) + "\nclip.mp4,3,h264,,1,1,1,1.0,1.0,\n", encoding="utf-8-sig")
-    assert index.is_index(str(tmp_path / "marked.csv")) and index.read_index(str(tmp_path / "marked.csv"), None).labels == [3]
+    (tmp_path / "marked.csv").write_text(
+        ",".join(index.HEADER) + "\nclip.mp4,3,h264,,1,1,1,1.0,1.0,\n", encoding="utf-8-sig"
+    )
+    assert index.is_index(str(tmp_path / "marked.csv")) and index.read_index(
+        str(tmp_path / "marked.csv"), None
+    ).labels == [3]
     (tmp_path / "none.csv").write_text(",".join(index.HEADER) + "\nclip.mp4,0,,,0,0,0,0.0,0.0,no video stream\n")
     with pytest.raises(UserError, match="not one of its files is usable"):
         index.read_index(str(tmp_path / "none.csv"), None)
 
 
 def test_a_folder_of_class_folders_needs_no_csv(videos, tmp_path):
-    for path in ("train/b jumping/1.mp4", "train/a walking/2.mp4", "train/a walking/deeper/3.MP4", "val/b jumping/4.mp4"):
+    for path in (
+        "train/b jumping/1.mp4",
+        "train/a walking/2.mp4",
+        "train/a walking/deeper/3.MP4",
+        "val/b jumping/4.mp4",
+    ):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).symlink_to(videos / "h264.mp4")
     (tmp_path / "train/a walking/notes.txt").write_text("no video")
@@ -144,7 +155,11 @@ def test_a_folder_of_class_folders_needs_no_csv(videos, tmp_path):
     for split in ("train", "val"):
         index.write_index(str(tmp_path / split), labels, str(tmp_path / f"{split}.csv"))
     train, val = (index.read_index(str(tmp_path / f"{split}.csv"), None) for split in ("train", "val"))
-    assert [path.rpartition("/")[2] for path in train.paths] == ["2.mp4", "3.MP4", "1.mp4"] and train.labels == [0, 0, 1]
+    assert [path.rpartition("/")[2] for path in train.paths] == ["2.mp4", "3.MP4", "1.mp4"] and train.labels == [
+        0,
+        0,
+        1,
+    ]
     assert val.labels == [1], "a class has the number that the labels file gave it"
     (tmp_path / "val/c running").mkdir()
     (tmp_path / "val/c running/5.mp4").symlink_to(videos / "h264.mp4")

@@ -18,7 +18,10 @@ SHAPE = (4, 3, 2, 6)
 
 def configuration(folder, **dataset) -> Config:
     train = str(folder / latent_shards.MANIFEST)
-    return Config(dataset=Dataset(kind="kinetics_400_cached", train=train, n_frames=8, **dataset), model=Model(num_context_latents=2))
+    return Config(
+        dataset=Dataset(kind="kinetics_400_cached", train=train, n_frames=8, **dataset),
+        model=Model(num_context_latents=2),
+    )
 
 
 @pytest.fixture
@@ -79,7 +82,8 @@ def test_a_shard_cut_short_or_gone_is_named(cache):
 
 @pytest.mark.parametrize(
     ("section", "key", "value"),
-    [("backbone", "encode", "joint"), ("backbone", "weights", "facebook/vjepa2-vitl-fpc64-256"), ("dataset", "n_frames", 16),
+    [("backbone", "encode", "joint"), ("backbone", "weights", "facebook/vjepa2-vitl-fpc64-256"), ("dataset",
+    "n_frames", 16),
      ("dataset", "stride", 4), ("model", "num_context_latents", 1), ("backbone", "frame_stride", 2)],
 )  # fmt: skip
 def test_latents_of_another_encoding_are_refused(cache, section, key, value):
@@ -131,11 +135,15 @@ def test_a_missing_shard_is_named(cache):
 def test_a_mixed_cache_is_refused(cache, shape, dtype, more):
     folder, _ = cache
     about = latent_shards.identity(configuration(folder), 2, 2) | more
-    latent_shards.write_shard(latent_shards.shard_path(folder, 1), torch.arange(3, 6), torch.randn(3, *shape).to(dtype), about)
+    latent_shards.write_shard(
+        latent_shards.shard_path(folder, 1), torch.arange(3, 6), torch.randn(3, *shape).to(dtype), about
+    )
     if shape == SHAPE and dtype == torch.bfloat16 and not more:
         open_dataset(configuration(folder), None, 0)
     else:
-        with pytest.raises(UserError, match="shard_00001.safetensors: was encoded otherwise than shard_00000.safetensors"):
+        with pytest.raises(
+            UserError, match="shard_00001.safetensors: was encoded otherwise than shard_00000.safetensors"
+        ):
             open_dataset(configuration(folder), None, 0)
 
 
@@ -145,7 +153,10 @@ def test_latents_that_are_not_finite_are_named(cache, value):
     clips = latents[3:6].clone()
     clips[1, 2, 1, 0, 3] = float(value)
     latent_shards.write_shard(
-        latent_shards.shard_path(folder, 1), torch.arange(3, 6), clips, latent_shards.identity(configuration(folder), 2, 2)
+        latent_shards.shard_path(folder, 1),
+        torch.arange(3, 6),
+        clips,
+        latent_shards.identity(configuration(folder), 2, 2),
     )
     with pytest.raises(UserError, match="shard_00001.safetensors: row 1: its latents hold NaN or infinity"):
         open_dataset(configuration(folder), None, 0)
@@ -153,7 +164,8 @@ def test_latents_that_are_not_finite_are_named(cache, value):
 
 @pytest.mark.parametrize(
     ("row", "message"),
-    [("video 2.mp4,2,0", "row 4: expected path,label,shard,row"), ("video 2.mp4,-1,0,2", "row 4: expected path,label,shard,row"),
+    [("video 2.mp4,2,0", "row 4: expected path,label,shard,row"), ("video 2.mp4,-1,0,2",
+    "row 4: expected path,label,shard,row"),
      ("video 2.mp4,2,0,x", "row 4: expected path,label,shard,row"),
      ("video 2.mp4,2,0,3", "row 4: names row 3 of shard_00000.*, which has 3")],
 )  # fmt: skip

@@ -1,4 +1,5 @@
-"""A user's folder of mixed videos, some of them broken: index, train, stop, resume, evaluate, export, forecast from Python."""
+"""A user's folder of mixed videos, some of them broken: index, train, stop, resume, evaluate, export, forecast from
+Python."""
 
 import json
 import subprocess
@@ -31,7 +32,9 @@ def test_a_folder_of_mixed_videos_becomes_a_forecaster(videos, tmp_path):
     guide = (ROOT / "docs/guide.md").read_text()
     forecast = guide.split("```python\n")[1].split("```")[0].replace("k400.safetensors", "own.safetensors")
     program = WALK + forecast + "print('forecast', latents.shape, latents.isfinite().all().item())\n"
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "unusable" in done.stdout and "resumed at step 2" in done.stdout + done.stderr
     assert "forecast torch.Size([1, 2, 2, 2, 24]) True" in done.stdout

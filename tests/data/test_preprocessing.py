@@ -48,7 +48,8 @@ def test_random_sizes_bit_for_bit():
 
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes_and_offsets_are_those_of_transformers(size, monkeypatch):
-    monkeypatch.setattr("transformers.image_utils.PIL", SimpleNamespace(Image=SimpleNamespace(Image=())), raising=False)  # not installed
+    # not installed
+    monkeypatch.setattr("transformers.image_utils.PIL", SimpleNamespace(Image=SimpleNamespace(Image=())), raising=False)
     preprocessing = Preprocessing.of(Backbone())
     geometry = preprocessing.geometry(*size)
     assert preprocessing.resize == 292  # int(256 * 256 / 224), floored
@@ -77,12 +78,20 @@ def test_dinov3_in_bytes_is_within_rounding_of_its_float_path():
     assert (preprocessing.apply(frames).permute(0, 3, 1, 2) - exact).abs().max() <= 1.0  # two roundings, one an axis
 
 
-@pytest.mark.parametrize("name", ["video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json"])
+@pytest.mark.parametrize(
+    "name", ["video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json"]
+)
 def test_the_stored_configuration_is_read(tmp_path, name):
-    stored = {"crop_size": {"height": 384, "width": 384}, "size": {"shortest_edge": 100}, "image_mean": [0.5] * 3, "do_rescale": True}
+    stored = {
+        "crop_size": {"height": 384, "width": 384},
+        "size": {"shortest_edge": 100},
+        "image_mean": [0.5] * 3,
+        "do_rescale": True,
+    }
     (tmp_path / name).write_text(json.dumps({"video_processor": stored} if name == "processor_config.json" else stored))
     preprocessing = Preprocessing.of(Backbone(weights=str(tmp_path)))
-    assert preprocessing.crop == (384, 384) and preprocessing.resize == 438  # the processor ignores the size it is handed
+    # the processor ignores the size it is handed
+    assert preprocessing.crop == (384, 384) and preprocessing.resize == 438
     assert preprocessing.mean == (0.5, 0.5, 0.5) and preprocessing.std == (0.229, 0.224, 0.225)
     replaced = Preprocessing.of(Backbone(weights=str(tmp_path), processor={"crop_size": 224, "do_normalize": False}))
     assert replaced.size == (224, 224) and replaced.resize == 256 and replaced.std == (1, 1, 1)

@@ -19,7 +19,17 @@ from flperf.errors import UserError
 
 PREPROCESSING = Preprocessing.of(Backbone(architecture={"crop_size": 48}))
 CPU = torch.device("cpu")
-READABLE = ["h264.mp4", "portrait.mp4", "short.mp4", "hevc.mp4", "mpeg4.avi", "vp9.webm", "vp9_short.webm", "vp8.webm", "mjpeg.avi"]
+READABLE = [
+    "h264.mp4",
+    "portrait.mp4",
+    "short.mp4",
+    "hevc.mp4",
+    "mpeg4.avi",
+    "vp9.webm",
+    "vp9_short.webm",
+    "vp8.webm",
+    "mjpeg.avi",
+]
 READABLE += ["h264.ts", "variable.mkv"]
 
 
@@ -27,15 +37,21 @@ def read(folder, names, sampler=None, share=None, window=None, threads=2):
     annotations = Annotations([str(folder / name) for name in names], list(range(len(names))))
     sampler = sampler or TrainingSampler(len(names), 0)
     batches = sampler.batches(0, share or BatchShare(0, 1, 4, 4))
-    return pyav.read_batches(batches, sampler, annotations, window or FrameSampling(4, 3, "random"), PREPROCESSING, threads, 2, CPU)
+    return pyav.read_batches(
+        batches, sampler, annotations, window or FrameSampling(4, 3, "random"), PREPROCESSING, threads, 2, CPU
+    )
 
 
 @pytest.mark.parametrize(("kept_bytes", "resized_bytes"), [(pyav.KEPT_BYTES, pyav.RESIZED_BYTES), (0, 0)])
 @pytest.mark.parametrize("name", READABLE)
-@pytest.mark.parametrize("n_frames,stride,uniform", [(1, 1, 0.0), (8, 1, 0.7), (7, 5, 0.99), (12, 2, 0.4), (80, 1, 0.5)])
-def test_frames_are_those_of_plain_decoding(videos, decode_all, monkeypatch, name, n_frames, stride, uniform, kept_bytes, resized_bytes):
-    """Whether the packets are kept, as those of usual clips are, or demuxed again, as those of long videos; and whether frames are resized
-    together, as small ones are, or each by itself."""
+@pytest.mark.parametrize(
+    "n_frames,stride,uniform", [(1, 1, 0.0), (8, 1, 0.7), (7, 5, 0.99), (12, 2, 0.4), (80, 1, 0.5)]
+)
+def test_frames_are_those_of_plain_decoding(
+    videos, decode_all, monkeypatch, name, n_frames, stride, uniform, kept_bytes, resized_bytes
+):
+    """Whether the packets are kept, as those of usual clips are, or demuxed again, as those of long videos; and
+    whether frames are resized together, as small ones are, or each by itself."""
     monkeypatch.setattr(pyav, "KEPT_BYTES", kept_bytes)
     monkeypatch.setattr(pyav, "RESIZED_BYTES", resized_bytes)
     window = FrameSampling(n_frames, stride, "random")
@@ -46,13 +62,29 @@ def test_frames_are_those_of_plain_decoding(videos, decode_all, monkeypatch, nam
     assert torch.equal(out, PREPROCESSING.apply(torch.from_numpy(expected)))
 
 
-BROKEN = ["empty.webm", "text.mp4", "truncated.mp4", "damaged.webm", "audio.mp4", "missing.mp4", "stray.ts", "no_frames.mp4", "."]
+BROKEN = [
+    "empty.webm",
+    "text.mp4",
+    "truncated.mp4",
+    "damaged.webm",
+    "audio.mp4",
+    "missing.mp4",
+    "stray.ts",
+    "no_frames.mp4",
+    ".",
+]
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_files_are_bad_clips(videos, name):
     with pytest.raises(BadClip) as caught:
-        pyav.read_clip(str(videos / name), FrameSampling(30, 2, "first"), 0.0, PREPROCESSING, torch.empty(30, 48, 48, 3, dtype=torch.uint8))
+        pyav.read_clip(
+            str(videos / name),
+            FrameSampling(30, 2, "first"),
+            0.0,
+            PREPROCESSING,
+            torch.empty(30, 48, 48, 3, dtype=torch.uint8),
+        )
     path, reason = caught.value.args
     assert path == str(videos / name) and reason
 
@@ -104,7 +136,9 @@ def test_a_missing_folder_in_a_sorted_csv_does_not_end_validation(videos, decode
     assert valid.tolist() == ["gone" not in name for name in names]
     filled = torch.cat([batch.video for batch in batches]).flatten(1).any(1)
     assert torch.equal(filled, valid)
-    assert [path for batch in batches for path, _ in batch.skipped] == [str(videos / name) for name in names if "gone" in name]
+    assert [path for batch in batches for path, _ in batch.skipped] == [
+        str(videos / name) for name in names if "gone" in name
+    ]
     assert "40 of 400 clips can't be read and are left out: " in caplog.text and "and 20 more" in caplog.text
 
 
@@ -125,7 +159,10 @@ def test_half_a_split_is_too_much(videos, decoder):
 
 
 def _validate(folder, names, decoder=pyav, batch_size=2):
-    annotations, sampler = Annotations([str(folder / name) for name in names], [0] * len(names)), ValidationSampler(len(names))
+    annotations, sampler = (
+        Annotations([str(folder / name) for name in names], [0] * len(names)),
+        ValidationSampler(len(names)),
+    )
     batches = sampler.batches(BatchShare(0, 1, batch_size, batch_size), batch_size)
     return decoder.read_batches(batches, sampler, annotations, FrameSampling(4, 3, "center"), PREPROCESSING, 2, 2, CPU)
 
@@ -196,7 +233,12 @@ def test_no_more_than_the_stated_batches_are_in_flight():
 
 def test_decoding_threads_compute_alone_and_leave_torch_as_it_was():
     before = torch.get_num_threads()
-    stream = read_ahead(range(8), lambda pool, _: pool.submit(lambda: (time.sleep(0.01), torch.get_num_threads())[1]), threads=3, ahead=8)
+    stream = read_ahead(
+        range(8),
+        lambda pool, _: pool.submit(lambda: (time.sleep(0.01), torch.get_num_threads())[1]),
+        threads=3,
+        ahead=8,
+    )
     assert {future.result() for future in stream} == {1}
     assert torch.get_num_threads() == before
     others = []
@@ -208,7 +250,9 @@ def test_decoding_threads_compute_alone_and_leave_torch_as_it_was():
 
 def test_file_handles_stay_few(videos):
     stream = read(
-        videos, ["h264.mp4", "text.mp4", "empty.webm", "vp9.webm", "mjpeg.avi", "vp8.webm", "portrait.mp4"], share=BatchShare(0, 1, 8, 8)
+        videos,
+        ["h264.mp4", "text.mp4", "empty.webm", "vp9.webm", "mjpeg.avi", "vp8.webm", "portrait.mp4"],
+        share=BatchShare(0, 1, 8, 8),
     )
     next(stream)
     before = len(os.listdir("/proc/self/fd"))
@@ -220,5 +264,7 @@ def test_file_handles_stay_few(videos):
 def test_batches_hold_what_they_say(videos):
     batch = next(read(videos, ["h264.mp4", "vp9.webm"], window=FrameSampling(4, 3, "random")))
     assert batch.video.dtype == torch.uint8 and batch.video.shape == (4, 4, 48, 48, 3) and batch.latents is None
-    assert batch.label.dtype == batch.clip.dtype == batch.sample.dtype == torch.int64 and batch.valid.dtype == torch.bool
+    assert (
+        batch.label.dtype == batch.clip.dtype == batch.sample.dtype == torch.int64 and batch.valid.dtype == torch.bool
+    )
     assert np.array_equal(batch.sample, [0, 1, 2, 3])

@@ -80,7 +80,9 @@ def test_the_disk_stays_on_its_circle():
 
 
 def dataset(**keys):
-    return open_dataset(Config(dataset=Dataset(kind="bouncing_shapes", shapes=SHAPES, stride=1, **keys)), PREPROCESSING, 0)
+    return open_dataset(
+        Config(dataset=Dataset(kind="bouncing_shapes", shapes=SHAPES, stride=1, **keys)), PREPROCESSING, 0
+    )
 
 
 @pytest.mark.parametrize("n_frames", [1, 8])
@@ -99,7 +101,9 @@ def test_as_a_dataset(n_frames):
 
 def test_a_limit_moves_no_clip():
     share = BatchShare(0, 1, 1, 1)
-    whole, limited = (next(dataset(n_frames=2, limit=limit).validation_batches(share, 2, None, CPU)) for limit in (None, 2))
+    whole, limited = (
+        next(dataset(n_frames=2, limit=limit).validation_batches(share, 2, None, CPU)) for limit in (None, 2)
+    )
     assert torch.equal(whole.video, limited.video)
 
 
@@ -133,7 +137,9 @@ def compared_pixel_by_pixel(centres, shapes, size):
     offset = position - torch.from_numpy(centres).double()[:, :, None, None]  # f object h w 2
     square = (offset[:, 0].abs() <= shapes.square_size / 2).all(-1)
     disk = offset[:, 1].square().sum(-1) <= shapes.disk_radius**2
-    return torch.tensor([BACKGROUND, SQUARE_COLOUR, DISK_COLOUR], dtype=torch.uint8)[torch.where(disk, 2, square.long())]
+    return torch.tensor([BACKGROUND, SQUARE_COLOUR, DISK_COLOUR], dtype=torch.uint8)[
+        torch.where(disk, 2, square.long())
+    ]
 
 
 @pytest.mark.parametrize("size", [(64, 64), (48, 80), (16, 16)])
@@ -161,9 +167,12 @@ def on_a_cpu(centres, shapes, size):
 
 @pytest.mark.parametrize("draw", [on_a_cpu, as_on_a_gpu])
 def test_shapes_partly_beyond_the_edge_are_cut(draw):
-    centres = np.array([[[[1.0, 63.0], [62.5, -2.0]], [[-30.0, 20.0], [90.0, 90.0]]]], dtype=np.float32)  # at last out of sight
+    # at last out of sight
+    centres = np.array([[[[1.0, 63.0], [62.5, -2.0]], [[-30.0, 20.0], [90.0, 90.0]]]], dtype=np.float32)
     drawn = draw(centres, SHAPES, (64, 64))
-    assert drawn.shape == (1, 2, 64, 64, 3) and torch.equal(drawn[0], compared_pixel_by_pixel(centres[0], SHAPES, (64, 64)))
+    assert drawn.shape == (1, 2, 64, 64, 3) and torch.equal(
+        drawn[0], compared_pixel_by_pixel(centres[0], SHAPES, (64, 64))
+    )
 
 
 @pytest.mark.parametrize("size", [(64, 64), (48, 80), (1, 7)])
@@ -197,7 +206,9 @@ def test_batches_carry_centres_and_heatmaps_and_visualisation_is_a_split_of_its_
         assert torch.equal(video, compared_pixel_by_pixel(centres.numpy(), SHAPES, (32, 32)))
     heatmaps = batch.heatmaps(8, 4)
     assert heatmaps.shape == (4, 3, 2, 8, 4)
-    torch.testing.assert_close(heatmap_centres(heatmaps, 64), batch.centres.clamp(torch.tensor([8.0, 4.0]), torch.tensor([56.0, 60.0])))
+    torch.testing.assert_close(
+        heatmap_centres(heatmaps, 64), batch.centres.clamp(torch.tensor([8.0, 4.0]), torch.tensor([56.0, 60.0]))
+    )
     shown = next(shapes.chosen_batches([range(8)], 8, "visualisation", CPU)).video
     others = torch.cat([batch.video, *(next(shapes.chosen_batches([range(10)], 10, "train", CPU)).video[None])])
     assert len(shapes.splits["visualisation"]) == 8 and not any(torch.equal(a, b) for a in shown for b in others)

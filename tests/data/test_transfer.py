@@ -25,7 +25,9 @@ class Source:
 
 def test_on_a_cpu_batches_pass_untouched():
     source = Source(pinned=False)
-    assert all(a is b for a, b in zip(prefetch_to_device(source.read(), torch.device("cpu")), source.batches, strict=True))
+    assert all(
+        a is b for a, b in zip(prefetch_to_device(source.read(), torch.device("cpu")), source.batches, strict=True)
+    )
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -47,6 +49,7 @@ def test_on_a_gpu_copies_hold_what_was_sent():
     sums = []
     for batch in prefetch_to_device(source.read(), device):
         assert batch.latents.device.type == "cuda"
-        sums.append(((work @ work).sum() * 0 + batch.latents.double().mean(), batch.sample.tolist()))  # behind work that takes a while
+        # behind work that takes a while
+        sums.append(((work @ work).sum() * 0 + batch.latents.double().mean(), batch.sample.tolist()))
         del batch  # its memory may be taken by the next copy, but not before it was read
     assert [(value.item(), sample) for value, sample in sums] == [(float(i), [i, i + 1]) for i in range(3)]

@@ -27,7 +27,9 @@ def inputs(name: str, geometry: LatentGeometry = GEOMETRY, batch: int = 2) -> li
     torch.manual_seed(1)
     grid = (geometry.height, geometry.width, geometry.dim)
     context = torch.randn(batch, geometry.context_frames, *grid)
-    return [context, torch.randn(batch, geometry.target_frames, *grid), torch.rand(batch)] if name == "dit" else [context]
+    return (
+        [context, torch.randn(batch, geometry.target_frames, *grid), torch.rand(batch)] if name == "dit" else [context]
+    )
 
 
 def shaken(name: str, geometry: LatentGeometry = GEOMETRY, **changes) -> torch.nn.Module:
@@ -59,7 +61,13 @@ def test_a_fresh_head_forecasts_zero_and_learns_in_every_layer_within_three_upda
 @pytest.mark.parametrize("name", HEADS)
 def test_target_count_is_free(name, context, target):
     geometry = LatentGeometry(context, target, 2, 3, 20)
-    assert build_head(small(name), geometry, seed=0, compile=False)(*inputs(name, geometry)).shape == (2, target, 2, 3, 20)
+    assert build_head(small(name), geometry, seed=0, compile=False)(*inputs(name, geometry)).shape == (
+        2,
+        target,
+        2,
+        3,
+        20,
+    )
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -139,7 +147,9 @@ def test_checkpointing_saves_memory_on_a_gpu(compiled):
     geometry, held, gradients = replace(GEOMETRY, height=16, width=16), {}, {}
     for mode in ("none", "selective", "full"):
         torch._dynamo.reset()
-        head = build_head(replace(small("dit", activation_checkpointing=mode), depth=8), geometry, seed=0, compile=compiled)
+        head = build_head(
+            replace(small("dit", activation_checkpointing=mode), depth=8), geometry, seed=0, compile=compiled
+        )
         head = head.to("cuda", torch.bfloat16)
         context, target, tau = (x.cuda() for x in inputs("dit", geometry))
         step = partial(pass_through, head, [context.bfloat16(), target.bfloat16(), tau])
@@ -163,7 +173,8 @@ def test_blocks_compile_to_one_graph_each_and_agree_with_eager(name):
         head.zero_grad()
         head(*inputs(name)).square().mean().backward()
     graphs = counters["stats"]["unique_graphs"]
-    assert graphs == (1 if name == "predictor" else 2)  # the block and, with a context memory, its keys and values; no second graph
+    # the block and, with a context memory, its keys and values; no second graph
+    assert graphs == (1 if name == "predictor" else 2)
     assert not counters["graph_break"]
     for (key, a), b in zip(eager.named_parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4, msg=key)
@@ -179,7 +190,8 @@ def test_the_dit_sampler_path_equals_forward(name):
 
 
 def test_reference_sizes():
-    """ViT-L latents of 64 frames of 256 x 256: 16 context and 16 target frames of 16 x 16 x 1024, width 1024, depth 12."""
+    """ViT-L latents of 64 frames of 256 x 256: 16 context and 16 target frames of 16 x 16 x 1024, width 1024, depth
+    12."""
     geometry, d = LatentGeometry(16, 16, 16, 16, 1024), 1024
     attention, mlp = 4 * d * d + 4 * d, 8 * d * d + 5 * d
     context = d * d + d + 2 * d  # projection, norm
@@ -198,7 +210,11 @@ def test_reference_sizes():
     with torch.device("meta"):
         counts = {name: count_parameters(HEADS[name](Model(head=name), geometry)) for name in HEADS}
     assert counts == expected
-    assert {name: round(count / 1e6) for name, count in counts.items()} == {"predictor": 153, "cross_attention": 208, "dit": 321}
+    assert {name: round(count / 1e6) for name, count in counts.items()} == {
+        "predictor": 153,
+        "cross_attention": 208,
+        "dit": 321,
+    }
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -212,7 +228,13 @@ def test_flops_follow_from_the_sizes(name):
         block += linear(own, d, 2 * d) + linear(context, d, 2 * d) + attend(own, context)
     total = linear(context, 20, d) + depth * block + linear(target, d, 20)
     if name == "dit":
-        total += linear(target, 20, d) + linear(1, 256, d) + linear(1, d, d) + depth * linear(1, d, 9 * d) + linear(1, d, 2 * d)
+        total += (
+            linear(target, 20, d)
+            + linear(1, 256, d)
+            + linear(1, d, d)
+            + depth * linear(1, d, 9 * d)
+            + linear(1, d, 2 * d)
+        )
     assert head_flops(build_head(small(name), GEOMETRY, seed=0, compile=False), GEOMETRY, name == "dit") == total
 
 

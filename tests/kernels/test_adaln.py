@@ -16,7 +16,8 @@ from flperf.models.heads import build_head
 from flperf.models.latents import LatentGeometry
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Of rows of one or two numbers a norm leaves nothing to differentiate: gradients are what rounding leaves of a difference, times 1,000.
+# Of rows of one or two numbers a norm leaves nothing to differentiate: gradients are what rounding leaves of a
+# difference, times 1,000.
 SIZES = [(1, 1, 3), (2, 5, 16), (3, 37, 199), (2, 130, 64)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -25,7 +26,8 @@ def inputs(size, dtype, device="cpu"):
     b, _, d = size
     generator = torch.Generator().manual_seed(0)
     shapes = (size, size, (b, d), (b, d), (b, d), size, size)
-    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]  # x, y, gate, shift, scale, and two gradients
+    # x, y, gate, shift, scale, and two gradients
+    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
 
 
 def exact(tensors, dtype=torch.float64):
@@ -47,7 +49,8 @@ def by_kernels(tensors):
 
 
 def assert_as_good_as_plain(results, tensors):
-    """Errors against fp64 of at most twice those of plain PyTorch in the same dtype, or a few roundings where that is lucky."""
+    """Errors against fp64 of at most twice those of plain PyTorch in the same dtype, or a few roundings where that is
+    lucky."""
     names = ("x'", "h", "grad x", "grad y", "grad gate", "grad shift", "grad scale")
     dtype = tensors[0].dtype
     for name, result, best, plain in zip(names, results, exact(tensors), plain_results(tensors), strict=True):
@@ -123,10 +126,12 @@ def test_a_dit_is_the_same_with_and_without(compile):
 
 
 @pytest.mark.parametrize("chip", kernel_report.CHIPS, ids=lambda chip: chip.name)
-@pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 1024), (torch.bfloat16, 768), (torch.float32, 1024)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "width"), [(torch.bfloat16, 1024), (torch.bfloat16, 768), (torch.float32, 1024)], ids=str
+)
 def test_machine_code(chip, dtype, width):
-    """No spills, no local memory, wide loads and stores, at least half of a processor's warps for the forward and a quarter for the
-    backward, which holds a row's four tensors and three sums."""
+    """No spills, no local memory, wide loads and stores, at least half of a processor's warps for the forward and a
+    quarter for the backward, which holds a row's four tensors and three sums."""
     x, gate = torch.empty(8, 4096, width, dtype=dtype, device="meta"), torch.empty(8, width, dtype=dtype, device="meta")
     launches = {
         0.5: adaln.forward_launch(x, x, gate, gate, gate, 1e-6, x, x),
@@ -142,7 +147,8 @@ def test_machine_code(chip, dtype, width):
 
 
 def test_inductor_leaves_something_to_gain():
-    """The reason for these kernels, by Inductor's own count of the bytes that its kernels touch; should it fuse the sums, drop them."""
+    """The reason for these kernels, by Inductor's own count of the bytes that its kernels touch; should it fuse the
+    sums, drop them."""
     passes = norm_report.count()
     assert passes["forward"] >= norm_report.LEAST["forward"]
     assert passes["backward"] > norm_report.LEAST["backward"] + 2

@@ -1,6 +1,8 @@
-"""Noising and loss: the ops against autograd, the Triton kernels in the interpreter, and their machine code without a GPU.
+"""Noising and loss: the ops against autograd, the Triton kernels in the interpreter, and their machine code without a
+GPU.
 
-Tolerances are relative to plain PyTorch: against fp64, a kernel may err at most twice as much as eager code in the same dtype.
+Tolerances are relative to plain PyTorch: against fp64, a kernel may err at most twice as much as eager code in the
+same dtype.
 """
 
 import dataclasses
@@ -47,18 +49,25 @@ def batch(size, dtype=torch.float32, per_channel=False, weighted=False, device="
     """Latents of scale 3 about 1, as encoders have them; sample indices that need more than 32 bits."""
     generator = torch.Generator().manual_seed(0)
     b, n, d = size
-    latents, prediction = (torch.randn(size, generator=generator) * scale + shift for scale, shift in ((3, 1), (1.5, 0)))
+    latents, prediction = (
+        torch.randn(size, generator=generator) * scale + shift for scale, shift in ((3, 1), (1.5, 0))
+    )
     tau, mean, std, weight = (torch.rand(k, generator=generator) for k in (b, d, d, b))
     sample = torch.arange(b) * 3 + 2**33
     made = Batch(latents.to(dtype), prediction.to(dtype), tau, sample, mean * 2, std * 3 + 0.5, weight + 0.5)
-    made = dataclasses.replace(made, **{} if per_channel else dict(mean=None, std=None), **{} if weighted else dict(weight=None))
+    made = dataclasses.replace(
+        made, **{} if per_channel else dict(mean=None, std=None), **{} if weighted else dict(weight=None)
+    )
     return Batch(*(None if t is None else t.to(device) for t in vars(made).values()))
 
 
 def exact_noise(sample, count):
     """The noise in fp64, from the same words."""
     words = philox.philox_words(torch.arange(-(-count // 4))[None], sample[:, None], SEED)
-    pairs = [((-2 * ((a.double() + 0.5) / 2**32).log()).sqrt(), c.double() * (2 * math.pi / 2**32)) for a, c in (words[:2], words[2:])]
+    pairs = [
+        ((-2 * ((a.double() + 0.5) / 2**32).log()).sqrt(), c.double() * (2 * math.pi / 2**32))
+        for a, c in (words[:2], words[2:])
+    ]
     return torch.stack([r * f(angle) for r, angle in pairs for f in (torch.cos, torch.sin)], -1).flatten(1)[:, :count]
 
 
@@ -66,7 +75,10 @@ def oracle(x: Batch, norm, loss):
     """x_tau, per-sample loss times n d and its gradient in fp64."""
     b, n, d = x.latents.shape
     double = [None if t is None else t.double() for t in (x.mean, x.std)]
-    data, noise = fm.flow_matching_data(x.latents.double(), *double, norm, 1e-6), exact_noise(x.sample, n * d).view(b, n, d)
+    data, noise = (
+        fm.flow_matching_data(x.latents.double(), *double, norm, 1e-6),
+        exact_noise(x.sample, n * d).view(b, n, d),
+    )
     return torch.lerp(noise, data, x.tau.double()[:, None, None]), *pointwise(x, data, noise, loss, torch.float64)
 
 
@@ -88,10 +100,13 @@ def pointwise(x: Batch, data, noise, loss, dtype):
 
 def assert_as_good_as_plain(results, x: Batch, norm, loss):
     exact = oracle(x, norm, loss)
-    for name, result, reference, pytorch in zip(("x_tau", "loss", "gradient"), results, exact, plain(x, norm, loss), strict=True):
+    for name, result, reference, pytorch in zip(
+        ("x_tau", "loss", "gradient"), results, exact, plain(x, norm, loss), strict=True
+    ):
         assert result.isfinite().all(), f"{name}: not everything was written"
         error, allowed = (result - reference).abs().max(), 2 * (pytorch - reference).abs().max()
-        allowed += torch.finfo(result.dtype).eps * reference.abs().max()  # where plain PyTorch is exact by luck: one rounding
+        # where plain PyTorch is exact by luck: one rounding
+        allowed += torch.finfo(result.dtype).eps * reference.abs().max()
         assert error <= allowed, f"{name}: error {error:.3g}, twice plain PyTorch's is {allowed:.3g}"
 
 
@@ -100,14 +115,17 @@ def run_kernels(x: Batch, norm, loss):
     b, n, d = x.latents.shape
     out, gradient = torch.full((2, b, n, d), math.nan, dtype=x.latents.dtype, device=x.latents.device)
     launch(*fm.noise_launch(x.latents, x.tau, x.sample, SEED, x.mean, x.std, norm, 1e-6, out))
-    kernel = fm.loss_launch(x.prediction, x.latents, x.sample, SEED, loss, x.mean, x.std, norm, 1e-6, x.weight, gradient, 1.0, 1.0)
+    kernel = fm.loss_launch(
+        x.prediction, x.latents, x.sample, SEED, loss, x.mean, x.std, norm, 1e-6, x.weight, gradient, 1.0, 1.0
+    )
     launch(*kernel)
     per_sample = torch.full((b,), math.nan, device=x.latents.device)
     launch(*fm.sum_launch(kernel[2]["partial"], per_sample))
     return out, per_sample, gradient
 
 
-# ------------------------------------------------------------------------------------------------------ kernels, interpreted
+# ------------------------------------------------------------------------------------------------------ kernels,
+# interpreted
 
 SIZES = [(1, 1, 1), (2, 37, 199), (3, 5, 64), (1, 33, 100)]
 VARIANTS = [
@@ -153,7 +171,8 @@ class TestInterpreted:
 
     @pytest.mark.parametrize("b, n, d", [(1, 64, 128), (4, 9, 199), (3, 128, 32)])
     def test_noise_is_the_same_in_every_tiling(self, b, n, d):
-        """Latents of zero leave the noise alone: as one run of numbers, in rows, element by element, and one sample of the batch."""
+        """Latents of zero leave the noise alone: as one run of numbers, in rows, element by element, and one sample
+        of the batch."""
         zeros, padded = torch.zeros(b, n, d), torch.zeros(b, n, d + 3)[..., :d]
         tau, sample, mean, std = torch.zeros(b), torch.arange(b), torch.zeros(d), torch.ones(d)
         outs = []
@@ -174,7 +193,8 @@ class TestInterpreted:
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
     def test_offsets_beyond_32_bits(self):
-        """The last, partial tile of 2^24 + 3 tokens of 1,000 channels: the second of two programs of 2^22 tiles each writes last."""
+        """The last, partial tile of 2^24 + 3 tokens of 1,000 channels: the second of two programs of 2^22 tiles each
+        writes last."""
         rows, width, out = 2**24 + 3, 1000, torch.empty(4, 1024, dtype=torch.int64)
         offsets_kernel[(2,)](out, 0, 2**22, rows, width, rows * width, MASK="rows", R=4, C=1024)
         expected = torch.full((4, 1024), -1)
@@ -212,7 +232,8 @@ def test_in_the_interpreter():
     assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout + done.stderr
 
 
-# ------------------------------------------------------------------------------------------------------------------ the ops
+# ------------------------------------------------------------------------------------------------------------------
+# the ops
 
 
 @pytest.mark.parametrize("reduction", fm.REDUCTIONS)
@@ -221,7 +242,19 @@ def test_reference_differentiates(loss, reduction):
     x = batch((2, 3, 4), per_channel=True, weighted=True)
 
     def function(prediction):
-        arguments = (x.latents.double(), x.sample, SEED, loss, x.mean, x.std, "layer", 1e-6, x.weight.double(), reduction, 0.5)
+        arguments = (
+            x.latents.double(),
+            x.sample,
+            SEED,
+            loss,
+            x.mean,
+            x.std,
+            "layer",
+            1e-6,
+            x.weight.double(),
+            reduction,
+            0.5,
+        )
         return fm.loss_reference(prediction, *arguments)
 
     assert torch.autograd.gradcheck(function, x.prediction.double().requires_grad_())
@@ -242,8 +275,9 @@ def test_loss_op_is_the_reference(size, reduction, dtype, per_channel, norm, los
     value.backward(incoming)
     expected.backward(incoming)
     assert op.grad.dtype == dtype
-    # Stored, then scaled: two roundings where autograd has one. And the op sums prediction, noise and data (each below 8) in another
-    # order: each residual may differ by an eps of 16, and is multiplied by at most 2 (of a square), the scale, the weight and 1.5.
+    # Stored, then scaled: two roundings where autograd has one. And the op sums prediction, noise and data (each
+    # below 8) in another order: each residual may differ by an eps of 16, and is multiplied by at most 2 (of a
+    # square), the scale, the weight and 1.5.
     gain = (
         2
         * 0.25
@@ -277,7 +311,8 @@ def test_unit_gradient_is_not_touched():
     x = batch((2, 40, 30), torch.bfloat16)
     prediction = x.prediction.requires_grad_()
     _, gradient = torch.ops.flperf.flow_matching_loss_and_gradient(
-        prediction.detach(), x.latents, x.sample, SEED, "mse", None, None, "none", 1e-6, None, "mean", 1.0, True)  # fmt: skip
+        prediction.detach(), x.latents, x.sample, SEED, "mse", None, None, "none", 1e-6, None, "mean", 1.0,
+        True)  # fmt: skip
     loss = fm.flow_matching_loss(prediction, x.latents, x.sample, seed=SEED, reduction="mean")
     loss.backward(retain_graph=True)
     assert torch.equal(prediction.grad, gradient)
@@ -286,7 +321,8 @@ def test_unit_gradient_is_not_touched():
 
 
 def test_fp16_gradients_survive():
-    """1 / (b n d) of this loss is below the smallest fp16 number; the loss scale has to reach the gradient before it is rounded."""
+    """1 / (b n d) of this loss is below the smallest fp16 number; the loss scale has to reach the gradient before it
+    is rounded."""
     x = batch((8, 512, 512), torch.float16)
     prediction = x.prediction.requires_grad_()
     (fm.flow_matching_loss(prediction, x.latents, x.sample, seed=SEED, reduction="mean") * 2.0**20).backward()
@@ -309,7 +345,9 @@ def test_empty(size):
 def test_split_batches_have_the_same_noise():
     x = batch((4, 40, 100))
     whole = fm.flow_matching_noise(x.latents, x.tau, x.sample, seed=SEED)
-    parts = [fm.flow_matching_noise(x.latents[i : i + 1], x.tau[i : i + 1], x.sample[i : i + 1], seed=SEED) for i in range(4)]
+    parts = [
+        fm.flow_matching_noise(x.latents[i : i + 1], x.tau[i : i + 1], x.sample[i : i + 1], seed=SEED) for i in range(4)
+    ]
     assert torch.equal(whole, torch.cat(parts))
 
 
@@ -317,7 +355,9 @@ def test_a_thousand_samples():
     x = batch((1000, 1, 8), weighted=True)
     out = fm.flow_matching_noise(x.latents, x.tau, x.sample, seed=SEED)
     loss = fm.flow_matching_loss(x.prediction, x.latents, x.sample, seed=SEED, weight=x.weight)
-    gradient = fm.loss_and_derivative(x.prediction - fm.flow_matching_velocity(x.latents, x.sample, seed=SEED), "mse")[1]
+    gradient = fm.loss_and_derivative(x.prediction - fm.flow_matching_velocity(x.latents, x.sample, seed=SEED), "mse")[
+        1
+    ]
     assert_as_good_as_plain((out, loss * 8, gradient * x.weight[:, None, None]), x, "none", "mse")
 
 
@@ -339,7 +379,10 @@ MISTAKES = {
 
 @pytest.mark.parametrize("message", MISTAKES)
 def test_mistakes_are_named(message):
-    arguments = dict(prediction=torch.zeros(2, 3, 4), latents=torch.zeros(2, 3, 4), sample=torch.arange(2), seed=0) | MISTAKES[message]
+    arguments = (
+        dict(prediction=torch.zeros(2, 3, 4), latents=torch.zeros(2, 3, 4), sample=torch.arange(2), seed=0)
+        | MISTAKES[message]
+    )
     with pytest.raises((ValueError, NotImplementedError), match=message):
         fm.flow_matching_loss(**arguments)
 
@@ -349,7 +392,9 @@ def test_tau_must_be_one_number_a_sample():
         fm.flow_matching_noise(torch.zeros(2, 3, 4), torch.zeros(2, 3), torch.arange(2), seed=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float64], ids=str
+)
 def test_out_dtype_must_be_one_that_kernels_write(dtype):
     with pytest.raises(ValueError, match=f"out_dtype must be one of .*torch.float32.* got {dtype}"):
         fm.flow_matching_noise(torch.zeros(2, 3, 4), torch.zeros(2), torch.arange(2), seed=0, out_dtype=dtype)
@@ -362,7 +407,9 @@ def step(weight, latents, tau, sample):
 
 def test_compiles_whole():
     x = batch((2, 5, 16))
-    eager, compiled = (torch.randn(16, 16, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
+    eager, compiled = (
+        torch.randn(16, 16, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2)
+    )
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
     function = torch.compile(step, fullgraph=True, backend=counter)
     for sample in (x.sample, x.sample + 100):  # a new step is no new code
@@ -377,7 +424,17 @@ def test_compiles_whole():
 def test_opcheck(op):
     x = batch((2, 3, 8), per_channel=True, weighted=True)
     preparation, ops = (x.mean, x.std, "l2", 1e-6), torch.ops.flperf
-    loss = (x.prediction.requires_grad_(op == "loss"), x.latents, x.sample, SEED, "l1", *preparation, x.weight, "mean", 0.5)
+    loss = (
+        x.prediction.requires_grad_(op == "loss"),
+        x.latents,
+        x.sample,
+        SEED,
+        "l1",
+        *preparation,
+        x.weight,
+        "mean",
+        0.5,
+    )
     function, arguments = {
         "noise": (ops.flow_matching_noise, (x.latents, x.tau, x.sample, SEED, *preparation, torch.bfloat16)),
         "loss": (ops.flow_matching_loss, loss),
@@ -387,13 +444,16 @@ def test_opcheck(op):
     torch.library.opcheck(function.default, arguments)
 
 
-# ------------------------------------------------------------------------------------------------------------- machine code
+# -------------------------------------------------------------------------------------------------------------
+# machine code
 
 
 def assert_lean(code: kernel_report.Code):
     assert code.stack_bytes == 0 and code.local_bytes == 0, "registers spill"
     opcodes = code.setup | code.loop
-    assert not [opcode for opcode in opcodes if opcode.startswith(("LDL", "STL", "ATOM", "RED"))], "local memory or atomics"
+    assert not [opcode for opcode in opcodes if opcode.startswith(("LDL", "STL", "ATOM", "RED"))], (
+        "local memory or atomics"
+    )
     assert code.loops == 1
     narrow = [opcode for opcode in code.loop if opcode[:3] in ("LDG", "STG") and ".128" not in opcode]
     assert not narrow, "tiles must move 128 bits at a time"
@@ -416,9 +476,10 @@ def test_machine_code_of_every_specialisation(chip):
             raise AssertionError(str(case)) from error
 
 
-# Of the memory time, by chip. A B200 moves its bytes so fast that four normals for a Philox call and two special functions a pair alone are
-# above 70% of its 17 instructions an element. Normalising reduces over the token twice: more arithmetic, but less than the bytes of a
-# pass of its own, which would double the noising's time. There and on a B200 it must not get worse.
+# Of the memory time, by chip. A B200 moves its bytes so fast that four normals for a Philox call and two special
+# functions a pair alone are above 70% of its 17 instructions an element. Normalising reduces over the token twice:
+# more arithmetic, but less than the bytes of a pass of its own, which would double the noising's time. There and on a
+# B200 it must not get worse.
 ARITHMETIC = {
     "plain": {"A100": kernel_report.ROOM, "H100": kernel_report.ROOM, "B200": 1.1},
     "normalised": {"A100": 0.95, "H100": 0.85, "B200": 1.75},
@@ -442,14 +503,19 @@ META = dict(device="meta")
 def test_machine_code_of_the_small_kernels(capability):
     values, gradient = torch.empty(8, 256, **META), torch.empty(8, 4096, 1024, dtype=torch.bfloat16, **META)
     normal = philox.normal_launch(torch.empty(8, dtype=torch.int64, **META), values, SEED)
-    for described in (normal, fm.sum_launch(values, torch.empty(8, **META)), fm.scale_launch(gradient, torch.empty((), **META), 1.0)):
+    for described in (
+        normal,
+        fm.sum_launch(values, torch.empty(8, **META)),
+        fm.scale_launch(gradient, torch.empty((), **META), 1.0),
+    ):
         code = kernel_report.disassemble(kernel_report.specialise(described, capability), capability)
         assert code.stack_bytes == 0 and code.local_bytes == 0 and code.occupancy >= 0.5
 
 
 @pytest.mark.parametrize("chip", kernel_report.CHIPS, ids=lambda chip: chip.name)
 def test_no_number_replaces_a_nan(chip):
-    """A minimum or maximum of the hardware drops NaN unless told otherwise, and the loss of a broken step would look fine."""
+    """A minimum or maximum of the hardware drops NaN unless told otherwise, and the loss of a broken step would look
+    fine."""
     case = kernel_report.Case("loss", norm="l2", loss="smooth_l1")
     assembly = kernel_report.specialise(case.launch(), chip.capability).asm["ptx"]
     limits = re.findall(r"\b(?:min|max)\.\S*f32", assembly)
@@ -476,18 +542,21 @@ def test_a_batch_that_no_grid_holds_is_refused(name):
 @pytest.mark.parametrize("op", ["noise", "loss"])
 @pytest.mark.parametrize("size", [(2, 37, 199), (2, 2**22, 1024), (1, 2**26, 1024)], ids=str)
 def test_unusual_sizes_compile(op, size):
-    """Rows that don't start at a multiple of four; samples whose offsets need more than 31 bits, and whose groups more than 32."""
+    """Rows that don't start at a multiple of four; samples whose offsets need more than 31 bits, and whose groups
+    more than 32."""
     case = kernel_report.Case(op, per_channel=True, size=size)
     compiled = kernel_report.specialise(case.launch(), 90)
     assert compiled.src.signature["total"] == ("i64" if size[1] > 37 else "i32")
     assert case.launch()[2]["SMALL"] == (size[1] < 2**26)
 
 
-# -------------------------------------------------------------------------------------------------------------------- a GPU
+# --------------------------------------------------------------------------------------------------------------------
+# a GPU
 
 
 @pytest.mark.parametrize("dtype, per_channel, norm, loss, weighted", VARIANTS)
-@pytest.mark.parametrize("size", [*SIZES[1:], (1000, 1, 8), (2, 1568, 1408)], ids=str)  # of one number there is no mean error
+# of one number there is no mean error
+@pytest.mark.parametrize("size", [*SIZES[1:], (1000, 1, 8), (2, 1568, 1408)], ids=str)
 class TestGPU:
     pytestmark = gpu
 
@@ -498,7 +567,8 @@ class TestGPU:
         for result, reference, pytorch in zip(results, exact, plain(x, norm, loss), strict=True):
             error = (result.cpu() - reference).abs()
             assert error.isfinite().all()
-            # Beside rounding there is the special functions' error in the noise, 1e-6 of its size and 1e-3 for the rarest of draws.
+            # Beside rounding there is the special functions' error in the noise, 1e-6 of its size and 1e-3 for the
+            # rarest of draws.
             assert error.mean() <= 2 * (pytorch - reference).abs().mean() + 1e-5 * reference.abs().mean()
 
 

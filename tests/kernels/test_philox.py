@@ -87,7 +87,8 @@ def normals():
 
 def test_moments(normals):
     n = normals.numel()
-    # Variances of the sample moments of a standard normal: of x 1, of x^2 2, of x^3 15, of x^4 96; five standard errors.
+    # Variances of the sample moments of a standard normal: of x 1, of x^2 2, of x^3 15, of x^4 96; five standard
+    # errors.
     for power, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         assert abs(normals.pow(power).mean() - expected) < 5 * math.sqrt(variance / n), power
     assert normals.abs().max() < 6.77
@@ -105,7 +106,10 @@ def test_kolmogorov_smirnov(normals):
 def test_numbers_are_uncorrelated(normals):
     other_seed = philox.normal_reference(torch.arange(8) + 2**35, 2**18 + 1, 2027).double()
     next_sample = normals.roll(1, 0)
-    pairs = [(normals[:, :-lag], normals[:, lag:]) for lag in (1, 2, 3, 4, 64, 1024)] + [(normals, next_sample), (normals, other_seed)]
+    pairs = [(normals[:, :-lag], normals[:, lag:]) for lag in (1, 2, 3, 4, 64, 1024)] + [
+        (normals, next_sample),
+        (normals, other_seed),
+    ]
     for x, y in pairs:
         for f in (lambda z: z, lambda z: z**2 - 1):  # radii, too: the cosine and the sine of a pair share theirs
             assert abs((f(x) * f(y)).mean() / (f(x) * f(x)).mean()) < 5 / math.sqrt(x.numel())
@@ -132,6 +136,10 @@ def test_seeds_are_64_bits():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_gpu_draws_what_the_cpu_draws():
     sample = torch.tensor([0, 7, 2**40])
-    cpu, gpu = philox.philox_normal(sample, 10**6 + 3, seed=11), philox.philox_normal(sample.cuda(), 10**6 + 3, seed=11).cpu()
-    # The hardware's logarithm is good to 2^-22 absolute, so near u = 1, where the radius is its root, the error can reach 2^-11.
+    cpu, gpu = (
+        philox.philox_normal(sample, 10**6 + 3, seed=11),
+        philox.philox_normal(sample.cuda(), 10**6 + 3, seed=11).cpu(),
+    )
+    # The hardware's logarithm is good to 2^-22 absolute, so near u = 1, where the radius is its root, the error can
+    # reach 2^-11.
     assert (cpu - gpu).abs().max() < 2e-3 and (cpu - gpu).abs().mean() < 1e-5

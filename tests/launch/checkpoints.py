@@ -1,7 +1,8 @@
 """Started by tests/test_checkpoint.py: writes, kills, damages and resumes checkpoints, and reports what happened.
 
-Usage: checkpoints.py CONFIG.yaml FOLDER RESULTS.json [TMPFS]. The processes of a world are forked from this one, so that the imports
-are paid for once. Reference states come from DeepSpeed's own accessors, not from the code under test.
+Usage: checkpoints.py CONFIG.yaml FOLDER RESULTS.json [TMPFS]. The processes of a world are forked from this one, so
+that the imports are paid for once. Reference states come from DeepSpeed's own accessors, not from the code under
+test.
 """
 
 import contextlib
@@ -49,7 +50,9 @@ CONFIG = ""
 def fork_world(size: int, work: Callable, *arguments) -> list[int]:
     """Start `work(process, *arguments)` in forked processes that form a group; returns their ids."""
     port, started = free_port(), []
-    gc.freeze()  # a child that collected the imports' objects, too, would copy their pages: longer than a writer lives before its kill
+    # a child that collected the imports' objects, too, would copy their pages: longer than a writer lives before its
+    # kill
+    gc.freeze()
     for rank in range(size):
         child = os.fork()
         if child == 0:
@@ -101,13 +104,18 @@ def train(process, engine, config, dtype, steps: int) -> None:
 
 
 def named_state(engine) -> dict[str, Tensor]:
-    """The full state by "state/parameter" and the count of updates, read by DeepSpeed's own functions (a collective)."""
+    """The full state by "state/parameter" and the count of updates, read by DeepSpeed's own functions (a
+    collective)."""
     weights, averages = head_weights(engine, average=False), head_weights(engine, average=True)
-    state = {f"weight/{name}": tensor for name, tensor in weights.items()} | {f"ema/{name}": tensor for name, tensor in averages.items()}
+    state = {f"weight/{name}": tensor for name, tensor in weights.items()} | {
+        f"ema/{name}": tensor for name, tensor in averages.items()
+    }
     masters, optimizer = unsharded_masters(engine), engine.basic_optimizer
     for name, parameter in engine.module.named_parameters():
         for key in ("exp_avg", "exp_avg_sq"):
-            whole = optimizer.state[masters[parameter]][key] if masters else safe_get_full_optimizer_state(parameter, key)
+            whole = (
+                optimizer.state[masters[parameter]][key] if masters else safe_get_full_optimizer_state(parameter, key)
+            )
             state[f"{key}/{name}"] = whole
     state["step"] = torch.stack([state["step"] for state in optimizer.state.values()]).unique()
     return {key: tensor.detach().clone().contiguous() for key, tensor in state.items()}
@@ -128,13 +136,19 @@ def write_states(process, folder: str, precision: str) -> int:
 
 def read_all_states(process, folder: str) -> dict[str, list[str]]:
     cases = [(precision, stage) for precision in ("fp32", "bf16") for stage in STAGES]
-    return {f"{precision} ZeRO {stage}": read_states(process, f"{folder}/{precision}", precision, stage) for precision, stage in cases}
+    return {
+        f"{precision} ZeRO {stage}": read_states(process, f"{folder}/{precision}", precision, stage)
+        for precision, stage in cases
+    }
 
 
 def read_states(process, folder: str, precision: str, stage: str) -> list[str]:
-    """Names of what differs from the reference: in the engine after `resume`, in its parameters, and in a checkpoint written from it."""
+    """Names of what differs from the reference: in the engine after `resume`, in its parameters, and in a checkpoint
+    written from it."""
     accumulated = ["trainer.micro_batch_size=1"] if stage == "1 accumulated" else []
-    engine, _, dtype = new_engine(process, f"engine.zero_stage={stage[0]}", f"engine.precision={precision}", *accumulated)
+    engine, _, dtype = new_engine(
+        process, f"engine.zero_stage={stage[0]}", f"engine.precision={precision}", *accumulated
+    )
     checkpoints = Checkpoints(engine, Path(folder), keep=2)
     resumed = checkpoints.resume(), engine.global_steps, engine.skipped_steps
     different = [] if resumed == (3, 3, 0) else [f"resumed at {resumed}"]
@@ -189,14 +203,18 @@ def fill(engine, step: int) -> None:
     """A state that says which step it is of, element by element."""
     for name, fragment in held_fragments(engine).items():
         for number, tensor in enumerate(state_tensors(engine, fragment).values()):
-            tensor.copy_(torch.arange(fragment.start, fragment.start + fragment.numel) + 7 * number + len(name) + 1000 * step)
+            tensor.copy_(
+                torch.arange(fragment.start, fragment.start + fragment.numel) + 7 * number + len(name) + 1000 * step
+            )
 
 
 def is_filled(engine, step: int) -> bool:
     held = {name: state_tensors(engine, fragment) for name, fragment in held_fragments(engine).items()}
     found = {name: {key: tensor.clone() for key, tensor in tensors.items()} for name, tensors in held.items()}
     fill(engine, step)
-    return all(torch.equal(found[name][key], tensor) for name, tensors in held.items() for key, tensor in tensors.items())
+    return all(
+        torch.equal(found[name][key], tensor) for name, tensors in held.items() for key, tensor in tensors.items()
+    )
 
 
 def save_until_killed(process, folder: str, ready: int, report: str) -> None:
@@ -357,11 +375,15 @@ def main() -> None:
     run_folder = Path(load_config(CONFIG, []).experiment)
     common = ["trainer.max_steps=6", "dataset.shapes.validation_clips=0"]
     report["curves"]["whole"] = run_world(1, loss_curve, CONFIG, "whole", *common, "engine.zero_stage=0")[0]
-    report["curves"]["first"] = run_world(2, loss_curve, CONFIG, "first", *common, "engine.zero_stage=2", "trainer.stop_after=3")[0]
+    report["curves"]["first"] = run_world(
+        2, loss_curve, CONFIG, "first", *common, "engine.zero_stage=2", "trainer.stop_after=3"
+    )[0]
     for world_size, stage in ((1, 0), (4, 3)):
         name = f"rest on {world_size}"
         shutil.copytree(run_folder / "first", run_folder / name)
-        report["curves"][name] = run_world(world_size, loss_curve, CONFIG, name, *common, f"engine.zero_stage={stage}")[0]
+        report["curves"][name] = run_world(world_size, loss_curve, CONFIG, name, *common, f"engine.zero_stage={stage}")[
+            0
+        ]
 
     report["damage"] = damages(folder / "damages")
     report["disk"]["size"] = run_world(2, fill_disk, str(folder / "limited" / "checkpoints"), "size")

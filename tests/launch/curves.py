@@ -1,7 +1,9 @@
-"""Started by the tests under the deepspeed launcher: trains each of several configurations for a few steps and writes what was seen.
+"""Started by the tests under the deepspeed launcher: trains each of several configurations for a few steps and writes
+what was seen.
 
-Usage: deepspeed … curves.py REQUESTS.json RESULTS.json. A request is a name and a list of overrides on the base configuration; a
-result holds its losses and gradient norms step by step, and the clips (row and sample) that the processes saw in each step.
+Usage: deepspeed … curves.py REQUESTS.json RESULTS.json. A request is a name and a list of overrides on the base
+configuration; a result holds its losses and gradient norms step by step, and the clips (row and sample) that the
+processes saw in each step.
 """
 
 import json

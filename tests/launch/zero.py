@@ -1,8 +1,10 @@
-"""Started by the tests under the deepspeed launcher: takes a few updates at each ZeRO stage and writes what each rank sent and held.
+"""Started by the tests under the deepspeed launcher: takes a few updates at each ZeRO stage and writes what each rank
+sent and held.
 
-Usage: deepspeed … zero.py REQUESTS.json RESULTS.json. A request is a name, a list of overrides on the base configuration and DeepSpeed's
-`zero_optimization` keys that replace flperf's. Collectives are seen where every one of them passes, whoever calls it: they are
-operators of PyTorch's dispatcher, `c10d::…`. DeepSpeed's own logger sees only what goes through `deepspeed.comm`.
+Usage: deepspeed … zero.py REQUESTS.json RESULTS.json. A request is a name, a list of overrides on the base
+configuration and DeepSpeed's `zero_optimization` keys that replace flperf's. Collectives are seen where every one of
+them passes, whoever calls it: they are operators of PyTorch's dispatcher, `c10d::…`. DeepSpeed's own logger sees only
+what goes through `deepspeed.comm`.
 """
 
 import json
@@ -38,7 +40,8 @@ KINDS = {
 
 
 class Collectives(TorchDispatchMode):
-    """Elements of every collective's message (the whole tensor, of which a rank has or gets a part), by kind and dtype."""
+    """Elements of every collective's message (the whole tensor, of which a rank has or gets a part), by kind and
+    dtype."""
 
     def __init__(self):
         super().__init__()
@@ -55,7 +58,11 @@ class Collectives(TorchDispatchMode):
 
 def held_bytes(*tensors: Tensor | None) -> int:
     """Bytes of the tensors' memory, each piece counted once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None}
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in tensors
+        if tensor is not None
+    }
     return sum(storages.values())
 
 
@@ -78,16 +85,21 @@ def held_states(engine) -> dict[str, int]:
 
 
 def held_gradients(engine, optimizer: AdamWWithEMA) -> int:
-    """Bytes of gradients at the moment the optimizer steps: the head's own, DeepSpeed's sums, and what the optimizer is given."""
+    """Bytes of gradients at the moment the optimizer steps: the head's own, DeepSpeed's sums, and what the optimizer
+    is given."""
     wrapper = engine.optimizer
-    sums = [getattr(wrapper, name, None) for name in ("averaged_gradients", "fp32_groups_gradients_flat", "grad_partitions_flat_buffer")]
+    sums = [
+        getattr(wrapper, name, None)
+        for name in ("averaged_gradients", "fp32_groups_gradients_flat", "grad_partitions_flat_buffer")
+    ]
     stepped = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
     tensors = [leaf for leaf in tree_leaves(sums) if isinstance(leaf, Tensor)]
     return held_bytes(*tensors, *stepped, *(parameter.grad for parameter in engine.module.parameters()))
 
 
 def measure(config_path: str, overrides: list[str], zero: dict, process) -> dict:
-    """Messages of the last update, and the bytes held by this rank after it (gradients: at their most, as the optimizer steps)."""
+    """Messages of the last update, and the bytes held by this rank after it (gradients: at their most, as the
+    optimizer steps)."""
     config = load_config(config_path, ["name=zero", *overrides])
     dtype, share = compute_dtype(config.engine.precision, process.device), batch_share(config.trainer, process)
     head = build_head(config.model, GEOMETRY, seed=0, compile=False)
@@ -107,14 +119,17 @@ def measure(config_path: str, overrides: list[str], zero: dict, process) -> dict
         return step(*arguments, **keywords)
 
     engine.basic_optimizer.step = observed_step
-    context = torch.ones(share.micro_batch_size, GEOMETRY.context_frames, GEOMETRY.height, GEOMETRY.width, GEOMETRY.dim, dtype=dtype)
+    context = torch.ones(
+        share.micro_batch_size, GEOMETRY.context_frames, GEOMETRY.height, GEOMETRY.width, GEOMETRY.dim, dtype=dtype
+    )
     for update in range(UPDATES):
         set_schedule(engine, update, config.trainer, UPDATES)
         with Collectives() as collectives:
             for _ in range(share.accumulation_steps):
                 engine.backward((engine(context).float() - 1).square().mean())
                 engine.step()
-    buckets = dtype.itemsize * getattr(engine.optimizer, "reduce_bucket_size", 0)  # one on a CPU; DeepSpeed allocates it in full
+    # one on a CPU; DeepSpeed allocates it in full
+    buckets = dtype.itemsize * getattr(engine.optimizer, "reduce_bucket_size", 0)
     sent = Counter()
     for kind, type_name, elements in collectives.messages:
         sent[f"{kind} {type_name}" if elements > 1 else "scalars"] += elements

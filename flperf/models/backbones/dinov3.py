@@ -1,4 +1,5 @@
-"""DINOv3 (arXiv:2508.10104), frame by frame: every `frame_stride`-th frame, patch tokens only (class and register tokens dropped)."""
+"""DINOv3 (arXiv:2508.10104), frame by frame: every `frame_stride`-th frame, patch tokens only (class and register
+tokens dropped)."""
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -10,8 +11,8 @@ from flperf.models.backbones.pretrained import load_transformer
 class DINOv3(nn.Module):
     """transformers' ViT; frames between those that are encoded are not looked at.
 
-    Its attention stays PyTorch's: it comes as `b a n k`, which xFormers would copy, and is n / (6 d + n) of the arithmetic: 4% for a frame
-    of 256 x 256 (n = 261 tokens) at width 1024.
+    Its attention stays PyTorch's: it comes as `b a n k`, which xFormers would copy, and is n / (6 d + n) of the
+    arithmetic: 4% for a frame of 256 x 256 (n = 261 tokens) at width 1024.
     """
 
     def __init__(self, backbone: Backbone, crop: tuple[int, int]):

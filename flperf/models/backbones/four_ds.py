@@ -1,7 +1,9 @@
-"""4DS, "Scaling 4D Representations" (arXiv:2412.15212): a plain pre-norm ViT over tubelets of 2 x 16 x 16, on pixels in [0, 1].
+"""4DS, "Scaling 4D Representations" (arXiv:2412.15212): a plain pre-norm ViT over tubelets of 2 x 16 x 16, on pixels
+in [0, 1].
 
-Written after the published code (github.com/google-deepmind/representations4d, and kauldron's transformer blocks); its weights
-are flat npz files with Flax's layouts. Readouts take an inner layer, so blocks behind the chosen one are neither loaded nor run.
+Written after the published code (github.com/google-deepmind/representations4d, and kauldron's transformer blocks);
+its weights are flat npz files with Flax's layouts. Readouts take an inner layer, so blocks behind the chosen one are
+neither loaded nor run.
 """
 
 import zipfile
@@ -46,19 +48,22 @@ SIZES = {
 
 
 class FourDS(nn.Module):
-    """`architecture`: `size` (a key of SIZES, default B) or the four fields of `Size`; `readout` (default 0.95), the fraction of depth.
+    """`architecture`: `size` (a key of SIZES, default B) or the four fields of `Size`; `readout` (default 0.95), the
+    fraction of depth.
 
-    The published list of features is the input of block 0 (patch embedding with positions, which stands in it twice) and then the inputs of
-    blocks 0 … L-1, L + 1 in all; a fraction picks number int((L + 1) * fraction) - 1. That is the input of block n, or what n blocks
-    make of the tokens, with n = max(int((L + 1) * fraction) - 2, 0): 10 of the 12 blocks of size B at 0.95. The last block's output is
-    never in the list.
+    The published list of features is the input of block 0 (patch embedding with positions, which stands in it twice)
+    and then the inputs of blocks 0 … L-1, L + 1 in all; a fraction picks number int((L + 1) * fraction) - 1. That is
+    the input of block n, or what n blocks make of the tokens, with n = max(int((L + 1) * fraction) - 2, 0): 10 of the
+    12 blocks of size B at 0.95. The last block's output is never in the list.
     """
 
     def __init__(self, backbone: Backbone, crop: tuple[int, int]):
         super().__init__()
         size, readout = _architecture(backbone)
         if any(edge % TUBELET[1] for edge in crop):
-            raise UserError(f"backbone.processor: 4DS takes frames of whole patches of 16 pixels, not {crop[0]} x {crop[1]}")
+            raise UserError(
+                f"backbone.processor: 4DS takes frames of whole patches of 16 pixels, not {crop[0]} x {crop[1]}"
+            )
         self.frames_per_latent = self.frames_covered = TUBELET[0]
         self.patch_size = TUBELET[1]
         self.dim = size.hidden_size
@@ -81,15 +86,19 @@ class FourDS(nn.Module):
         return rearrange(x, "b (t h w) d -> b t h w d", t=grid[0], h=grid[1], w=grid[2])
 
     def _positions(self, grid: torch.Size) -> Tensor:
-        """The learned positions, stretched by trilinear interpolation where the clip's grid is another than that of training."""
+        """The learned positions, stretched by trilinear interpolation where the clip's grid is another than that of
+        training."""
         if grid == POSITIONS:
             return self.positions
         planes = rearrange(self.positions, "t h w d -> 1 d t h w")
-        return rearrange(F.interpolate(planes, size=grid, mode="trilinear", align_corners=False), "1 d t h w -> t h w d")
+        return rearrange(
+            F.interpolate(planes, size=grid, mode="trilinear", align_corners=False), "1 d t h w -> t h w d"
+        )
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)); biases everywhere. The fused attention computes its softmax in fp32 in any dtype."""
+    """x + attention(norm(x)), then x + MLP(norm(x)); biases everywhere. The fused attention computes its softmax in
+    fp32 in any dtype."""
 
     def __init__(self, size: Size):
         super().__init__()
@@ -111,8 +120,8 @@ class Block(nn.Module):
 
 
 def blocks_before(fraction: float, layers: int) -> int:
-    """How many blocks run for a readout at a fraction of the depth, see `FourDS`: entry int((layers + 1) * fraction) - 1 of the published
-    list, whose length is layers + 1, not layers."""
+    """How many blocks run for a readout at a fraction of the depth, see `FourDS`: entry int((layers + 1) * fraction)
+    - 1 of the published list, whose length is layers + 1, not layers."""
     return max(int((layers + 1) * fraction) - 2, 0)
 
 
@@ -123,9 +132,14 @@ def _architecture(backbone: Backbone) -> tuple[Size, float]:
     stated.pop("image_size", None)  # the preprocessing's
     explicit = {field.name for field in fields(Size)}
     for key in stated.keys() - explicit - {"size"}:
-        raise UserError(f"backbone.architecture.{key}: 4DS has no such key: size, readout, image_size, {', '.join(sorted(explicit))}")
+        raise UserError(
+            f"backbone.architecture.{key}: 4DS has no such key: size, readout, image_size, "
+            f"{', '.join(sorted(explicit))}"
+        )
     if not isinstance(readout, int | float) or not 0 < readout <= 1:
-        raise UserError(f"backbone.architecture.readout: must be a fraction of the depth, above 0 and at most 1, is {readout!r}")
+        raise UserError(
+            f"backbone.architecture.readout: must be a fraction of the depth, above 0 and at most 1, is {readout!r}"
+        )
     if not explicit & stated.keys():
         name = stated.get("size", "B")
         if name not in SIZES:
@@ -134,13 +148,19 @@ def _architecture(backbone: Backbone) -> tuple[Size, float]:
     if "size" in stated or explicit - stated.keys():
         raise UserError(f"backbone.architecture: write either size or all of {', '.join(sorted(explicit))}")
     size = Size(**stated)
-    if any(not isinstance(value, int) or value < 1 for value in stated.values()) or size.hidden_size % size.num_attention_heads:
-        raise UserError(f"backbone.architecture: {stated}: must be positive integers, hidden_size a multiple of num_attention_heads")
+    if (
+        any(not isinstance(value, int) or value < 1 for value in stated.values())
+        or size.hidden_size % size.num_attention_heads
+    ):
+        raise UserError(
+            f"backbone.architecture: {stated}: must be positive integers, hidden_size a multiple of num_attention_heads"
+        )
     return size, readout
 
 
 def read_weights(path: str, size: Size, depth: int) -> dict[str, Tensor]:
-    """The state of a `FourDS` of `depth` blocks from a published npz file: of the backbone, or of a backbone with a readout.
+    """The state of a `FourDS` of `depth` blocks from a published npz file: of the backbone, or of a backbone with a
+    readout.
 
     Raises one `UserError` that names the file and the key where it is missing, damaged, or holds another architecture.
     """
@@ -150,13 +170,18 @@ def read_weights(path: str, size: Size, depth: int) -> dict[str, Tensor]:
                 raise UserError(f"backbone.weights: {path}: is a single array, not an npz file of named ones")
             return _state(_Keys(path, file), size, depth)
     except FileNotFoundError:
-        raise UserError(f"backbone.weights: there is no file {path}; download the npz file of a 4DS backbone and name it here") from None
+        raise UserError(
+            f"backbone.weights: there is no file {path}; download the npz file of a 4DS backbone and name it here"
+        ) from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"backbone.weights: {path}: is no complete npz file ({_line(error)}); download it again") from None
+        raise UserError(
+            f"backbone.weights: {path}: is no complete npz file ({_line(error)}); download it again"
+        ) from None
 
 
 class _Keys:
-    """Arrays of an npz file by their key behind `params/` (backbone alone) or `params/layers_0/` (in front of a readout), checked."""
+    """Arrays of an npz file by their key behind `params/` (backbone alone) or `params/layers_0/` (in front of a
+    readout), checked."""
 
     def __init__(self, path: str, file: np.lib.npyio.NpzFile):
         self.path, self.file = path, file
@@ -172,10 +197,13 @@ class _Keys:
         try:
             array = self.file[name]
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"backbone.weights: {self.path}: {name} is damaged ({_line(error)}); download it again") from None
+            raise UserError(
+                f"backbone.weights: {self.path}: {name} is damaged ({_line(error)}); download it again"
+            ) from None
         if array.shape != shape:
             raise UserError(
-                f"backbone.weights: {self.path}: {name} has shape {list(array.shape)}, but backbone.architecture makes it {list(shape)}"
+                f"backbone.weights: {self.path}: {name} has shape {list(array.shape)}, but backbone.architecture "
+                f"makes it {list(shape)}"
             )
         return torch.from_numpy(array.astype(np.float32, order="C"))
 
@@ -186,7 +214,9 @@ def _state(read: _Keys, size: Size, depth: int) -> dict[str, Tensor]:
     convolution = "encoder/patch_embedding/Conv_0"
     state = {
         "positions": read("encoder/posenc/embeddings", *POSITIONS, dim),
-        "patch_embedding.weight": rearrange(read(f"{convolution}/kernel", *TUBELET, 3, dim), "t h w c d -> d (t h w c)").contiguous(),
+        "patch_embedding.weight": rearrange(
+            read(f"{convolution}/kernel", *TUBELET, 3, dim), "t h w c d -> d (t h w c)"
+        ).contiguous(),
         "patch_embedding.bias": read(f"{convolution}/bias", dim),
     }
     for block in range(depth):
@@ -197,7 +227,9 @@ def _state(read: _Keys, size: Size, depth: int) -> dict[str, Tensor]:
         parts = [f"{layer}/attention/{part}" for part in ("query", "key", "value")]
         kernels = [rearrange(read(f"{part}/kernel", dim, heads, width), "d a k -> (a k) d") for part in parts]
         state[f"{target}.query_key_value.weight"] = torch.cat(kernels)
-        state[f"{target}.query_key_value.bias"] = torch.cat([read(f"{part}/bias", heads, width).flatten() for part in parts])
+        state[f"{target}.query_key_value.bias"] = torch.cat(
+            [read(f"{part}/bias", heads, width).flatten() for part in parts]
+        )
         kernel = read(f"{layer}/attention/out/kernel", heads, width, dim)
         state[f"{target}.out.weight"] = rearrange(kernel, "a k d -> d (a k)").contiguous()
         state[f"{target}.out.bias"] = read(f"{layer}/attention/out/bias", dim)

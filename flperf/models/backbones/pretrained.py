@@ -8,8 +8,8 @@ from flperf.errors import UserError
 
 
 def load_transformer(model_class, config_class, backbone: Backbone, **geometry) -> nn.Module:
-    """A transformers model from `backbone.weights`, or with seeded random weights from `backbone.architecture`. On the meta device only
-    the configuration of `backbone.weights` is read."""
+    """A transformers model from `backbone.weights`, or with seeded random weights from `backbone.architecture`. On
+    the meta device only the configuration of `backbone.weights` is read."""
     if backbone.weights is None:
         # transformers keeps unknown arguments without a word, so a misspelt one would silently mean its default.
         architecture = {key: value for key, value in backbone.architecture.items() if value is not None}
@@ -28,6 +28,7 @@ def load_transformer(model_class, config_class, backbone: Backbone, **geometry) 
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"backbone.weights: {backbone.weights!r} is neither a local folder with a {backbone.kind} checkpoint nor a hub name that "
+            f"backbone.weights: {backbone.weights!r} is neither a local folder with a {backbone.kind} checkpoint "
+            "nor a hub name that "
             f"can be reached ({reason}); download it, or set backbone.weights to the folder"
         ) from error

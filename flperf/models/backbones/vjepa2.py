@@ -1,7 +1,9 @@
-"""V-JEPA 2 (arXiv:2506.09985): bidirectional attention over tubelets of 2 x 16 x 16, the whole of what it is given at once.
+"""V-JEPA 2 (arXiv:2506.09985): bidirectional attention over tubelets of 2 x 16 x 16, the whole of what it is given at
+once.
 
-transformers' weights in blocks of our own: queries, keys and values come from one product, and the angles of the rotary embedding are
-computed once a clip, not once in every block, which took a quarter of the encoder's time on a CPU.
+transformers' weights in blocks of our own: queries, keys and values come from one product, and the angles of the
+rotary embedding are computed once a clip, not once in every block, which took a quarter of the encoder's time on a
+CPU.
 """
 
 from typing import Any
@@ -51,8 +53,8 @@ class VJEPA2(nn.Module):
 class Block(nn.Module):
     """One of transformers' layers: x + attention(norm(x)), then x + MLP(norm(x)).
 
-    It rotates the channels 2i and 2i + 1 of a head, which no vector instruction reads well, so the rows of the query and key weights
-    are reordered, even channels first: a product of queries and keys doesn't see the order.
+    It rotates the channels 2i and 2i + 1 of a head, which no vector instruction reads well, so the rows of the query
+    and key weights are reordered, even channels first: a product of queries and keys doesn't see the order.
     """
 
     def __init__(self, layer: Any):
@@ -86,8 +88,9 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 def rotary_table(frames: int, height: int, width: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine for every token and channel of a head, even channels first, fp32 [t h w, 1, k].
 
-    As published, which the weights expect: each of t, h and w has a third of the channels (rounded down to pairs), the frequencies of
-    that third repeat one after another, so the two channels of a pair turn by different angles, and what is left over stays.
+    As published, which the weights expect: each of t, h and w has a third of the channels (rounded down to pairs),
+    the frequencies of that third repeat one after another, so the two channels of a pair turn by different angles,
+    and what is left over stays.
     """
     count = head_dim // 3 // 2
     frequencies = 10_000.0 ** (-torch.arange(count, device=device) / count)

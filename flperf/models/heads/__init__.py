@@ -38,13 +38,16 @@ def build_head(model: Model, geometry: LatentGeometry, *, seed: int, compile: bo
 
 
 def use_initial_weights(head: nn.Module, file: str) -> None:
-    """Replace those of a fresh head's parameters that a safetensors file holds, by name. Raises `UserError` for what doesn't fit."""
+    """Replace those of a fresh head's parameters that a safetensors file holds, by name. Raises `UserError` for what
+    doesn't fit."""
     try:
         stored = load_file(file)
     except (SafetensorError, OSError) as error:
         raise UserError(f"model.initial_weights: {file} can't be read as safetensors ({error})") from None
     parameters = dict(head.named_parameters())
-    weights = {name.removeprefix("head."): tensor for name, tensor in stored.items() if not name.startswith("statistics.")}
+    weights = {
+        name.removeprefix("head."): tensor for name, tensor in stored.items() if not name.startswith("statistics.")
+    }
     for name, tensor in weights.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             here = list(parameters[name].shape) if name in parameters else "no such parameter"

@@ -35,4 +35,6 @@ class CrossAttentionPredictor(nn.Module):
         x = self.positions.add(repeat(self.target_queries, "n d -> b n d", b=len(tokens)), "target").contiguous()
         for block, keys_values in zip(self.blocks, self.memory, strict=True):
             x = block(x, self.positions.rotary("target"), keys_values(tokens, self.positions.rotary("context")))
-        return rearrange(self.out(self.norm(x)), "b (t h w) c -> b t h w c", h=self.geometry.height, w=self.geometry.width)
+        return rearrange(
+            self.out(self.norm(x)), "b (t h w) c -> b t h w c", h=self.geometry.height, w=self.geometry.width
+        )

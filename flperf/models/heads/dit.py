@@ -1,4 +1,5 @@
-"""Diffusion transformer (DiT, arXiv:2212.09748): noised target latents and tau to a velocity, with cross-attention to the context.
+"""Diffusion transformer (DiT, arXiv:2212.09748): noised target latents and tau to a velocity, with cross-attention to
+the context.
 
 Gates and output start at zero, so a fresh DiT predicts zero velocity.
 """
@@ -28,7 +29,14 @@ class DiT(nn.Module):
         self.tau = TauEmbedding(model.hidden_dim)
         self.memory = nn.ModuleList(KeysValues(model.hidden_dim, model.num_heads) for _ in range(model.depth))
         self.blocks = nn.ModuleList(
-            Block(model.hidden_dim, model.num_heads, model.mlp_ratio, cross_attention=True, modulated=True, fused=model.fused_adaln)
+            Block(
+                model.hidden_dim,
+                model.num_heads,
+                model.mlp_ratio,
+                cross_attention=True,
+                modulated=True,
+                fused=model.fused_adaln,
+            )
             for _ in range(model.depth)
         )
         self.norm = nn.LayerNorm(model.hidden_dim, eps=1e-6, elementwise_affine=False)

@@ -1,8 +1,9 @@
-"""The parts all heads are built of: attention layers, rotary and sine positions, the transformer block, the embedding of tau.
+"""The parts all heads are built of: attention layers, rotary and sine positions, the transformer block, the embedding
+of tau.
 
-Shapes in einops names: b batch, n tokens of the head's own sequence, m tokens of the context, d width, a attention heads,
-k width of one attention head. One block serves every head: `modulated` adds adaLN-zero (DiT, arXiv:2212.09748, section 3.2),
-`cross_attention` lets it read the context.
+Shapes in einops names: b batch, n tokens of the head's own sequence, m tokens of the context, d width, a attention
+heads, k width of one attention head. One block serves every head: `modulated` adds adaLN-zero (DiT, arXiv:2212.09748,
+section 3.2), `cross_attention` lets it read the context.
 """
 
 import torch
@@ -25,7 +26,8 @@ def token_coordinates(geometry: LatentGeometry) -> Tensor:
 
 
 def rotary_table(coordinates: Tensor, head_dim: int) -> Rotary:
-    """Cosine and sine of 3-D rotary embedding (RoFormer, arXiv:2104.09864, section 3.2.2, one axis after another), each [n, 1, k/2].
+    """Cosine and sine of 3-D rotary embedding (RoFormer, arXiv:2104.09864, section 3.2.2, one axis after another),
+    each [n, 1, k/2].
 
     The k/2 rotated pairs are shared out among t, h and w; what does not divide by three goes to t.
     """
@@ -49,7 +51,8 @@ def rotate(x: Tensor, rotary: Rotary | None) -> Tensor:
 
 
 def sine_table(coordinates: Tensor, dim: int) -> Tensor:
-    """Fixed sine and cosine features of (t, h, w), [n, d]: a third of the channels an axis, what is left over stays zero."""
+    """Fixed sine and cosine features of (t, h, w), [n, d]: a third of the channels an axis, what is left over stays
+    zero."""
     count = dim // 6
     frequencies = ROTARY_BASE ** (-torch.arange(count, dtype=torch.float32) / count)
     angles = coordinates.float()[:, :, None] * frequencies  # n 3 count
@@ -58,17 +61,24 @@ def sine_table(coordinates: Tensor, dim: int) -> Tensor:
 
 
 class Positions(nn.Module):
-    """Tells context and target tokens where they are: rotary tables for attention, or sine features added to the tokens."""
+    """Tells context and target tokens where they are: rotary tables for attention, or sine features added to the
+    tokens."""
 
     def __init__(self, kind: str, geometry: LatentGeometry, dim: int, num_heads: int):
         super().__init__()
         coordinates = token_coordinates(geometry)
-        parts = {"context": coordinates[: geometry.context_tokens], "target": coordinates[geometry.context_tokens :], "all": coordinates}
+        parts = {
+            "context": coordinates[: geometry.context_tokens],
+            "target": coordinates[geometry.context_tokens :],
+            "all": coordinates,
+        }
         for part, where in parts.items():
             cosine, sine = rotary_table(where, dim // num_heads) if kind == "rope3d" else (None, None)
             self.register_buffer(f"{part}_cosine", cosine, persistent=False)
             self.register_buffer(f"{part}_sine", sine, persistent=False)
-            self.register_buffer(f"{part}_added", sine_table(where, dim) if kind == "sincos" else None, persistent=False)
+            self.register_buffer(
+                f"{part}_added", sine_table(where, dim) if kind == "sincos" else None, persistent=False
+            )
 
     def rotary(self, part: str) -> Rotary | None:
         """fp32 tables `[n, 1, k/2]` for "context", "target" or "all" tokens; None where positions are not rotary."""
@@ -92,7 +102,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
         """b n d -> b n d."""
-        query, key, value = rearrange(self.query_key_value(x), "b n (three a k) -> three b n a k", three=3, a=self.num_heads).unbind()
+        query, key, value = rearrange(
+            self.query_key_value(x), "b n (three a k) -> three b n a k", three=3, a=self.num_heads
+        ).unbind()
         mixed = attention(rotate(query, rotary), rotate(key, rotary), value)
         return self.out(rearrange(mixed, "b n a k -> b n (a k)"))
 
@@ -114,7 +126,8 @@ class CrossAttention(nn.Module):
 
 
 class KeysValues(nn.Module):
-    """One block's keys and values of the context. Apart from the block, so that a sampler computes them once a context, not once a step."""
+    """One block's keys and values of the context. Apart from the block, so that a sampler computes them once a
+    context, not once a step."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -123,7 +136,9 @@ class KeysValues(nn.Module):
 
     def forward(self, context: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
         """context tokens `b m d` -> keys and values, `b m a k` each, keys rotated."""
-        key, value = rearrange(self.key_value(context), "b m (two a k) -> two b m a k", two=2, a=self.num_heads).unbind()
+        key, value = rearrange(
+            self.key_value(context), "b m (two a k) -> two b m a k", two=2, a=self.num_heads
+        ).unbind()
         return rotate(key, rotary), value
 
 
@@ -136,7 +151,8 @@ class MLP(nn.Sequential):
 
 
 class Branch(nn.Module):
-    """One residual branch: x + gate * layer(norm(x) * (1 + scale) + shift); without modulation x + layer(norm(x)) with a learned norm."""
+    """One residual branch: x + gate * layer(norm(x) * (1 + scale) + shift); without modulation x + layer(norm(x))
+    with a learned norm."""
 
     def __init__(self, dim: int, layer: nn.Module, modulated: bool):
         super().__init__()
@@ -160,7 +176,14 @@ class Block(nn.Module):
     """Self-attention, optional cross-attention to the context, MLP: each a residual branch."""
 
     def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float, *, cross_attention: bool = False, modulated: bool = False, fused: bool = False
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        *,
+        cross_attention: bool = False,
+        modulated: bool = False,
+        fused: bool = False,
     ):
         super().__init__()
         self.fused = fused
@@ -170,7 +193,11 @@ class Block(nn.Module):
         self.modulation = nn.Linear(dim, (9 if cross_attention else 6) * dim) if modulated else None
 
     def forward(
-        self, x: Tensor, rotary: Rotary | None, memory: tuple[Tensor, Tensor] | None = None, condition: Tensor | None = None
+        self,
+        x: Tensor,
+        rotary: Rotary | None,
+        memory: tuple[Tensor, Tensor] | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """x: b n d. memory: keys and values of the context, `b m a k` each. condition: b d."""
         branches = [(self.self_attention, (rotary,)), (self.mlp, ())]
@@ -178,7 +205,12 @@ class Block(nn.Module):
             branches.insert(1, (self.cross_attention, (rotary, memory)))
         modulations: tuple = (None,) * len(branches)
         if self.modulation is not None:
-            parts = rearrange(self.modulation(F.silu(condition)), "b (branch three d) -> branch three b 1 d", branch=len(branches), three=3)
+            parts = rearrange(
+                self.modulation(F.silu(condition)),
+                "b (branch three d) -> branch three b 1 d",
+                branch=len(branches),
+                three=3,
+            )
             modulations = tuple(tuple(part.unbind()) for part in parts.unbind())
         if self.fused:
             return self._fused(x, branches, modulations)
@@ -188,18 +220,22 @@ class Block(nn.Module):
 
     @staticmethod
     def _fused(x: Tensor, branches: list, modulations: tuple) -> Tensor:
-        """The same sum, cut between the layers: a gated residual and the norm after it are one kernel, forward and backward."""
+        """The same sum, cut between the layers: a gated residual and the norm after it are one kernel, forward and
+        backward."""
         (branch, inputs), *others = branches
         h = branch.modulated(x, modulations[0])
         for place, (following, following_inputs) in enumerate(others):
             gate, (shift, scale, _) = modulations[place][2], modulations[place + 1]
-            x, h = residual_modulate(x, branch.layer(h, *inputs), *(m.squeeze(1).contiguous() for m in (gate, shift, scale)))
+            x, h = residual_modulate(
+                x, branch.layer(h, *inputs), *(m.squeeze(1).contiguous() for m in (gate, shift, scale))
+            )
             branch, inputs = following, following_inputs
         return x + modulations[-1][2] * branch.layer(h, *inputs)
 
 
 class TauEmbedding(nn.Module):
-    """Sine features of the time tau in [0, 1] (fp32, scaled to [0, 1000] as DiT's 1,000 steps), then a two-layer MLP: [b] -> [b d]."""
+    """Sine features of the time tau in [0, 1] (fp32, scaled to [0, 1000] as DiT's 1,000 steps), then a two-layer MLP:
+    [b] -> [b d]."""
 
     FEATURES = 256
 
@@ -239,7 +275,8 @@ def expand_token(token: Tensor, batch: int, count: int) -> Tensor:
 
 
 def initialise(head: nn.Module, zero: list[nn.Linear]) -> None:
-    """Truncated normal weights (0.02), zero biases, unit norms; the layers in `zero` start at zero: a fresh head forecasts the mean.
+    """Truncated normal weights (0.02), zero biases, unit norms; the layers in `zero` start at zero: a fresh head
+    forecasts the mean.
 
     Parameters are filled with NaN first: one that is forgotten here shows in the first loss.
     """

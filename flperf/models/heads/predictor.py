@@ -1,5 +1,5 @@
-"""Deterministic predictor: context tokens and a mask token for each target place attend to one another; the mask tokens become the
-forecast."""
+"""Deterministic predictor: context tokens and a mask token for each target place attend to one another; the mask
+tokens become the forecast."""
 
 import torch
 from einops import rearrange
@@ -19,7 +19,9 @@ class Predictor(nn.Module):
         self.positions = Positions(model.positions, geometry, model.hidden_dim, model.num_heads)
         self.context = ContextEmbedding(geometry.dim, model.hidden_dim)
         self.mask_token = learned_token(model.hidden_dim)
-        self.blocks = nn.ModuleList(Block(model.hidden_dim, model.num_heads, model.mlp_ratio) for _ in range(model.depth))
+        self.blocks = nn.ModuleList(
+            Block(model.hidden_dim, model.num_heads, model.mlp_ratio) for _ in range(model.depth)
+        )
         self.norm = nn.LayerNorm(model.hidden_dim, eps=1e-6)
         self.out = nn.Linear(model.hidden_dim, geometry.dim)
         initialise(self, zero=[self.out])
