@@ -55,7 +55,7 @@ def draw(axes: Axes) -> None:
 
 
 def main(out: str) -> None:
-    figure, axes = pyplot.subplots(figsize=(12, 4), geometry="constrained")
+    figure, axes = pyplot.subplots(figsize=(12, 4), layout="constrained")
     draw(axes)
     figure.savefig(out, dpi=110)
 

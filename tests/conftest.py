@@ -9,6 +9,8 @@ import pytest
 import torch
 from runs import TINY
 
+pytest_plugins = ["video_fixtures"]
+
 
 def pytest_configure(config):
     if config.option.markexpr != "gpu":

@@ -1,4 +1,4 @@
-"""`flperf doctor`: is everything here that a run needs, and if not, which command mends it?
+"""`flperf doctor`: is everything here that a run needs, and if not, which command fixes it?
 
 Each check returns one line; a failed one makes the exit status 1, so that a job script can stop before it waits in a
 queue. What a check needs is imported in it: what is broken ends that check alone. With --config
@@ -45,10 +45,10 @@ def findings(check: Check, *arguments, package: str = "", debug: bool = False) -
         if debug:
             traceback.print_exc()
         text = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        yield Finding(check.__name__.replace("_", " "), text, mend_of_broken(check, package))
+        yield Finding(check.__name__.replace("_", " "), text, fix_of_broken(check, package))
 
 
-def mend_of_broken(check: Check, package: str) -> str:
+def fix_of_broken(check: Check, package: str) -> str:
     if check is engine and "DS_ACCELERATOR" in os.environ:
         return "unset DS_ACCELERATOR"
     if not package:

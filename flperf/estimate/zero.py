@@ -1,8 +1,8 @@
 """What ZeRO costs: the bytes that a process holds and those it sends for one update, by stage.
 
-Formulas, not measurements, of what DeepSpeed 0.19 does with flperf's options; `tests/test_zero.py` holds them against
-both counted in real runs. That is not everywhere the textbook (Rajbhandari et al., arXiv:1910.02054, section 7: 2 Psi
-at stages 0 to 2, 3 Psi at 3, for Psi parameters and many processes):
+Formulas, not measurements, of what DeepSpeed 0.19 does with flperf's options; `tests/integration/test_zero_stages.py`
+holds them against both counted in real runs. That is not everywhere the textbook (Rajbhandari et al.,
+arXiv:1910.02054, section 7: 2 Psi at stages 0 to 2, 3 Psi at 3, for Psi parameters and many processes):
 - Stages 1 and 2 all-reduce gradients where a reduce-scatter would do, so they send 3 Psi:
   `use_multi_rank_bucket_allreduce`, on by default.
 - Stage 3 keeps weights from the forward to the backward pass unless it holds more than 1e9 elements, so it gathers

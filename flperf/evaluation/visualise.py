@@ -122,7 +122,7 @@ def draw_overview(path: Path, example: Example, projection: Projection) -> Path:
         else list(range(total))
     )
     rows = _picture_rows(example, projection, total)
-    figure = Figure(figsize=(1.05 * len(shown) + 1.6, 1.15 * len(rows) + 2.4), geometry="constrained")
+    figure = Figure(figsize=(1.05 * len(shown) + 1.6, 1.15 * len(rows) + 2.4), layout="constrained")
     FigureCanvasAgg(figure)
     pictures, errors = cast(Any, figure.subfigures(2, 1, height_ratios=(1.15 * len(rows) + 0.3, 2.1)))
     axes = pictures.subplots(len(rows), len(shown), squeeze=False)

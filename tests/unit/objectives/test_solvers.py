@@ -134,6 +134,6 @@ def test_guidance_moves_away_from_what_needs_no_context(gaussian_head):
 def test_a_context_is_projected_once_a_forecast(gaussian_head, monkeypatch):
     calls = []
     encode_context = gaussian_head.encode_context
-    monkeypatch.setattr(gaussian_head, "remember", lambda context: calls.append(1) or encode_context(context))
+    monkeypatch.setattr(gaussian_head, "encode_context", lambda context: calls.append(1) or encode_context(context))
     draw(gaussian_head, 5, torch.ones(2, 1, 1, 2, 2), steps=7)
     assert len(calls) == 1

@@ -1,4 +1,4 @@
-"""`flperf doctor` finds what is failed, and says how to mend it."""
+"""`flperf doctor` finds what is missing, and says how to fix it."""
 
 import ctypes
 import re
@@ -10,8 +10,7 @@ import pytest
 import torch
 from runs import ROOT
 
-from flperf.commands import doctor
-from flperf.commands import doctor_config as doctor_run
+from flperf.commands import doctor, doctor_config, doctor_machine
 from flperf.config import load_config
 from flperf.engine.devices import DEVICES
 from flperf.errors import UserError
@@ -25,24 +24,24 @@ def findings(check) -> str:
 
 
 def test_a_wrong_version_and_a_missing_package_are_failed(monkeypatch):
-    assert "FAIL" not in findings(doctor.packages)
+    assert "FAIL" not in findings(doctor_machine.packages)
     monkeypatch.setattr(
-        doctor, "requires", lambda name: ["einops>=99", "no-such-package>=1", "pytest>=99; extra == 'test'"]
+        doctor_machine, "requires", lambda name: ["einops>=99", "no-such-package>=1", "pytest>=99; extra == 'test'"]
     )
-    text = findings(doctor.packages)
+    text = findings(doctor_machine.packages)
     assert "FAIL" in text and "einops>=99" in text and "no-such-package" in text and "pytest" not in text
 
 
-def test_a_missing_compiler_is_failed(monkeypatch):
-    assert "FAIL" not in findings(doctor.compiler)
+def test_a_missing_compiler_fails_the_check(monkeypatch):
+    assert "FAIL" not in findings(doctor_machine.compiler)
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CXX", raising=False)
-    assert "apt install g++" in findings(doctor.compiler)
+    assert "apt install g++" in findings(doctor_machine.compiler)
 
 
-def test_a_full_disk_is_failed(monkeypatch):
-    monkeypatch.setattr(doctor, "NEEDED_DISK_GB", 1e9)
-    assert "FAIL" in findings(doctor.space)
+def test_a_full_disk_fails_the_check(monkeypatch):
+    monkeypatch.setattr(doctor_machine, "NEEDED_DISK_GB", 1e9)
+    assert "FAIL" in findings(doctor_machine.space)
 
 
 def test_a_configuration_is_opened_as_a_run_would(tiny):
@@ -63,16 +62,16 @@ def test_a_configuration_is_opened_as_a_run_would(tiny):
 
 
 @pytest.mark.parametrize(
-    ("module", "check", "mend"),
+    ("module", "check", "fix"),
     [
-        ("av", doctor.decoding, "'av"),
-        ("nvidia.dali", doctor.gpu_decoding, "'nvidia-dali"),
-        ("triton", doctor.compiler, "'triton=="),
+        ("av", doctor_machine.decoding, "'av"),
+        ("nvidia.dali", doctor_machine.gpu_decoding, "'nvidia-dali"),
+        ("triton", doctor_machine.compiler, "'triton=="),
     ],
 )
 def test_what_can_not_be_imported_ends_its_own_check_alone(module, check, fix, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(doctor, "CHECKS", {check: doctor.CHECKS[check], doctor.space: ""})
+    monkeypatch.setattr(doctor, "CHECKS", {check: doctor.CHECKS[check], doctor_machine.space: ""})
     with pytest.raises(SystemExit, match="1"):
         doctor.doctor([])
     said = capsys.readouterr().out
@@ -81,31 +80,31 @@ def test_what_can_not_be_imported_ends_its_own_check_alone(module, check, fix, m
 
 def test_a_broken_xformers_is_seen_without_a_gpu(monkeypatch):
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
-    assert "FAIL  attention" in "\n".join(map(str, doctor.findings(doctor.attention, package="xformers")))
+    assert "FAIL  attention" in "\n".join(map(str, doctor.findings(doctor_machine.attention, package="xformers")))
 
 
 def test_an_accelerator_that_is_none_is_named(monkeypatch):
     import deepspeed.accelerator
 
-    assert re.search(r"ok  engine +DeepSpeed \S+ on cpu, gloo", findings(doctor.engine))
+    assert re.search(r"ok  engine +DeepSpeed \S+ on cpu, gloo", findings(doctor_machine.engine))
     monkeypatch.setenv("DS_ACCELERATOR", "foo")
     monkeypatch.setattr(deepspeed.accelerator, "get_accelerator", lambda: int("foo"))
-    assert "unset DS_ACCELERATOR" in "\n".join(map(str, doctor.findings(doctor.engine)))
+    assert "unset DS_ACCELERATOR" in "\n".join(map(str, doctor.findings(doctor_machine.engine)))
 
 
-def test_a_driver_whose_gpu_torch_does_not_see_is_failed(monkeypatch, tmp_path):
+def test_a_driver_whose_gpu_torch_does_not_see_fails_the_check(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(doctor, "DRIVER", tmp_path / "none")
-    assert "FAIL" not in findings(doctor.gpu)
+    monkeypatch.setattr(doctor_machine, "DRIVER", tmp_path / "none")
+    assert "FAIL" not in findings(doctor_machine.gpu)
     (tmp_path / "none").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun\n")
-    assert "FAIL" in findings(doctor.gpu)
+    assert "FAIL" in findings(doctor_machine.gpu)
 
 
 def test_a_gpu_is_described(monkeypatch, tmp_path):
     (tmp_path / "version").write_text(
         "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\n"
     )
-    monkeypatch.setattr(doctor, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(doctor_machine, "DRIVER", tmp_path / "version")
     properties = type("Properties", (), {"name": "H100", "total_memory": 80e9, "major": 9, "minor": 0})
     for name, value in {
         "is_available": lambda: True,
@@ -113,7 +112,7 @@ def test_a_gpu_is_described(monkeypatch, tmp_path):
         "get_device_properties": lambda index: properties,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    text = findings(doctor.gpu)
+    text = findings(doctor_machine.gpu)
     assert "driver 580.65.06, torch for CUDA" in text and "0: H100, 80 GB, sm_90" in text
 
 
@@ -128,32 +127,32 @@ def test_codecs_are_those_that_nvdec_says_it_decodes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Library)
-    assert findings(doctor.gpu_decoding).endswith("NVDEC: H.264, HEVC")
+    assert findings(doctor_machine.gpu_decoding).endswith("NVDEC: H.264, HEVC")
 
     def missing(name):
         raise OSError(f"{name}: cannot open shared object file")
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
-    assert "NVIDIA_DRIVER_CAPABILITIES" in findings(doctor.gpu_decoding)
+    assert "NVIDIA_DRIVER_CAPABILITIES" in findings(doctor_machine.gpu_decoding)
 
 
 def test_the_hub_is_said_to_be_there_only_if_it_answers(monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert "no answer from http://127.0.0.1:9" in findings(doctor.hub)
+    assert "no answer from http://127.0.0.1:9" in findings(doctor_machine.hub)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "offline (HF_HUB_OFFLINE)" in findings(doctor.hub)
+    assert "offline (HF_HUB_OFFLINE)" in findings(doctor_machine.hub)
 
 
 def test_gated_weights_want_a_token(monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     gated = load_config(ROOT / "configs/references/dinov3_kinetics_400_deterministic.yaml")
-    assert "hf auth login" in findings(lambda: doctor_run.gated_weights(gated))
-    assert not findings(lambda: doctor_run.gated_weights(load_config(REFERENCE)))
+    assert "hf auth login" in findings(lambda: doctor_config.gated_weights(gated))
+    assert not findings(lambda: doctor_config.gated_weights(load_config(REFERENCE)))
 
 
-def test_a_run_that_does_not_fit_is_failed_with_what_would(tiny):
+def test_a_run_that_does_not_fit_fails_the_check_with_what_would(tiny):
     def planned(*overrides: str):
         overrides = ("engine.zero_stage=0", "trainer.batch_size=8", "model.depth=3", "model.hidden_dim=96", *overrides)
         return plan(load_config(tiny, list(overrides)), torch.float32, 1)
@@ -161,26 +160,28 @@ def test_a_run_that_does_not_fit_is_failed_with_what_would(tiny):
     work = planned()
     held = memory(work, DEVICES["h100"], 0, 1)
     for mode in ("selective", "full"):
-        finding = doctor_run.memory_finding(work, replace(DEVICES["h100"], memory=held.total(mode) * 1.01), 1)
+        finding = doctor_config.memory_finding(work, replace(DEVICES["h100"], memory=held.total(mode) * 1.01), 1)
         assert f"model.activation_checkpointing={mode}" in finding.fix
     small = replace(DEVICES["h100"], memory=held.total("full") * 1.01)
-    failed = doctor_run.memory_finding(work, small, 1)
+    failed = doctor_config.memory_finding(work, small, 1)
     assert failed.text.startswith("does not fit") and "model.activation_checkpointing=full" in failed.fix
     clips = int(re.search(r"trainer.micro_batch_size=(\d+)", failed.fix)[1])
-    assert 1 <= clips < 8 and not doctor_run.memory_finding(planned(f"trainer.micro_batch_size={clips}"), small, 1).fix
-    assert "more devices" in doctor_run.memory_finding(work, replace(small, memory=1.0), 1).fix
-    assert not doctor_run.memory_finding(work, DEVICES["h100"], 1).fix
+    assert (
+        1 <= clips < 8 and not doctor_config.memory_finding(planned(f"trainer.micro_batch_size={clips}"), small, 1).fix
+    )
+    assert "more devices" in doctor_config.memory_finding(work, replace(small, memory=1.0), 1).fix
+    assert not doctor_config.memory_finding(work, DEVICES["h100"], 1).fix
 
 
 def test_zero_advice_is_the_lowest_stage_that_fits(tiny):
     work = plan(load_config(tiny, ["engine.zero_stage=3"]), torch.float32, 4)
-    assert "engine.zero_stage=1 is enough" in doctor_run.memory_finding(work, DEVICES["h100"], 4).text
+    assert "engine.zero_stage=1 is enough" in doctor_config.memory_finding(work, DEVICES["h100"], 4).text
 
 
 def test_overrides_want_a_configuration_and_a_missing_one_is_named(capsys):
     with pytest.raises(UserError, match="name one with --config"):
         doctor.doctor(["trainer.batch_size=2"])
-    (finding,) = doctor_run.configured("nowhere.yaml", [])
+    (finding,) = doctor_config.configured("nowhere.yaml", [])
     assert "there is no file nowhere.yaml" in finding.text and "mend what this line names" in finding.fix
 
 

@@ -10,7 +10,7 @@ from flperf.config import Config, differences, load_config
 from flperf.config.validate import ALLOWED, BELOW_1, check_values, parse_interval
 from flperf.errors import UserError
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 REFERENCES = [  # those that FutureLatents' README names, and one of 4DS
     "vjepa2_kinetics_400",
     "vjepa2_kinetics_400_deterministic",

@@ -13,7 +13,7 @@ from flperf.config import Config, Engine, Model, Objective
 from flperf.errors import UserError
 from flperf.models.heads import build_head
 from flperf.models.latents import LatentGeometry, Normaliser, Statistics
-from flperf.objectives import build as objectives
+from flperf.objectives import flow_matching as flow_matching_objective
 from flperf.objectives.build import build_objective
 from flperf.objectives.flow_matching import draw_tau, tau_shift
 
@@ -53,8 +53,8 @@ def use_references(monkeypatch) -> None:
             prediction, latents, sample, seed, loss, None, None, "none", 1e-6, None, reduction, 1.0
         )
 
-    monkeypatch.setattr(objectives, "flow_matching_noise", noise)
-    monkeypatch.setattr(objectives, "flow_matching_loss", loss)
+    monkeypatch.setattr(flow_matching_objective, "flow_matching_noise", noise)
+    monkeypatch.setattr(flow_matching_objective, "flow_matching_loss", loss)
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
 """`flperf estimate`, where it can be checked: FLOPs, activations, and the step of the one device that is here. What
-two processes hold is measured in tests/test_zero.py."""
+two processes hold is measured in tests/integration/test_zero_stages.py."""
 
 import json
 import os

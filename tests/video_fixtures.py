@@ -87,9 +87,9 @@ def _with_a_stray_stream(content: bytes) -> bytes:
 
 def _write_audio(path: Path) -> None:
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=16_000, geometry="mono")
+        stream = container.add_stream("aac", rate=16_000, layout="mono")
         for index in range(10):
-            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", geometry="mono")
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
             frame.sample_rate, frame.pts = 16_000, 1024 * index
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))

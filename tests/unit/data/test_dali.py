@@ -10,9 +10,8 @@ import threading
 import pytest
 import torch
 
-from flperf import data
 from flperf.config import Backbone, Dataset
-from flperf.data import dali, pyav
+from flperf.data import dali, dataset, pyav
 from flperf.data.annotations import Annotations
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.samplers import BatchShare, FrameSampling, TrainingSampler, ValidationSampler
@@ -218,7 +217,7 @@ def test_dali_and_pyav_share_the_clips(videos, device):
 ])  # fmt: skip
 def test_who_decodes(decoder, device, training, expected):
     """Which decoder reads a clip is left to chance in training alone."""
-    read_batches, threads = data._decoder(Dataset(decoder=decoder, threads=3), torch.device(device), training)
+    read_batches, threads = dataset._decoder(Dataset(decoder=decoder, threads=3), torch.device(device), training)
     if expected == "shared":
         assert read_batches.func is dali.read_batches and threads == 3 + read_batches.keywords["lanes"]
     else:
