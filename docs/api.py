@@ -1,55 +1,58 @@
-"""The Python interface as one page of Markdown: `python docs/api.py > api.md`."""
+"""Print the Python interface as one page of Markdown: `python docs/api.py > api.md`."""
 
 import importlib
 import inspect
 import sys
 from collections.abc import Iterator
 from functools import cached_property
+from types import ModuleType
 
 MODULES = [
-    *(
-        "flperf.forecaster",
-        "flperf.config.load",
-        "flperf.models.latents",
-        "flperf.models.encoder",
-        "flperf.objectives.build",
-        "flperf.objectives.solvers",
-        "flperf.models.baselines",
-    ),
-    *(
-        "flperf.models.heads",
-        "flperf.models.heads.predictor",
-        "flperf.models.heads.cross_attention",
-        "flperf.models.heads.dit",
-        "flperf.models.heads.layers",
-    ),
-    *(
-        "flperf.models.attention",
-        "flperf.models.backbones.vjepa2",
-        "flperf.models.backbones.dinov3",
-        "flperf.models.backbones.four_ds",
-    ),
-    *(
-        "flperf.data.dataset",
-        "flperf.data.samplers",
-        "flperf.data.preprocessing",
-        "flperf.data.index",
-        "flperf.evaluation.evaluate",
-        "flperf.evaluation.visualise",
-    ),
-    *("flperf_kernels.flow_matching", "flperf_kernels.adaln", "flperf_kernels.philox"),
+    "flperf.forecaster",
+    "flperf.train",
+    "flperf.config",
+    "flperf.errors",
+    "flperf.data",
+    "flperf.data.samplers",
+    "flperf.data.annotations",
+    "flperf.data.index",
+    "flperf.models.latents",
+    "flperf.models.encoder",
+    "flperf.models.baselines",
+    "flperf.models.attention",
+    "flperf.models.backbones",
+    "flperf.models.heads",
+    "flperf.models.heads.layers",
+    "flperf.objectives.build",
+    "flperf.objectives.regression",
+    "flperf.objectives.flow_matching",
+    "flperf.objectives.solvers",
+    "flperf.evaluation.evaluate",
+    "flperf.evaluation.visualise",
+    "flperf_kernels.flow_matching",
+    "flperf_kernels.adaln",
+    "flperf_kernels.philox",
 ]
 PROPERTIES = (property, cached_property)
-KERNELS = "flperf_kernels."  # of which the ops and references are for users, not what launches them
+KERNELS = (
+    "flperf_kernels."  # only their operators and references are public, which have type hints for what they return
+)
 
 
-def entries(module) -> Iterator[tuple[str, object]]:
-    """(name, object) of the functions and classes that a module defines, and of their methods and properties."""
+def is_public(module: ModuleType, name: str, item: object) -> bool:
+    """Whether a module defines a class or function, or, if it is a package, shows one of its own modules'."""
+    if name.startswith("_") or not (inspect.isclass(item) or inspect.isfunction(item)):
+        return False
+    if module.__name__.startswith(KERNELS) and "return" not in inspect.get_annotations(item):
+        return False
+    own = item.__module__ == module.__name__
+    return own or (hasattr(module, "__path__") and item.__module__.startswith(f"{module.__name__}."))
+
+
+def entries(module: ModuleType) -> Iterator[tuple[str, object]]:
+    """(name, object) of a module's public functions and classes, and of their methods and properties."""
     for name, item in vars(module).items():
-        public = not name.startswith("_") and (inspect.isclass(item) or inspect.isfunction(item))
-        if not public or item.__module__ != module.__name__:
-            continue
-        if module.__name__.startswith(KERNELS) and "return" not in inspect.get_annotations(item):
+        if not is_public(module, name, item):
             continue
         yield name, item
         if inspect.isclass(item):
@@ -59,14 +62,15 @@ def entries(module) -> Iterator[tuple[str, object]]:
 
 
 def page() -> str:
+    """The Markdown text: a heading with signature and docstring for each entry."""
     lines = ["# The Python interface\n"]
     for path in MODULES:
         module = importlib.import_module(path)
-        lines.append(f"## `{path}`\n\n{inspect.getdoc(module)}\n")
+        lines.append(f"## `{path}`\n\n{inspect.getdoc(module) or ''}\n")
         for name, item in entries(module):
             bare = isinstance(item, PROPERTIES) or (inspect.isclass(item) and issubclass(item, Exception))
             signature = "" if bare else str(inspect.signature(item))
-            lines.append(f"### `{name}{signature}`\n\n{inspect.getdoc(item)}\n")
+            lines.append(f"### `{name}{signature}`\n\n{inspect.getdoc(item) or ''}\n")
     return "\n".join(lines)
 
 

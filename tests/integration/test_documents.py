@@ -1,23 +1,171 @@
-"""What the documents say works: their programs run, their commands exist, their examples are compiled and run."""
+"""What the documents say works: their commands are accepted, their files, keys and links exist, their programs and
+examples run. test_readme.py runs the commands that need no data from elsewhere."""
 
+import argparse
 import importlib.util
-import inspect
 import json
 import os
 import re
+import runpy
 import shlex
+import shutil
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from deepspeed.launcher.runner import parse_args as parse_deepspeed
+from documents import MEASURING, PAGES, blocks, commands, flperf_commands, write_configurations
 from runs import REGIMES, ROOT, TINY
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 from flperf import cli
-from flperf.config import load_config
+from flperf.config import Config, load_config
 
 DOCS = ROOT / "docs"
-SHAPE = r"\[[a-z][^\]]*\]|… \w|\b[a-z]( [a-z0-9]\b)+|\bshapes?\b"  # [b, d], `… d`, b t h w d, or "of their shape"
+ALL_PAGES = [*PAGES, ROOT / "benchmarks/NOTES.md"]
+SECTIONS = "backbone|dataset|latents|model|objective|trainer|engine|evaluation|checkpoint|tracking"
+CONVERTED = "configs/mine.yaml"  # what the guide has import-config write
+
+
+def by_name(page: Path) -> str:
+    return page.name
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# commands
+
+
+class Parsed(Exception):
+    """Carries what a command's own parser made of its words."""
+
+
+def arguments_of(command: str) -> list[str]:
+    """What `flperf` gets: (command, arguments…). Launchers' own parsers take their options away."""
+    words = shlex.split(command)
+    if words[0] == "sbatch":
+        assert Path(words[1]).is_file()
+        return ["train", *words[2:]]
+    if words[0] in ("deepspeed", "torchrun"):
+        if words[0] == "deepspeed":
+            options = parse_deepspeed(words[1:])
+            assert options.hostfile.startswith("/job/") or Path(options.hostfile).is_file()
+            words = [options.user_script, *options.user_args]
+        else:
+            options = torchrun_parser().parse_args(words[1:])
+            words = [options.training_script, *options.training_script_args]
+        assert Path(words[0]).is_file()
+        return ["train", *words[1:]] if words[0] == "flperf/train.py" else words[1:]
+    assert words[0] == "flperf", f"unknown command: {command}"
+    return words[1:]
+
+
+def parsed(name: str, arguments: list[str], monkeypatch) -> argparse.Namespace:
+    """The options of a command, refused as the command would refuse them; nothing is run."""
+
+    def stop(method):
+        def parse(parser, arguments=None, namespace=None):
+            raise Parsed(method(parser, arguments, namespace))
+
+        return parse
+
+    for method in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, method, stop(getattr(argparse.ArgumentParser, method)))
+    with pytest.raises(Parsed) as result:
+        cli.load_command(name)(arguments)
+    return result.value.args[0]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A folder with what the commands name, and the configurations that the documents write."""
+    folder = tmp_path_factory.mktemp("checkout")
+    (folder / "flperf").symlink_to(ROOT / "flperf")
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    for page in PAGES:
+        write_configurations(page, folder)
+    return folder
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(command for page in PAGES for command in flperf_commands(page)))
+def test_commands_are_accepted(command, checkout, monkeypatch):
+    """By the launcher's parser, by the command's own, and by the configuration."""
+    monkeypatch.chdir(checkout)
+    name, *arguments = arguments_of(command)
+    options = parsed(name, arguments, monkeypatch)
+    config = getattr(options, "config", None) or "configs/demo.yaml"
+    load_config("configs/demo.yaml" if config == CONVERTED else config, getattr(options, "overrides", []))
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=by_name)
+def test_commands_in_the_text_exist(page):
+    """`flperf COMMAND` and `python -m MODULE`, in code or in a sentence."""
+    text = page.read_text()
+    assert set(re.findall(r"`(?:deepspeed )?flperf(?:/cli\.py)? ([a-z][a-z-]*)", text)) <= set(cli.COMMANDS)
+    for module in re.findall(r"python -m (benchmarks[\w.]*)", text):
+        assert importlib.util.find_spec(module), f"{page.name} names {module}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_measuring_commands_name_files(page):
+    for command in commands(page):
+        if command.startswith(MEASURING):
+            paths = re.findall(r"(?:benchmarks|docs|tests)/\S+", command)
+            assert all((ROOT / path).exists() for path in paths), command
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# names and links
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=by_name)
+def test_keys_exist(page):
+    for section, keys in re.findall(rf"`({SECTIONS})\.([a-z][\w.]*)", page.read_text()):
+        value = getattr(Config(), section)
+        for key in keys.rstrip(".").split("."):
+            if isinstance(value, dict):  # of the backbone's own configuration
+                break
+            assert hasattr(value, key), f"{page.name} names {section}.{keys}"
+            value = getattr(value, key)
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=by_name)
+def test_links_resolve(page):
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.S | re.M)  # without code
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if ":" in path:
+            continue
+        file = page.parent / path if path else page
+        assert file.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(file), f"{page.name} links to {target}"
+    for path in re.findall(r"`((?:configs|flperf|kernels|benchmarks|tests|docs|notebooks)/[\w/.]*\w/?)`", text):
+        assert (ROOT / path).exists(), f"{page.name} names {path}"
+
+
+def test_the_code_map_names_what_is_there():
+    (code_map,) = (block for block in blocks(ROOT / "README.md", "text") if "flperf/cli.py" in block)
+    paths = [line.split()[0] for line in code_map.splitlines()]
+    assert all((ROOT / path).exists() for path in paths), paths
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# programs and pictures
 
 
 def module_of(file: str):
@@ -26,10 +174,6 @@ def module_of(file: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def blocks(document: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / document).read_text(), flags=re.S | re.M)
 
 
 @pytest.mark.parametrize("regime", ["predictor", "flow_matching"])
@@ -41,52 +185,20 @@ def test_the_plain_loop_learns(tiny, regime):
     assert last < 0.9 * first
 
 
-def test_the_plain_loop_is_short():
-    assert len((DOCS / "plain_loop.py").read_text().splitlines()) <= 60
-
-
-def test_the_plain_loop_says_how_it_is_called():
-    finished = subprocess.run(
-        [sys.executable, str(DOCS / "plain_loop.py")], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert finished.returncode == 1 and "usage: python" in finished.stderr and "Traceback" not in finished.stderr
-
-
-def documented_commands() -> list[str]:
-    lines = "\n".join(blocks("guide.md", "bash") + blocks("cluster.md", "bash")).splitlines()
-    return [line for line in lines if line.startswith(("flperf ", "deepspeed ", "torchrun ", "sbatch "))]
-
-
-@pytest.mark.parametrize("line", documented_commands())
-def test_documented_commands_can_be_typed(line, capsys, monkeypatch):
-    """What they name exists: command, options, configuration, keys. Their data does not, so they are not run here."""
-    monkeypatch.chdir(ROOT)
-    line = line.replace("sbatch configs/cluster/train.sbatch", "flperf train")
-    words = shlex.split(line.partition("flperf")[2].replace("/train.py", "train").replace("/cli.py ", ""))
-    monkeypatch.setattr("sys.argv", ["flperf", words[0], "--help"])
-    with pytest.raises(SystemExit, match="0"):
-        cli.main()
-    assert {word for word in words if word.startswith("--")} <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
-    overrides = [word for word in words if re.match(r"[a-z_.]+=", word)]
-    config = words[words.index("--config") + 1] if "--config" in words else "configs/demo.yaml"
-    load_config("configs/references/vjepa2_kinetics_400.yaml" if config == "configs/mine.yaml" else config, overrides)
-
-
-@pytest.mark.parametrize(
-    "document", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda document: document.name
-)
-def test_links_lead_somewhere(document):
-    for target in re.findall(r"\]\(([^)#:]+\.\w+)\)", document.read_text()):
-        assert (document.parent / target).exists(), f"{document.name} links to {target}"
-    for path in re.findall(
-        r"`((?:configs|flperf|kernels|benchmarks|tests|docs|notebooks)/[\w/.]*\w/?)`", document.read_text()
-    ):
-        assert (ROOT / path).exists(), f"{document.name} names {path}"
+def test_the_plain_loop_prints_its_usage(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["docs/plain_loop.py"])
+    with pytest.raises(SystemExit, match=r"usage: python \S*plain_loop.py CONFIG"):
+        runpy.run_path(str(DOCS / "plain_loop.py"), run_name="__main__")
 
 
 def test_the_picture_of_the_data_flow_can_be_drawn(tmp_path):
     module_of("data_flow.py").main(str(tmp_path / "picture.png"))
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_the_python_interface_is_a_page():
+    page = module_of("api.py").page()
+    assert {"load_forecaster", "load_config", "LatentGeometry", "flow_matching_loss"} <= set(re.findall(r"\w+", page))
 
 
 def test_the_guide_expects_what_the_command_estimates(capsys, monkeypatch):
@@ -116,9 +228,9 @@ EXTENDED = [
 
 
 def test_every_new_part_trains_and_is_evaluated(tmp_path):
-    """The examples as they stand, in a program of one's own, through the real entry point."""
+    """The examples of docs/extending.md, unchanged, in a program of the user's own that calls the entry point."""
     program = (
-        "\n".join(blocks("extending.md", "python"))
+        "\n".join(blocks(DOCS / "extending.md", "python"))
         + "\nimport sys\nfrom flperf.train import main\nmain(sys.argv[1:])\n"
     )
     (tmp_path / "own.py").write_text(program)
@@ -132,7 +244,7 @@ def test_every_new_part_trains_and_is_evaluated(tmp_path):
 
 
 def test_the_new_kernel_computes_its_formula(tmp_path):
-    (block,) = blocks("extending.md", "python kernel")
+    (block,) = blocks(DOCS / "extending.md", "python kernel")
     (tmp_path / "kernel.py").write_text(block)
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "kernel.py"]
@@ -142,36 +254,8 @@ def test_the_new_kernel_computes_its_formula(tmp_path):
     assert finished.returncode == 0, finished.stderr[-3000:]
 
 
-def test_the_python_interface_is_documented():
-    """A page can be built, and nothing on it is silent; a dataclass whose text is its own signature is."""
-    api = module_of("api.py")
-    assert "load_forecaster" in api.page()
-    entries = [
-        (f"{path}.{name}", item) for path in api.MODULES for name, item in api.entries(importlib.import_module(path))
-    ]
-    silent = [
-        name
-        for name, item in entries
-        if not (item.__doc__ or "").strip() or item.__doc__.startswith(f"{name.split('.')[-1]}(")
-    ]
-    assert len(entries) > 100 and not silent, f"no docstring: {', '.join(silent)}"
-
-
-def test_functions_of_tensors_say_their_shapes():
-    api, silent = module_of("api.py"), []
-    for path in api.MODULES:
-        for name, item in api.entries(importlib.import_module(path)):
-            function = getattr(item, "__func__", getattr(item, "fget", item))
-            types = map(str, inspect.get_annotations(function).values()) if inspect.isfunction(function) else ()
-            if any("Tensor" in one and "dict[str" not in one for one in types) and not re.search(
-                SHAPE, inspect.getdoc(function) or ""
-            ):
-                silent.append(f"{path}.{name}")
-    assert not silent, f"no shape: {', '.join(silent)}"
-
-
 def test_single_frames_of_shapes_are_a_configuration():
-    """What the locator may learn from."""
+    """From which a locator can learn."""
     dataset = load_config(
         ROOT / "configs/datasets/synthetic_bouncing_shapes_images.yaml", ["trainer.max_steps=1"]
     ).dataset
