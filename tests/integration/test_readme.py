@@ -13,20 +13,14 @@ from documents import PAGES, blocks, flperf_commands, write_configurations
 from runs import ROOT, launch
 
 README = ROOT / "README.md"
-SMALL = [
-    *(
-        "trainer.max_steps=2",
-        "trainer.max_epochs=null",
-        "trainer.batch_size=4",
-        "trainer.micro_batch_size=2",
-        "trainer.warmup_steps=1",
-    ),
-    *("dataset.n_frames=8", "dataset.limit=12", "latents.statistics_clips=8", "engine.compile=false"),
-    *("backbone.weights=null", "backbone.architecture.crop_size=32", "backbone.architecture.hidden_size=24"),
-    *("backbone.architecture.num_hidden_layers=1", "backbone.architecture.num_attention_heads=2"),
-    *("model.num_context_latents=2", "model.hidden_dim=32", "model.depth=1", "model.num_heads=2"),
-    *("evaluation.sampling.steps=2", "evaluation.probe_clips=12", "evaluation.max_clips=4", "tracking.wandb=none"),
-]
+SMALL = """
+trainer.max_steps=2 trainer.max_epochs=null trainer.batch_size=4 trainer.micro_batch_size=2 trainer.warmup_steps=1
+dataset.n_frames=8 dataset.limit=12 latents.statistics_clips=8 engine.compile=false tracking.wandb=none
+backbone.weights=null backbone.architecture.crop_size=32 backbone.architecture.hidden_size=24
+backbone.architecture.num_hidden_layers=1 backbone.architecture.num_attention_heads=2
+model.num_context_latents=2 model.hidden_dim=32 model.depth=1 model.num_heads=2
+evaluation.sampling.steps=2 evaluation.probe_clips=12 evaluation.max_clips=4
+""".split()
 SHRUNK = ("train", "encode", "doctor")  # commands that read a configuration; the others read what these wrote
 ELSEWHERE = ("/data/", "~/", "configs/references/", "configs/shapes/", "configs/k400.yaml", "configs/mine.yaml")
 ELSEWHERE += ("experiment/k400", "experiment/predictor", "OLD.")
@@ -101,7 +95,6 @@ def test_the_lines_that_set_up_come_first():
 
 def test_commands_and_programs_run_in_their_order(folder):
     lines = [small(command) for command in runnable()]
-    assert len(lines) > 10
     parts = groupby(lines, key=lambda line: line if line.startswith("deepspeed") else "flperf")
     for part in [list(part) for _, part in parts]:
         done = run_commands(folder, part)
