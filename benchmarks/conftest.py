@@ -1,11 +1,11 @@
-"""What all benchmarks share: the device and its measured peaks, how a result is recorded and where it is kept.
+"""Fixtures of all benchmarks: the device and its measured peaks, and how results are recorded and saved.
 
-On a GPU the reference sizes run (ViT-L, 64 frames of 256 x 256), on a CPU small ones (width 192, 16 frames of 96 x
-96). Peaks are those of a matrix product and of a copy, measured in the same session: fractions of them compare across
-machines, seconds don't.
+A GPU runs the reference sizes (ViT-L, 64 frames of 256 x 256), a CPU small ones (width 192, 16 frames of 96 x 96).
+Peaks are those of a matrix product and of a copy, measured in the same session. Shares of peak depend less on the
+machine than seconds do.
 
 `pytest benchmarks` saves its results in benchmarks/results, which `python -m benchmarks.report` reads. `--quick` runs
-the first and the last case of every benchmark once, at toy sizes, and saves nothing: it says what is broken, not what
+the first and the last case of every benchmark once, at toy sizes, and saves nothing. It finds what is broken, not what
 is slow.
 """
 
@@ -36,7 +36,7 @@ def pytest_configure(config):
     torch._dynamo.config.recompile_limit = 64  # one process compiles the same blocks at many sizes
     if config.getoption("quick"):
         sizes.be_quick()
-    elif [Path(argument).resolve() for argument in config.args] == [FOLDER]:  # all of them: a result worth keeping
+    elif [Path(argument).resolve() for argument in config.args] == [FOLDER]:  # the whole suite
         config.option.benchmark_storage = FOLDER.joinpath("results").as_uri()
         config.option.benchmark_autosave = get_tag()  # commit and time: the file's name
 
@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def benchmark(benchmark, monkeypatch):
-    """pytest-benchmark's, with one round where things need only run."""
+    """pytest-benchmark's fixture, with a single round under --quick."""
     if sizes.QUICK:
         pedantic = benchmark.pedantic
 
@@ -64,20 +64,20 @@ def benchmark(benchmark, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def freed():
-    """Engines hold themselves in cycles: without this the next case runs beside gigabytes of earlier ones."""
+    """Engines hold themselves in reference cycles; without this, gigabytes of earlier cases stay in memory."""
     yield
     gc.collect()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session):
-    """Of an interrupted run what was measured is saved: pytest-benchmark fails at a case without rounds."""
+    """Drop cases without rounds, at which pytest-benchmark fails, so that an interrupted run saves what it measured."""
     cases = session.config._benchmarksession.benchmarks
     cases[:] = [case for case in cases if case.stats.data]
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    """Results are compared within a cohort: the same device, versions beside it."""
+    """Record the device, within which results are compared, and the versions of packages."""
     from importlib.metadata import version
 
     name = (
@@ -90,7 +90,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """A few numbers a benchmark: what is kept in the repository must stay small."""
+    """Keep a few numbers per benchmark, because the files are stored in the repository."""
     machine = output_json["machine_info"]
     output_json["machine_info"] = {key: machine[key] for key in ("device", "versions", "python_version", "release")}
     for entry in output_json["benchmarks"]:
@@ -105,7 +105,7 @@ def _processor() -> str:
 
 @pytest.fixture(scope="session")
 def peaks() -> dict[str, float]:
-    """FLOP/s of a matrix product in bf16 and fp32, and bytes/s of a copy (read and written), the best of a few."""
+    """FLOP/s of a matrix product in bf16 and fp32, and bytes/s of a copy (read and written): the best of a few."""
     return {
         "bf16": measured_flops(DEVICE, torch.bfloat16),
         "fp32": measured_flops(DEVICE, torch.float32),

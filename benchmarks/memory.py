@@ -1,4 +1,4 @@
-"""The most memory a process has held: allocated on the GPU, or resident on a CPU."""
+"""Peak memory of a process: allocated on the GPU if there is one, else resident in RAM."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_bytes() -> int:
-    """Since the last reset."""
+    """Peak since the last reset, in bytes."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))

@@ -1,5 +1,5 @@
-"""The sizes that benchmarks run at: the reference's on a GPU, a small one on a CPU; random weights, so that nothing
-is downloaded."""
+"""The sizes that benchmarks run at: the reference size on a GPU, a small one on a CPU. Weights are random, so that
+nothing is downloaded."""
 
 import torch
 
@@ -84,7 +84,7 @@ DEMO = "configs/demo.yaml"
 
 
 def be_quick() -> None:
-    """Toy sizes from here on; to be called before the benchmarks are imported."""
+    """Switch to toy sizes. Call it before the benchmarks are imported."""
     global SIZE, STEP_SIZE, BATCH, QUICK
     SIZE, STEP_SIZE, BATCH, QUICK = TOY, TOY, 2, True
 
@@ -92,9 +92,9 @@ def be_quick() -> None:
 def configuration(
     head: str = "predictor", backbone: str = "vjepa2", *overrides: str, size: dict | None = None
 ) -> Config:
-    """Drawn clips, the backbone with random weights, a head, all at this device's size."""
+    """A run on drawn clips, with a backbone with random weights and a head, at this device's size."""
     size = size or SIZE
-    # The demo's backbone is replaced key by key: what this size does not set must not be the demo's.
+    # Merging replaces the demo's backbone key by key, so keys that this size does not set are reset to null.
     defaults = {key: "null" for key in ("crop_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
     architecture = [f"backbone.architecture.{key}={value}" for key, value in (defaults | size[backbone]).items()]
     stride = ["backbone.frame_stride=4" if ON_GPU else "backbone.frame_stride=2"] if backbone == "dinov3" else []
@@ -112,7 +112,7 @@ def encoder_of(config: Config, dtype: torch.dtype, compile: bool) -> Encoder:
 
 
 def compiled_normalisation(preprocessing: Preprocessing, dtype: torch.dtype) -> PixelNormalisation:
-    """The encoder's first step by itself, compiled as it is there; on the CPU."""
+    """The encoder's first step alone, compiled as in the encoder, on the CPU."""
     normalise = PixelNormalisation(preprocessing, dtype)
     compile_forward(normalise, "pixel normalisation")
     return normalise
@@ -135,7 +135,7 @@ def video_of(config: Config) -> torch.Tensor:
 
 
 def latents_of(geometry: LatentGeometry, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random context and target latents."""
+    """Random context and target latents, `b t h w d` each."""
     grid = (geometry.height, geometry.width, geometry.dim)
     shapes = ((BATCH, frames, *grid) for frames in (geometry.context_frames, geometry.target_frames))
     context, target = (torch.randn(shape, device=DEVICE, dtype=dtype) for shape in shapes)

@@ -1,11 +1,10 @@
-"""Trains a small V-JEPA 2 as a masked autoencoder, so that forecasts can be judged on an encoder that has learnt
-something:
+"""Train a small V-JEPA 2 as a masked autoencoder, so that forecasts can be evaluated on a trained encoder:
 
     python -m benchmarks.small_encoder --config configs/shapes/predictor.yaml --out data/encoders/shapes
 
-Random weights barely attend, so they can show neither what a good latent gains nor what joint encoding leaks. Three
-quarters of the tubelets are hidden behind a learned token, and a linear layer paints their pixels from what the
-encoder makes of the rest (SimMIM, arXiv:2111.09886, on tubelets). Written as transformers writes a model:
+With random weights attention is close to uniform, which shows neither the value of good latents nor the leak of joint
+encoding. Three quarters of the tubelets are replaced by a learned token, and a linear layer predicts their pixels from
+the encoder's output (SimMIM, arXiv:2111.09886, on tubelets). The model is saved in transformers' format, so
 `backbone.weights` takes the folder.
 """
 
@@ -36,7 +35,7 @@ class MaskedAutoencoder(nn.Module):
         self.paint = nn.Linear(config.hidden_size, 3 * self.frames * self.patch**2)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Mean squared error of the hidden tubelets' pixels; pixels: normalised `b f c h w`."""
+        """Mean squared error, a scalar, of the masked tubelets' pixels. pixels: normalised, `b f c h w`."""
         hidden_state = self.encoder.embeddings(pixels)  # b n d
         hidden = torch.rand(hidden_state.shape[:2], device=pixels.device) < HIDDEN_SHARE
         hidden_state = torch.where(hidden[..., None], self.mask_token, hidden_state)
@@ -49,7 +48,7 @@ class MaskedAutoencoder(nn.Module):
 
 
 def pretrain(config, out: Path, steps: int, batch_size: int) -> float:
-    """Returns the mean loss of the last tenth of the steps."""
+    """Train and save the encoder; returns the mean loss of the last tenth of the steps."""
     prepare_dataset(config)
     preprocessing = Preprocessing.of(config.backbone)
     dataset = open_dataset(config, preprocessing, config.seed)

@@ -1,6 +1,6 @@
-"""Attention of the reference encoder (width 64) and heads (width 128) over 64 frames of 256 x 256, forward and
-backward, by each of the kernels of PyTorch that could run it (its FlashAttention-2 is also what xFormers runs where
-it has no other).
+"""Attention at the size of the reference encoder (head width 64) and heads (width 128) on 64 frames of 256 x 256,
+forward and backward, against each of PyTorch's kernels. Its FlashAttention-2 is also what xFormers runs if it has no
+other.
 
     python -m pytest benchmarks/test_attention.py
 """

@@ -1,9 +1,9 @@
-"""The frozen encoder, compiled in the compute dtype, against eager in fp32 and in that dtype, and transformers' own
-layers: in turns.
+"""The frozen encoder, compiled in the compute dtype, in turns with eager in fp32 and in that dtype, and with
+transformers' own layers.
 
     python -m pytest benchmarks/test_encoder.py
 
-`joint` attends over the whole clip, as FutureLatents does; `split` encodes context and target apart, which is also
+`joint` attends over the whole clip, as FutureLatents does. `split` encodes context and target separately, which is also
 less work.
 """
 

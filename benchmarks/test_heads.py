@@ -1,10 +1,10 @@
-"""Each head, compiled in the compute dtype, against eager in fp32 and in that dtype: forward alone, and with its
-backward pass.
+"""Each head, compiled in the compute dtype, against eager in fp32 and in that dtype: the forward pass alone, and with
+the backward pass.
 
     python -m pytest benchmarks/test_heads.py
 
-Forward and backward count three times the forward's operations. What may be switched on (activation checkpointing,
-the DiT's fused adaLN) is timed against the same head without it.
+Forward and backward count as three times the FLOPs of forward. Activation checkpointing and the DiT's fused adaLN are
+timed against the same head without them.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def geometry() -> LatentGeometry:
 
 
 class Pass:
-    """A head on random latents; calling it runs the head forward, and backward as well where gradients are wanted."""
+    """A head and random latents: `forward` runs it without gradients, `forward_backward` with them."""
 
     def __init__(self, name: str, geometry: LatentGeometry, dtype: torch.dtype, compile: bool, *overrides: str):
         self.head = head_of(configuration(name, "vjepa2", *overrides), geometry, dtype, compile)
@@ -76,7 +76,7 @@ def against_itself(record, geometry: LatentGeometry, without: str, override: str
 @pytest.mark.benchmark(group="DiT with activation checkpointing")
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_checkpointed(record, geometry, mode):
-    """What is computed again doesn't count as FLOPs."""
+    """Recomputation does not count as FLOPs."""
     against_itself(record, geometry, "all activations kept", f"model.activation_checkpointing={mode}")
 
 

@@ -1,7 +1,7 @@
-"""Forecasts of the DiT, compiled, all samples from one projection of the context; against eager, and a projection at
-every evaluation.
+"""Sampling from the compiled DiT, with the context projected once for all samples, against eager, and against a
+projection of the context at every step.
 
-python -m pytest benchmarks/test_sampler.py
+    python -m pytest benchmarks/test_sampler.py
 """
 
 import pytest
@@ -14,7 +14,7 @@ from flperf.objectives.build import build_objective, forecast
 SAMPLES, STEPS = (4, 20) if ON_GPU else (2, 5)
 
 
-class Remember(torch.nn.Module):
+class ContextEncoder(torch.nn.Module):
     """The part of a head that a forecast computes once."""
 
     def __init__(self, head: torch.nn.Module):
@@ -37,7 +37,7 @@ def test_sample(record):
     velocity = again.velocity
     again.velocity = lambda x, tau, memory: velocity(x, tau, again.encode_context(context))
     sample = torch.arange(BATCH, device=DEVICE)
-    once = count_flops(Remember(eager), (1, *context.shape[1:]))
+    once = count_flops(ContextEncoder(eager), (1, *context.shape[1:]))
     flops = BATCH * (once + SAMPLES * STEPS * (head_flops(eager, geometry, True) - once))
 
     def forecasts(head: torch.nn.Module):

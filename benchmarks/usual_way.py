@@ -1,10 +1,10 @@
-"""The usual way to train a head on a frozen encoder, as FutureLatents does it: what whole training steps are compared
-with.
+"""The usual way to train a head on a frozen encoder, as FutureLatents does it. Whole training steps are compared with
+it.
 
-transformers' own backbone and our head modules, nothing compiled: pixels normalised in fp32 in the forward, as the
-Hugging Face processor does; the whole clip encoded at once; fp32 weights, in bf16 under autocast or not at all;
-PyTorch's AdamW as it comes; a loss read at every step. From a cache it reads one file a clip with `torch.load` in a
-DataLoader.
+It uses transformers' own backbone and flperf's head modules, and compiles nothing. Pixels are normalised in fp32, as
+by the Hugging Face processor, and the whole clip is encoded at once. Weights are fp32, with or without bf16 autocast.
+The optimizer is PyTorch's AdamW with its defaults, and the loss is read at every step. Cached latents are read with
+`torch.load`, one file per clip, in a DataLoader.
 """
 
 import csv
@@ -26,7 +26,7 @@ from flperf.models.latents import LatentGeometry
 
 
 class TransformersVJEPA2(nn.Module):
-    """transformers' own layers, behind the interface of `flperf.models.backbones.vjepa2.VJEPA2`."""
+    """transformers' own layers with the interface of `flperf.models.backbones.vjepa2.VJEPA2`."""
 
     def __init__(self, backbone: Backbone, crop: tuple[int, int]):
         super().__init__()
@@ -36,13 +36,13 @@ class TransformersVJEPA2(nn.Module):
         self.patch_size, self.dim = model.config.patch_size, model.config.hidden_size
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels: normalised, b f c h w -> b t h w d."""
+        """Normalised pixels `b f c h w` to latents `b t h w d`."""
         height, width = (size // self.patch_size for size in pixels.shape[-2:])
         return rearrange(self.encoder(pixels).last_hidden_state, "b (t h w) d -> b t h w d", h=height, w=width)
 
 
 class UsualStep:
-    """Calling it takes one step on the next of `batches`: uint8 video `b f h w c`, or latents `b d t h w`."""
+    """A training step. A call takes the next of `batches`, uint8 video `b f h w c` or latents `b d t h w`."""
 
     def __init__(
         self, config: Config, geometry: LatentGeometry, batches: Iterator[Tensor], device: torch.device, autocast: bool
@@ -92,15 +92,15 @@ class UsualStep:
         return F.mse_loss(self.head(context, (1 - t) * noise + t * target, tau), target - noise)
 
 
-PROCESSORS = {
+PROCESSORS = {  # the dtype that frames are resized in; torchvision's processors resize bytes
     "processor in float": torch.float32,
     "processor on bytes": torch.uint8,
-}  # what frames are resized in; bytes, as torchvision does
+}
 
 
 def processed(frames: Tensor, preprocessing: Preprocessing, dtype: torch.dtype) -> Tensor:
-    """The Hugging Face processor's steps over whole frames, resized in `dtype`: uint8 `f h w c` to normalised fp32 `f
-    c h w`."""
+    """Uint8 frames `f h w c` to normalised fp32 `f c h w`, in the steps of the Hugging Face processor, each over whole
+    frames; resized in `dtype`."""
     geometry = preprocessing.geometry(*frames.shape[1:3])
     resized = F.interpolate(frames.permute(0, 3, 1, 2).to(dtype), geometry.resized, mode="bilinear", antialias=True)
     if dtype.is_floating_point:
@@ -124,7 +124,7 @@ class LatentFiles(torch.utils.data.Dataset):
 
 
 def latent_batches(manifest: Path, batch: int, workers: int) -> Iterator[Tensor]:
-    """Shuffled epochs of cached latents `b d t h w`, without end."""
+    """Cached latents `b d t h w` in shuffled epochs, without end."""
     loader = torch.utils.data.DataLoader(
         LatentFiles(manifest), batch, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=True
     )

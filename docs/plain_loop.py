@@ -1,8 +1,9 @@
-"""flperf's parts in a loop of plain PyTorch, without its engine: `python docs/plain_loop.py
-configs/shapes/predictor.yaml`.
+"""flperf's parts in a loop of plain PyTorch, without its engine:
 
-Every name below is a piece that can be taken by itself: the clips, the frozen encoder, the latent contract `b t h w
-d`, a head, an objective. What the engine adds is left out: ZeRO, averaged weights, evaluation, checkpoints.
+    python docs/plain_loop.py configs/shapes/predictor.yaml
+
+It uses the dataset, the frozen encoder, latents `b t h w d`, a head and an objective. It leaves out what the engine
+adds: ZeRO, averaged weights, evaluation, checkpoints.
 """
 
 import sys
@@ -18,7 +19,7 @@ from flperf.objectives.build import build_objective
 
 
 def train(config: Config, device: torch.device) -> list[float]:
-    """Train a head for `trainer.max_steps` steps; returns the loss of each."""
+    """Train a head for `trainer.max_steps` steps (default 100); returns the loss of each step."""
     prepare_dataset(config)
     preprocessing = Preprocessing.of(config.backbone)
     dataset = open_dataset(config, preprocessing, config.seed)

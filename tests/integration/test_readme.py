@@ -20,7 +20,7 @@ backbone.weights=null backbone.architecture.crop_size=32 backbone.architecture.h
 backbone.architecture.num_hidden_layers=1 backbone.architecture.num_attention_heads=2
 model.num_context_latents=2 model.hidden_dim=32 model.depth=1 model.num_heads=2
 evaluation.sampling.steps=2 evaluation.probe_clips=12 evaluation.max_clips=4
-""".split()
+"""
 SHRUNK = ("train", "encode", "doctor")  # commands that read a configuration; the others read what these wrote
 ELSEWHERE = ("/data/", "~/", "configs/references/", "configs/shapes/", "configs/k400.yaml", "configs/mine.yaml")
 ELSEWHERE += ("experiment/k400", "experiment/predictor", "OLD.")
@@ -53,7 +53,7 @@ def runnable() -> list[str]:
 def small(command: str) -> str:
     words = shlex.split(command)
     shrunk = "flperf/train.py" in words or (words[1] in SHRUNK and "--config" in words)
-    return shlex.join(words + (SMALL if shrunk else []))
+    return shlex.join(words + shlex.split(SMALL if shrunk else ""))
 
 
 @pytest.fixture(scope="module")
