@@ -13,7 +13,8 @@ TINY = """
 experiment: {folder}/experiment
 backbone:
   kind: vjepa2
-  architecture: {{crop_size: 32, hidden_size: 24, num_hidden_layers: 2, num_attention_heads: 2}}
+  architecture: {{crop_size: 32, hidden_size: 24, num_hidden_layers: 2, num_attention_heads: 2, pred_hidden_size: 24,
+   pred_num_hidden_layers: 1, pred_num_attention_heads: 2}}
 dataset:
   kind: bouncing_shapes
   n_frames: 8

@@ -1,0 +1,122 @@
+"""Groups of processes forked from one parent that has imported what takes a cold process eight seconds to import.
+
+`flperf` runs a command as the launcher would start it, `run_world` a function on every rank.
+"""
+
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing import forkserver
+from multiprocessing.connection import wait
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest import mock
+
+from runs import free_port
+
+from flperf import cli
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["preload"])
+GRACE = 10  # seconds that the other ranks have to end after one of them failed
+
+
+class World:
+    """`function(*arguments)` begun on every rank of a group of `processes`; with None in one process in no group.
+
+    A context manager: what still runs at the end is killed.
+    """
+
+    def __init__(self, processes: int | None, function: Callable, *arguments, cwd: Path | None = None, **environment):
+        path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+        with mock.patch.dict(os.environ, PYTHONPATH=path):
+            forkserver.ensure_running()  # the first world starts the parent
+        self._folder = TemporaryDirectory()
+        self.members, port = [], free_port()
+        for rank in range(processes or 1):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_SIZE": processes}
+            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            own = {name: str(value) for name, value in place.items()} if processes else {}
+            work = (self._path(f"result_{rank}"), function, arguments)
+            member = CONTEXT.Process(target=_run, args=(self._folder.name, cwd, os.environ | own | environment, *work))
+            member.start()
+            self.members.append(member)
+
+    def __enter__(self) -> "World":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for member in self.members:
+            member.kill()
+            member.join()
+        self._folder.cleanup()
+
+    def join(self, timeout: float = 300) -> list[int | None]:
+        """The exit status of every rank, None where it is still running at the end of the time; when one fails the
+        others have `GRACE` seconds."""
+        deadline = time.monotonic() + timeout
+        while (left := deadline - time.monotonic()) > 0 and (running := self._running()):
+            wait([member.sentinel for member in running], timeout=left)
+            if any(member.exitcode for member in self.members):
+                deadline = min(deadline, time.monotonic() + GRACE)
+        return [member.exitcode for member in self.members]
+
+    def result(self, rank: int):
+        """What the function returned on a rank."""
+        return pickle.loads(self._path(f"result_{rank}").read_bytes())
+
+    @property
+    def stdout(self) -> str:
+        """Of all ranks, so far."""
+        return self._path("stdout").read_text()
+
+    @property
+    def stderr(self) -> str:
+        return self._path("stderr").read_text()
+
+    def _running(self) -> list:
+        return [member for member in self.members if member.exitcode is None]
+
+    def _path(self, name: str) -> Path:
+        return Path(self._folder.name, name)
+
+
+def run_world(processes: int, function: Callable, *arguments, **environment: str) -> list:
+    """What `function(*arguments)` returned on each rank; it must be importable by its name."""
+    with World(processes, function, *arguments, **environment) as world:
+        statuses = world.join()
+        assert not any(statuses), (
+            f"{function.__name__} ended with {statuses}\n{world.stdout[-4000:]}{world.stderr[-4000:]}"
+        )
+        return [world.result(rank) for rank in range(processes)]
+
+
+def flperf(
+    *arguments: str, processes: int | None = None, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess:
+    """`flperf COMMAND …` in one process, or on each of several that form a group."""
+    with World(processes, command, *arguments, cwd=cwd, **environment) as world:
+        statuses = world.join()
+        status = next((status for status in statuses if status != 0), 0)
+        return subprocess.CompletedProcess(arguments, status, world.stdout, world.stderr)
+
+
+def command(*arguments: str) -> None:
+    sys.argv = ["flperf", *arguments]
+    cli.main()
+
+
+def _run(folder: str, cwd: Path | None, environment: dict[str, str], result: Path, function: Callable, arguments):
+    for name in ("stdout", "stderr"):
+        stream, file = getattr(sys, name), os.open(f"{folder}/{name}", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.dup2(file, stream.fileno())
+        stream.reconfigure(line_buffering=True)
+    os.environ.clear()
+    os.environ.update(environment)
+    if cwd:
+        os.chdir(cwd)
+    result.write_bytes(pickle.dumps(function(*arguments)))
