@@ -1,6 +1,5 @@
-"""A small configuration on drawn clips, and runs of it under the real launcher."""
+"""A small configuration on drawn clips, and the real launcher."""
 
-import json
 import os
 import socket
 import subprocess
@@ -13,8 +12,7 @@ TINY = """
 experiment: {folder}/experiment
 backbone:
   kind: vjepa2
-  architecture: {{crop_size: 32, hidden_size: 24, num_hidden_layers: 2, num_attention_heads: 2, pred_hidden_size: 24,
-   pred_num_hidden_layers: 1, pred_num_attention_heads: 2}}
+  architecture: {{crop_size: 32, hidden_size: 24, num_hidden_layers: 2, num_attention_heads: 2, pred_num_hidden_layers: 1}}
 dataset:
   kind: bouncing_shapes
   n_frames: 8
@@ -26,27 +24,22 @@ engine: {{compile: false, precision: fp32}}
 evaluation: {{eval_every: 1000, sampling: {{steps: 2, samples: 2}}, dump_examples: 0}}
 checkpoint: {{save_every: 1000}}
 tracking: {{wandb: none, log_every: 1}}
-"""
+"""  # noqa: E501
 
 REGIMES = {
     "predictor": ["model.head=predictor", "objective.kind=regression", "objective.loss=l1"],
     "cross_attention": ["model.head=cross_attention", "objective.kind=regression", "objective.loss=smooth_l1"],
     "flow_matching": ["model.head=dit", "objective.kind=flow_matching", "objective.tau_distribution=logit_normal"],
 }
-DINOV3 = {"crop_size": "null", "image_size": 32, "intermediate_size": 48, "num_register_tokens": 4}
+VIT = ["crop_size=null", "pred_num_hidden_layers=null", "image_size=32", "intermediate_size=48"]
 BACKBONES = {
     "vjepa2": [],
     "dinov3": [
-        "backbone.kind=dinov3",
-        "backbone.frame_stride=2",
-        *(f"backbone.architecture.{k}={v}" for k, v in DINOV3.items()),
+        *("backbone.kind=dinov3", "backbone.frame_stride=2"),
+        *(f"backbone.architecture.{size}" for size in (*VIT, "num_register_tokens=4")),
     ],
 }
-
-FOUR_DS = [
-    "backbone.kind=4ds",
-    *(f"backbone.architecture.{size}" for size in ("crop_size=null", "image_size=32", "intermediate_size=48")),
-]
+FOUR_DS = ["backbone.kind=4ds", *(f"backbone.architecture.{size}" for size in VIT)]
 
 
 def free_port() -> int:
@@ -72,13 +65,3 @@ def launch(
         timeout=timeout,
         check=False,
     )
-
-
-def curves(config: Path, requests: dict[str, list[str]], processes: int) -> dict[str, dict]:
-    """Losses, gradient norms and clips of several short runs, trained one after another under one launcher."""
-    folder = config.parent
-    request, result = folder / f"requests_{free_port()}.json", folder / f"results_{free_port()}.json"
-    request.write_text(json.dumps([str(config), requests]))
-    finished = launch(processes, str(ROOT / "tests/launch/curves.py"), str(request), str(result))
-    assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
-    return json.loads(result.read_text())

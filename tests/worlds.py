@@ -38,9 +38,10 @@ class World:
         self._folder = TemporaryDirectory()
         self.members, port = [], free_port()
         for rank in range(processes or 1):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_SIZE": processes}
-            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            own = {name: str(value) for name, value in place.items()} if processes else {}
+            own = {"LOCAL_SIZE": str(os.cpu_count())}  # hence one thread each, which is fastest for small heads
+            if processes:
+                group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+                own |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in group.items()}
             work = (self._path(f"result_{rank}"), function, arguments)
             member = CONTEXT.Process(target=_run, args=(self._folder.name, cwd, os.environ | own | environment, *work))
             member.start()
@@ -52,6 +53,7 @@ class World:
     def __exit__(self, *_) -> None:
         for member in self.members:
             member.kill()
+        for member in self.members:
             member.join()
         self._folder.cleanup()
 

@@ -1,20 +1,20 @@
 """Checkpoints: the same state at any number of processes and ZeRO stage, whole after kills, damage and full disks."""
 
-import json
 import os
 import random
 import shutil
 import subprocess
-import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, TINY
+from ranks import checkpoints as ranks
+from ranks.curves import curves
 from safetensors.torch import load_file
+from worlds import CONTEXT, World, run_world
 
-from flperf.config import Trainer
 from flperf.engine.checkpoint_files import (
     Damaged,
     candidates,
@@ -24,75 +24,118 @@ from flperf.engine.checkpoint_files import (
     read_index,
     read_weights,
 )
-from flperf.engine.process import Process, batch_share
 from flperf.errors import UserError
 
 NEWEST = "step_00000002"
+PRECISIONS = ("fp32", "bf16")
 
 
 @pytest.fixture(scope="module")
-def tmpfs(tmp_path_factory):
-    """A small file system of its own, or None where mounting is not permitted."""
-    folder = tmp_path_factory.mktemp("tmpfs")
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    yield None if mounted.returncode else folder
-    if not mounted.returncode:
-        subprocess.run(["umount", str(folder)], check=True)
+def states(tmp_path_factory) -> Path:
+    """By precision: a checkpoint that two processes wrote at ZeRO 2, and its state as DeepSpeed reads it."""
+    folder = tmp_path_factory.mktemp("states")
+    for precision in PRECISIONS:
+        tensors = run_world(2, ranks.write_states, str(folder / precision), precision)
+        assert tensors == [1 + 4 * 21] * 2  # the step, and four states of 21 parameters
+    return folder
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("checkpoints")
+def differences(states) -> dict[int, list[dict]]:
+    """By world size and rank: what differs from the state that was written, by precision and stage."""
+    return {size: run_world(size, ranks.read_all_states, str(states)) for size in (1, 4)}
 
 
-@pytest.fixture(scope="module")
-def report(folder, tmpfs) -> dict:
-    """What tests/launch/checkpoints.py saw in its worlds of 1, 2 and 4 processes."""
-    config, results = folder / "tiny.yaml", folder / "results.json"
-    config.write_text(TINY.format(folder=folder))
-    script = ROOT / "tests/launch/checkpoints.py"
-    command = [sys.executable, str(script), str(config), str(folder), str(results), *([str(tmpfs)] if tmpfs else [])]
-    path = f"{ROOT / 'tests'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    environment = {**os.environ, "PYTHONPATH": path}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
-    return json.loads(results.read_text())
-
-
-@pytest.mark.parametrize("stage", ["0", "1", "1 accumulated", "2", "3"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("world_size", ["1", "4"])
-def test_what_two_processes_wrote_at_zero_2_is_the_same_state_anywhere(report, world_size, precision, stage):
+@pytest.mark.parametrize("stage", ranks.STAGES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_what_two_processes_wrote_at_zero_2_is_the_same_state_anywhere(differences, world_size, precision, stage):
     """Bit for bit, as values are copied and never computed: master weights, moments, moving average, Adam's step, the
     parameters that are computed with on every process, and what is written from there again."""
-    assert report["tensors"] == 1 + 4 * 21  # the step, and four states of 21 parameters
-    differences = [found[f"{precision} ZeRO {stage}"] for found in report["states"][world_size]]
-    assert differences == [[]] * int(world_size)
+    assert [found[f"{precision} ZeRO {stage}"] for found in differences[world_size]] == [[]] * world_size
 
 
-def test_a_checkpoint_of_an_untrained_head_changes_nothing(report):
+def test_a_checkpoint_of_an_untrained_head_changes_nothing(tmp_path):
     """Its optimizer has no state yet at ZeRO 0, 1 and 2, and zeros at ZeRO 3."""
-    assert report["untrained"] == {"0 3": [], "1 0": [], "3 2": []}
+    assert run_world(1, ranks.begin_again, str(tmp_path)) == [{"0 3": [], "1 0": [], "3 2": []}]
 
 
-@pytest.mark.parametrize("rest", ["rest on 1", "rest on 4"])
-def test_the_loss_goes_on_at_another_world_size_and_stage(report, rest):
+def test_the_loss_goes_on_at_another_world_size_and_stage(tiny):
     """2 processes at ZeRO 2, then 1 at ZeRO 0 or 4 at ZeRO 3, against one undisturbed run: the order of sums alone
-    differs, hence the fp32 tolerance derived in test_training (1e-5)."""
-    whole, first, second = (report["curves"][name] for name in ("whole", "first", rest))
-    assert second["step"] == whole["step"] == [1, 2, 3, 4, 5, 6]
-    assert first["seen"] + second["seen"] == whole["seen"] and len(whole["seen"]) == 6
-    assert second["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    differs, hence the fp32 tolerance of 1e-5 derived in test_zero_stages."""
+
+    def train(processes: int, name: str, stage: int, *overrides: str) -> dict:
+        common = ["trainer.max_steps=6", "dataset.shapes.validation_clips=0", f"engine.zero_stage={stage}"]
+        return run_world(processes, curves, str(tiny), {name: [*common, *overrides]})[0][name]
+
+    whole, first = train(1, "whole", 0), train(2, "first", 2, "trainer.stop_after=3")
+    for processes, stage in ((1, 0), (4, 3)):
+        name = f"rest on {processes}"
+        shutil.copytree(tiny.parent / "experiment/first", tiny.parent / "experiment" / name)
+        second = train(processes, name, stage)
+        assert second["step"] == whole["step"] == [1, 2, 3, 4, 5, 6]
+        assert first["seen"] + second["seen"] == whole["seen"] and len(whole["seen"]) == 6
+        assert second["loss"] == pytest.approx(whole["loss"], rel=1e-5)
 
 
-def test_a_write_killed_at_any_moment_leaves_whole_checkpoints(report):
-    found = report["killed"]["found"]
-    steps = [start["step"] for start in found]
-    assert all(start["intact"] for start in found) and report["killed"]["damaged"] == []
-    assert steps == sorted(steps) and steps[0] == 0 and steps[-1] >= 5  # nothing complete is ever lost
-    assert report["killed"]["unfinished"] > 0  # else no kill fell into a write
+def test_a_write_killed_at_any_moment_leaves_whole_checkpoints(tmp_path):
+    """Both processes of a world are killed at a random moment of its writes, again and again."""
+    moments, steps, unfinished = random.Random(0), [], 0
+    for _ in range(15):
+        receiver, sender = CONTEXT.Pipe(duplex=False)
+        with World(2, ranks.save_until_killed, str(tmp_path / "killed"), sender) as world:
+            for _ in range(2):
+                assert receiver.poll(60), world.stderr
+                found = receiver.recv()
+            time.sleep(moments.uniform(0, 0.15))
+        assert found["intact"]
+        steps.append(found["step"])
+        unfinished += any(tmp_path.glob("killed/*.unfinished"))
+        for checkpoint in candidates(tmp_path / "killed"):
+            check(checkpoint)
+    assert steps == sorted(steps) and steps[0] == 0 and steps[-1] >= 5  # no complete checkpoint was lost
+    assert unfinished > 0  # else no kill fell into a write
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 4)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+HARMS = {
+    "none": [],
+    "flipped shard": [(flip, f"{NEWEST}/rank_00001.safetensors")],
+    "truncated shard": [(truncate, f"{NEWEST}/rank_00000.safetensors")],
+    "truncated index": [(truncate, f"{NEWEST}/checkpoint.json")],
+    "missing folder": [(shutil.rmtree, NEWEST)],
+    "missing latest": [(Path.unlink, "latest")],
+    "both": [(flip, f"{NEWEST}/rank_00000.safetensors"), (truncate, "step_00000001/rank_00001.safetensors")],
+}
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory) -> Path:
+    """By harm: the checkpoints of steps 1 and 2 of two processes, the newest of them or both harmed. Their writer
+    overwrote its whole state right after each `save`."""
+    folder = tmp_path_factory.mktemp("damaged")
+    run_world(2, ranks.write_filled, str(folder / "whole"), [1, 2])
+    for name, harms in HARMS.items():
+        shutil.copytree(folder / "whole", folder / name)
+        for harm, path in harms:
+            harm(folder / name / path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(damaged) -> dict[str, tuple]:
+    """By harm and rank: what a resume on two processes found."""
+    by_rank = run_world(2, ranks.resume_from, [str(damaged / name) for name in HARMS])
+    return dict(zip(HARMS, zip(*by_rank, strict=True), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -104,25 +147,22 @@ def test_a_write_killed_at_any_moment_leaves_whole_checkpoints(report):
         ("missing folder", f"{NEWEST}/checkpoint.json"),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(report, harm, file):
-    first, second = report["damage"][harm]
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(found, harm, file):
+    first, second = found[harm]
     assert first["step"] == second["step"] == 1 and first["intact"] and second["intact"]
     assert len(first["said"].splitlines()) == 1 and f"{harm}/{file}: " in first["said"]
     assert second["said"] == ""
 
 
-def test_if_all_are_damaged_the_error_names_them_all(report):
-    for found in report["damage"]["both"]:
-        assert (
-            f"{NEWEST}/rank_00000.safetensors" in found["error"]
-            and "step_00000001/rank_00001.safetensors" in found["error"]
-        )
+def test_if_all_are_damaged_the_error_names_them_all(found):
+    for rank in found["both"]:
+        assert f"{NEWEST}/rank_00000.safetensors" in rank["error"]
+        assert "step_00000001/rank_00001.safetensors" in rank["error"]
 
 
-@pytest.mark.parametrize("harm", ["none", "lost latest"])
-def test_the_state_is_that_of_its_step_though_training_went_on(report, harm):
-    """The writer of these overwrote its whole state right after each `save`."""
-    assert report["damage"][harm] == [{"step": 2, "intact": True, "said": ""}] * 2
+@pytest.mark.parametrize("harm", ["none", "missing latest"])
+def test_the_state_is_that_of_its_step_though_training_went_on(found, harm):
+    assert list(found[harm]) == [{"step": 2, "intact": True, "said": ""}] * 2
 
 
 @pytest.mark.parametrize(
@@ -140,35 +180,49 @@ def test_a_damaged_latest_hides_no_checkpoint(tmp_path, latest, steps, expected)
     assert [int(path.name.removeprefix("step_")) for path in candidates(tmp_path)] == expected
 
 
-@pytest.mark.parametrize("limit", ["size", "tmpfs"])
-def test_a_full_disk_ends_in_one_error_and_the_checkpoint_before(report, limit):
-    """A full tmpfs; and a limit on file sizes (RLIMIT_FSIZE) on the second process alone, of which the first must
-    hear."""
-    if limit not in report["disk"]:
+@pytest.fixture
+def tmpfs(tmp_path) -> Path:
+    """A small file system of its own, where mounting is permitted."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("mounting a tmpfs is not permitted here")
-    for found in report["disk"][limit]:
-        assert f"{NEWEST}.unfinished/rank_0000" in found["error"] and "cannot be written" in found["error"]
-        assert found["latest"] == "step_00000001" and found["left"] == ["latest", "step_00000001"]
-        assert found["found"] == {"step": 1, "intact": True, "said": ""}
-        assert found["after"] == {"step": 2, "intact": True, "said": ""}
-    if limit == "size":
-        assert all("rank_00001" in found["error"] for found in report["disk"][limit])
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def assert_full_disk_is_survived(rank: dict) -> None:
+    assert f"{NEWEST}.unfinished/rank_0000" in rank["error"] and "cannot be written" in rank["error"]
+    assert rank["latest"] == "step_00000001" and rank["left"] == ["latest", "step_00000001"]
+    assert rank["found"] == {"step": 1, "intact": True, "said": ""}
+    assert rank["after"] == {"step": 2, "intact": True, "said": ""}
+
+
+def test_a_full_disk_ends_in_one_error_and_the_checkpoint_before(tmpfs):
+    for rank in run_world(2, ranks.fill_disk, str(tmpfs / "checkpoints"), "tmpfs"):
+        assert_full_disk_is_survived(rank)
+
+
+def test_a_disk_full_for_one_process_ends_all(tmp_path):
+    """By a limit on file sizes (RLIMIT_FSIZE) of the second process, of which the first must hear."""
+    for rank in run_world(2, ranks.fill_disk, str(tmp_path / "checkpoints"), "size"):
+        assert_full_disk_is_survived(rank)
+        assert "rank_00001" in rank["error"]
 
 
 @pytest.mark.parametrize("name", ["checkpoint.json", "rank_00000.safetensors", "rank_00001.safetensors"])
-def test_every_flipped_bit_and_lost_end_shows(report, folder, tmp_path, name):
-    copy, places = tmp_path / "checkpoints", random.Random(0)
-    shutil.copytree(folder / "damages/none", copy)
+def test_every_flipped_bit_and_missing_end_shows(damaged, tmp_path, name):
+    copy, bits = tmp_path / "checkpoints", random.Random(0)
+    shutil.copytree(damaged / "none", copy)
     path = copy / NEWEST / name
     content = path.read_bytes()
     for _ in range(25):
-        place = places.randrange(8 * len(content))
-        damaged = bytearray(content)
-        damaged[place // 8] ^= 1 << place % 8
-        path.write_bytes(damaged)
+        bit = bits.randrange(8 * len(content))
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
         with pytest.raises(Damaged, match=str(path)):
             check(copy / NEWEST)
-        path.write_bytes(content[: place // 8])
+        path.write_bytes(content[: bit // 8])
         with pytest.raises(Damaged, match=str(path)):
             check(copy / NEWEST)
     with pytest.raises(Damaged, match=str(path)):
@@ -178,9 +232,9 @@ def test_every_flipped_bit_and_lost_end_shows(report, folder, tmp_path, name):
     assert latest_checkpoint(copy) == copy / NEWEST
 
 
-def test_weights_and_their_average_are_read_without_an_engine(report, folder, tmp_path):
-    reference = load_file(folder / "states/fp32/reference.safetensors")
-    checkpoint = latest_checkpoint(folder / "states/fp32")
+def test_weights_and_their_average_are_read_without_an_engine(states, tmp_path):
+    reference = load_file(states / "fp32/reference.safetensors")
+    checkpoint = latest_checkpoint(states / "fp32")
     for state, average in (("weight", False), ("ema", True)):
         weights = read_weights(checkpoint, average)
         assert {f"{state}/{name}" for name in weights} == {key for key in reference if key.startswith(f"{state}/")}
@@ -194,28 +248,3 @@ def test_weights_and_their_average_are_read_without_an_engine(report, folder, tm
     with pytest.raises(UserError, match=f"{copy}: holds no moving average"):
         read_weights(copy, average=True)
     assert latest_checkpoint(tmp_path) is None
-
-
-def place(world_size: int, batch_size: int, micro_batch_size: int | None):
-    return batch_share(
-        Trainer(batch_size=batch_size, micro_batch_size=micro_batch_size),
-        Process(0, 0, world_size, torch.device("cpu")),
-    )
-
-
-@pytest.mark.parametrize(
-    ("world_size", "micro_batch_size", "expected"),
-    [(1, None, 24), (1, 8, 8), (2, 8, 6), (4, 8, 6), (8, 8, 3), (3, 5, 4), (24, 8, 1)],
-)
-def test_the_batch_stays_at_any_world_size(capsys, world_size, micro_batch_size, expected):
-    found = place(world_size, 24, micro_batch_size)
-    assert found.micro_batch_size == expected and found.micro_batch_size * found.accumulation_steps * world_size == 24
-    assert ("trainer.micro_batch_size: 8" in capsys.readouterr().out) == (micro_batch_size == 8 and expected != 8)
-
-
-@pytest.mark.parametrize("world_size", [5, 16, 48])
-def test_a_batch_that_cannot_be_shared_out_is_refused(world_size):
-    with pytest.raises(
-        UserError, match=f"trainer.batch_size: 24 clips cannot be shared out evenly among {world_size} processes"
-    ):
-        place(world_size, 24, 8)

@@ -1,14 +1,6 @@
-"""Started by the tests under the deepspeed launcher: trains each of several configurations for a few steps and writes
-what was seen.
-
-Usage: deepspeed … curves.py REQUESTS.json RESULTS.json. A request is a name and a list of overrides on the base
-configuration; a result holds its losses and gradient norms step by step, and the clips (row and sample) that the
-processes saw in each step.
-"""
+"""Several short training runs in one group of processes, and what was logged and seen in each."""
 
 import json
-import sys
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -20,6 +12,7 @@ from flperf.training.run_folder import RunFolder
 
 
 def curve(config_path: str, name: str, overrides: list[str], process) -> dict:
+    """Losses and gradient norms by step, evaluations, and the (sample, clip) pairs that all ranks saw in each step."""
     config = load_config(config_path, [f"name={name}", *overrides])
     run = build_run(config, process)
     seen = []
@@ -47,14 +40,7 @@ def curve(config_path: str, name: str, overrides: list[str], process) -> dict:
     }
 
 
-def main() -> None:
-    requests, results = (path for path in sys.argv[-2:])
-    config_path, named = json.loads(Path(requests).read_text())
+def curves(config_path: str, requests: dict[str, list[str]]) -> dict[str, dict]:
+    """The runs, one after another, by name; a request is its overrides on the configuration file."""
     process = start_process()
-    curves = {name: curve(config_path, name, overrides, process) for name, overrides in named.items()}
-    if process.is_main:
-        Path(results).write_text(json.dumps(curves))
-
-
-if __name__ == "__main__":
-    main()
+    return {name: curve(config_path, name, overrides, process) for name, overrides in requests.items()}

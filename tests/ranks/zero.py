@@ -1,20 +1,13 @@
-"""Started by the tests under the deepspeed launcher: takes a few updates at each ZeRO stage and writes what each rank
-sent and held.
+"""A few updates at each ZeRO stage, and what each rank sent and held.
 
-Usage: deepspeed … zero.py REQUESTS.json RESULTS.json. A request is a name, a list of overrides on the base
-configuration and DeepSpeed's `zero_optimization` keys that replace flperf's. Collectives are seen where every one of
-them passes, whoever calls it: they are operators of PyTorch's dispatcher, `c10d::…`. DeepSpeed's own logger sees only
-what goes through `deepspeed.comm`.
+Collectives are counted as operators of PyTorch's dispatcher, `c10d::…`, through which all of them pass. DeepSpeed's own
+logger sees only what goes through `deepspeed.comm`.
 """
 
-import json
-import sys
 from collections import Counter
-from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -142,16 +135,7 @@ def measure(config_path: str, overrides: list[str], zero: dict, process) -> dict
     }
 
 
-def main() -> None:
-    requests, results = sys.argv[-2:]
-    config_path, named = json.loads(Path(requests).read_text())
+def measure_all(config_path: str, requests: dict[str, tuple[list[str], dict]]) -> dict[str, dict]:
+    """By name; a request is its overrides and the `zero_optimization` keys of DeepSpeed that replace flperf's."""
     process = start_process()
-    measured = {name: measure(config_path, overrides, zero, process) for name, (overrides, zero) in named.items()}
-    everyone: list = [None] * process.world_size
-    dist.all_gather_object(everyone, measured)
-    if process.is_main:
-        Path(results).write_text(json.dumps({name: [rank[name] for rank in everyone] for name in named}))
-
-
-if __name__ == "__main__":
-    main()
+    return {name: measure(config_path, overrides, zero, process) for name, (overrides, zero) in requests.items()}
