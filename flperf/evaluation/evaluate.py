@@ -1,12 +1,12 @@
-"""How good a forecast is, in normalised latents, beside the baselines that it must beat.
+"""Evaluation: a head's forecasts and the baselines against the true latents of the validation clips.
 
-Every number is taken for each latent frame ahead (the horizon). Every validation clip counts once, whatever the
-number of processes: sums are taken over valid clips and divided at the end. Flow matching draws k samples a clip; the
-forecast is their mean, and their own scores say whether they are good and honestly spread.
+Each valid clip counts once, whatever the number of processes: scores are summed over clips and processes, and divided
+at the end. In flow matching the forecast is the mean of k samples; the samples also have scores of their own, which
+tell whether their spread is calibrated.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,13 +16,14 @@ from flperf.data.samplers import ClipBatch
 from flperf.errors import UserError
 from flperf.evaluation.metrics import (
     ERRORS,
-    SMALLEST,
+    SAMPLE_ERRORS,
+    Key,
     MeanAccumulator,
     Moments,
-    _spread,
     frechet_distance,
     sample_scores,
 )
+from flperf.evaluation.scores import Scores
 from flperf.models.baselines import BASELINES, Baselines
 from flperf.objectives.build import forecast
 from flperf.objectives.flow_matching import FlowMatching
@@ -31,11 +32,11 @@ from flperf.run import Run
 
 
 class Observer(Protocol):
-    """Judges forecasts by something else than errors of latents."""
+    """Computes further metrics from the latents of an evaluation, such as the pixel errors of a locator."""
 
     def add(self, latents: dict[str, Tensor], batch: ClipBatch) -> None:
-        """Normalised latents, fp32 `b t h w d`, of "forecast", "copy_last" (t = 1) and "target"; where the forecast
-        is the mean of several samples, which may be a blur, of one "sample", too."""
+        """Called for every batch with normalised latents, fp32 `b t h w d`: "forecast", "copy_last" (t = 1), "target"
+        and, where the forecast is the mean of several samples, the first "sample"."""
 
 
 @torch.no_grad()
@@ -43,90 +44,74 @@ def evaluate(
     head: torch.nn.Module,
     objective: Regression | FlowMatching,
     batches: Iterable[ClipBatch],
-    latents_of: Callable,
+    latents_of: Callable[[ClipBatch], tuple[Tensor, Tensor]],
     baselines: Baselines,
+    norm: str,
     observers: Sequence[Observer] = (),
-) -> dict[str, Any]:
-    """Validation loss, errors of the forecast (the mean of its samples) and of the baselines, and skill.
+) -> Scores:
+    """Validation loss, and scores of the forecast and the baselines.
 
-    batches yield `ClipBatch`es; latents_of turns one into normalised (context, target). skill = 1 - forecast's error
-    / the best trivial forecast's, for each error; above 0 the head knows something. The result holds means over all
-    frames by name, and under "horizon" the same names with a list, one number a latent frame ahead. `frechet`
-    compares the tokens of one sample with the true ones; over all frames it is that of all tokens together. Observers
-    see the latents of every batch.
+    `latents_of` gives the normalised context and target of a batch, `b t h w d` each; `norm` names the normalisation.
+    Fréchet distances compare the tokens of one sample with those of the target. Raises `UserError` if no clip is valid.
     """
     device = baselines.position_mean.device
-    sums, moments = MeanAccumulator(device), {}
+    means, moments = MeanAccumulator(device), {}
     for batch in batches:
         context, target = latents_of(batch)
-        valid, truth = batch.valid, target.float()
-        sums.count(valid)
-        sums.add("loss", objective.loss(head, context, target, batch.sample, reduction="sample"), valid)
+        truth = target.float()
+        scores: dict[Key, Tensor] = {
+            "loss": objective.loss(head, context, target, batch.sample, reduction="sample"),
+        }
         samples = forecast(objective, head, context, batch.sample)
         forecasts = {"forecast": samples.mean(1), **baselines.forecasts(context)}
-        scores = {
-            f"{name}_{error}": ERRORS[error](latents, truth) for name, latents in forecasts.items() for error in ERRORS
-        }
-        if samples.shape[1] > 1:
-            scores |= sample_scores(samples, truth)
-        for name, score in scores.items():
-            sums.add(name, score, valid)
-        for name, latents in {**forecasts, "forecast": samples[:, 0], "target": truth}.items():
-            moments.setdefault(name, Moments(truth.shape[1], truth.shape[-1], device)).add(
-                latents.expand_as(truth)[valid]
-            )
+        for name, latents in forecasts.items():
+            scores |= {(name, error): ERRORS[error](latents, truth) for error in ERRORS}
         seen = {"target": truth, "forecast": forecasts["forecast"], "copy_last": forecasts["copy_last"]}
-        if samples.shape[1] > 1:
+        if objective.samples > 1:
+            scores |= sample_scores(samples, truth)
             seen["sample"] = samples[:, 0]
+        means.add(scores, batch.valid)
+        for name, latents in {**forecasts, "forecast": samples[:, 0], "target": truth}.items():
+            moments.setdefault(name, Moments(truth.shape[1], truth.shape[-1], device))
+            moments[name].add(latents.expand_as(truth)[batch.valid])
         for observer in observers:
             observer.add(seen, batch)
-    return _result(sums, moments, objective.samples)
+    return _scores(norm, means, moments, objective.samples)
 
 
-def _result(sums: MeanAccumulator, moments: dict[str, Moments], samples: int) -> dict[str, Any]:
-    means = sums.means()
-    if not sums.clips:
-        raise UserError("dataset.validation: not one of its clips can be read")
-    for error in ERRORS:
-        best = torch.stack([means[f"{name}_{error}"].expand_as(means[f"forecast_{error}"]) for name in BASELINES])
-        means[f"skill_{error}"] = 1 - means[f"forecast_{error}"] / best.amin(0).clamp(min=SMALLEST)
+def _scores(norm: str, accumulated: MeanAccumulator, moments: dict[str, Moments], samples: int) -> Scores:
+    means = accumulated.means()
+    if not accumulated.clips:
+        raise UserError("dataset.validation: none of its clips can be read")
+
+    def with_overall(key: Key) -> Tensor:
+        return torch.cat([means[key], means[key].mean().view(1)])
+
+    errors = {name: {error: with_overall((name, error)) for error in ERRORS} for name in ("forecast", *BASELINES)}
     if samples > 1:
-        means["spread"] = _spread(means["variance"], means["forecast_mse"], samples)
-    result: dict[str, Any] = {"clips": int(sums.clips)}
-    result |= {key: value.mean().item() for key, value in means.items()}
-    if samples > 1:  # ratios of the means: not means of ratios
-        result["spread"] = _spread(means["variance"].mean(), means["forecast_mse"].mean(), samples).item()
-    for error in ERRORS:
-        result[f"skill_{error}"] = 1 - result[f"forecast_{error}"] / max(
-            min(result[f"{name}_{error}"] for name in BASELINES), SMALLEST
-        )
-    result["horizon"] = {key: value.tolist() for key, value in means.items() if value.ndim == 1}
+        errors["sample"] = {error: with_overall(("sample", error)) for error in SAMPLE_ERRORS}
+        errors["best"] = {
+            error: torch.cat([means["best", error], means["best_of_clip", error].view(1)]) for error in SAMPLE_ERRORS
+        }
     truth = moments.pop("target").result()
     for name, moment in moments.items():
         distances = [frechet_distance(true, forecast) for true, forecast in zip(truth, moment.result(), strict=True)]
-        *result["horizon"][f"{name}_frechet"], result[f"{name}_frechet"] = distances
-    for error in ("l1", "mse"):  # a clip's best sample, not the best of each frame
-        if f"best_{error}" in result:
-            result[f"best_{error}"] = result.pop(f"best_clip_{error}")
-    return result
+        errors[name]["frechet"] = torch.tensor(distances, dtype=torch.float64)
+    variance = with_overall("variance") if samples > 1 else None
+    return Scores(norm, int(accumulated.clips), means["loss"].item(), samples, errors, variance)
 
 
-def evaluate_run(run: Run, observers: Sequence[Observer] = ()) -> dict[str, Any]:
-    """`evaluate` on the first `evaluation.max_clips` validation clips, shared out over the processes, with a progress
-    bar.
-
-    The result names the latents' `norm`, too: errors compare only between runs that have it in common.
-    """
+def evaluate_run(run: Run, observers: Sequence[Observer] = ()) -> Scores:
+    """`evaluate` on the first `evaluation.max_clips` validation clips, shared between the processes."""
     config, device = run.config.evaluation, run.process.device
     batch_size = config.batch_size or run.share.micro_batch_size
     batches = run.dataset.validation_batches(run.share, batch_size, config.max_clips, device)
     clips = min(run.dataset.validation_size, config.max_clips or run.dataset.validation_size)
     rounds = -(-clips // (batch_size * run.process.world_size))
-    shown = tqdm(
-        _on_device(batches, device), "evaluating", rounds, leave=False, disable=None if run.process.is_main else True
-    )
-    result = evaluate(run.forecaster, run.objective, shown, run.latents, run.baselines, observers)
-    return {"norm": run.config.latents.embedding_norm, **result}
+    disable = None if run.process.is_main else True
+    bar = tqdm(_on_device(batches, device), "evaluating", rounds, leave=False, disable=disable)
+    norm = run.config.latents.embedding_norm
+    return evaluate(run.forecaster, run.objective, bar, run.latents, run.baselines, norm, observers)
 
 
 def _on_device(batches: Iterable[ClipBatch], device: torch.device) -> Iterator[ClipBatch]:

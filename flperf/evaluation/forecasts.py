@@ -1,4 +1,8 @@
-"""Forecasts of validation clips as files: one safetensors file of all samples, and one folder a clip to look at."""
+"""Writes forecasts of validation clips: one safetensors file with all samples, and a folder of pictures per clip.
+
+This is the work of `flperf sample`. It is apart from the command's parser so that mistakes in the arguments are
+reported before torch is loaded.
+"""
 
 import math
 from pathlib import Path
@@ -16,22 +20,22 @@ from flperf.run import Run
 
 
 def frames_for(seconds: float, stride: int, frames_per_latent: int, rate: float) -> int:
-    """Latent frames that reach so many seconds beyond the last context frame."""
+    """The number of latent frames that covers `seconds` after the last context frame."""
     return math.ceil(seconds * rate / (frames_per_latent * stride) - 1e-9)
 
 
 def seconds_ahead(frames: int, stride: int, frames_per_latent: int, rate: float) -> list[float]:
-    """When the last video frame of each forecast latent is shown, in seconds after the last context frame."""
+    """The time of the last video frame of each forecast latent frame, in seconds after the last context frame."""
     return [(frame + 1) * frames_per_latent * stride / rate for frame in range(frames)]
 
 
 @torch.no_grad()
 def write_forecasts(run: Run, out: Path, clips: int, frames: int | None, seconds: float | None) -> str:
-    """Forecast the first `clips` validation clips; returns what was written, as text.
+    """Forecast the first `clips` validation clips; returns a line that describes what was written.
 
-    forecasts.safetensors holds forecast `n k t h w d`, context and target `n t h w d` (all normalised), clip int64
-    [n] (rows of the validation split), and where the files' frame rates are known seconds [n t]. Raises `UserError`
-    where `seconds` are asked for and they are not.
+    forecasts.safetensors holds forecast `n k t h w d`, context and target `n t h w d` (all normalised), clip int64 [n]
+    (rows of the validation split) and, if the frame rates of the files are known, seconds [n t]. Raises `UserError` if
+    there are no validation clips, or if `seconds` is given and the frame rates are unknown.
     """
     clips = min(clips, run.dataset.validation_size)
     if not clips:
@@ -59,7 +63,7 @@ def write_forecasts(run: Run, out: Path, clips: int, frames: int | None, seconds
 
 
 def _forecasts(run: Run, clips: int, frames: int | None) -> tuple[dict[str, Tensor], dict[int, Tensor | None]]:
-    """Latents of the clips that could be read, and their videos by row of the split, all on the CPU."""
+    """Tensors of the readable clips by name, and their videos by row of the validation split, all on the CPU."""
     parts, videos = [], {}
     for batch in run.dataset.chosen_batches(
         [range(clips)], run.share.micro_batch_size, "validation", run.process.device
@@ -68,20 +72,19 @@ def _forecasts(run: Run, clips: int, frames: int | None) -> tuple[dict[str, Tens
         samples = forecast(run.objective, run.forecaster, context, batch.sample.to(run.process.device), frames)
         kept = {"forecast": samples.to(run.dtype), "context": context, "target": target, "clip": batch.clip}
         parts.append({name: tensor[batch.valid].cpu() for name, tensor in kept.items()})
-        for place in batch.valid.nonzero()[:, 0].tolist():
-            videos[int(batch.clip[place])] = None if batch.video is None else batch.video[place].cpu()
+        for index in batch.valid.nonzero()[:, 0].tolist():
+            videos[int(batch.clip[index])] = None if batch.video is None else batch.video[index].cpu()
     return {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}, videos
 
 
 def clip_rates(run: Run, clips: int) -> list[float] | None:
-    """Frames a second of the first validation clips; None where clips are not files of videos. An unreadable file
-    counts as 0."""
+    """Frames per second of the first validation clips, 0 for an unreadable file; None if clips are not video files."""
     if run.dataset.frame_rate is None:
         return None
     rates = []
     for path in run.dataset.splits["validation"].paths[:clips]:
         try:
             rates.append(run.dataset.frame_rate(path))
-        except BadClip:  # it is skipped, counted and named where it is decoded
+        except BadClip:  # reported where it is decoded
             rates.append(0.0)
     return rates

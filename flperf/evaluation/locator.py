@@ -1,5 +1,5 @@
-"""Does a forecast know where things will be? A locator finds the bouncing shapes in true latents; put to forecast
-ones, it tells the error in pixels at every horizon."""
+"""A locator finds the bouncing shapes in latents. Trained on true latents and applied to forecast ones, it gives the
+error of a forecast in pixels, at each latent frame ahead."""
 
 import json
 from dataclasses import asdict
@@ -18,7 +18,7 @@ from flperf.data.bouncing_shapes import SHAPES, heatmap_centres, patch_heatmaps,
 from flperf.data.samplers import ClipBatch
 from flperf.engine.process import compute_dtype
 from flperf.errors import UserError
-from flperf.evaluation.metrics import MeanAccumulator
+from flperf.evaluation.metrics import Key, MeanAccumulator
 from flperf.files import atomic_file, read_tensor_file
 from flperf.models.encoder import Encoder, build_encoder, encode_clip
 from flperf.models.latents import EPSILON, Normaliser, latent_geometry
@@ -26,13 +26,13 @@ from flperf.run import Run
 
 FORMAT = "flperf locator 1"
 BATCH_SIZE, LEARNING_RATE = 32, 2e-3
-CHECKED_CLIPS = 64  # of the validation split
-
+VALIDATION_CLIPS = 64
 REDUCED, HIDDEN = 16, 256  # channels
 
 
 class Coordinates(nn.Module):
-    """A two-layer MLP on all patches, each reduced to a few channels first, to (x, y) in [-1, 1]."""
+    """Regresses the centres: each patch is reduced to a few channels, and a two-layer MLP on all patches gives (x, y)
+    of each shape in [-1, 1]."""
 
     def __init__(self, height: int, width: int, dim: int, image_size: int):
         super().__init__()
@@ -43,11 +43,12 @@ class Coordinates(nn.Module):
         )
 
     def forward(self, latents: Tensor) -> Tensor:
+        """`n h w d` to centres `n 2 2` in [-1, 1]."""
         tokens = rearrange(self.reduce(latents), "n h w c -> n (h w c)")
         return rearrange(self.mlp(tokens), "n (shape xy) -> n shape xy", xy=2)
 
     def loss(self, latents: Tensor, centres: Tensor) -> Tensor:
-        """Mean squared error in [-1, 1] of centres `n 2 2` in pixels."""
+        """Mean squared error in [-1, 1] for centres `n 2 2` in pixels."""
         return F.mse_loss(self(latents), to_unit(centres, self.image_size))
 
     def locate(self, latents: Tensor) -> Tensor:
@@ -56,8 +57,8 @@ class Coordinates(nn.Module):
 
 
 class Heatmaps(nn.Module):
-    """A two-layer MLP on each patch and its neighbours to a logit a shape; the centre is the mean of the distribution
-    over patches."""
+    """A two-layer MLP on each patch and its neighbours gives a logit per shape. The softmax over patches is a
+    distribution, and its mean is the centre."""
 
     def __init__(self, height: int, width: int, dim: int, image_size: int):
         super().__init__()
@@ -65,18 +66,19 @@ class Heatmaps(nn.Module):
         self.mlp = nn.Sequential(nn.Conv2d(dim, HIDDEN, 3, padding=1), nn.GELU(), nn.Conv2d(HIDDEN, len(SHAPES), 1))
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Logits `n 2 h w`."""
+        """`n h w d` to logits `n 2 h w`."""
         return self.mlp(rearrange(latents, "n h w d -> n d h w"))
 
     def loss(self, latents: Tensor, centres: Tensor) -> Tensor:
-        """Cross-entropy with the distribution over patches whose mean is the centre."""
+        """Cross-entropy with a distribution over patches whose mean is the true centre."""
         logits = self(latents)
-        wanted = patch_heatmaps(centres, self.image_size, *logits.shape[-2:])
+        target = patch_heatmaps(centres, self.image_size, *logits.shape[-2:])
         return F.cross_entropy(
-            rearrange(logits, "n shape h w -> (n shape) (h w)"), rearrange(wanted, "n shape h w -> (n shape) (h w)")
+            rearrange(logits, "n shape h w -> (n shape) (h w)"), rearrange(target, "n shape h w -> (n shape) (h w)")
         )
 
     def locate(self, latents: Tensor) -> Tensor:
+        """`n h w d` to centres `n 2 2` in pixels of the canvas."""
         logits = self(latents)
         return heatmap_centres(logits.flatten(-2).softmax(-1).view_as(logits), self.image_size)
 
@@ -85,8 +87,8 @@ LOCATORS = {"coordinates": Coordinates, "heatmap": Heatmaps}
 
 
 class Locator(nn.Module):
-    """One of them for a grid of (height, width, channels), with the mean and standard deviation of the latents that
-    it was trained on."""
+    """A locator head of a `kind` for latent frames of shape `grid` (height, width, channels), with the mean and
+    standard deviation of the latents it was trained on."""
 
     def __init__(self, kind: str, grid: tuple[int, int, int], image_size: int):
         super().__init__()
@@ -96,35 +98,37 @@ class Locator(nn.Module):
         self.head = LOCATORS[kind](*grid, image_size)
 
     def standardise(self, latents: Tensor) -> Tensor:
+        """`… d` to the same shape in fp32."""
         return (latents.float() - self.mean) / self.std
 
     def loss(self, latents: Tensor, centres: Tensor) -> Tensor:
+        """Loss of the head for latents `n h w d` and centres `n 2 2` in pixels."""
         return self.head.loss(self.standardise(latents), centres)
 
     def locate(self, latents: Tensor) -> Tensor:
-        """Latents `… h w d` to centres `… 2 2` of square and disk, (x, y) in pixels of the canvas."""
+        """Latents `… h w d` to centres `… 2 2`: (x, y) of the square and of the disk in pixels of the canvas."""
         located = self.head.locate(self.standardise(latents.flatten(0, -4)))
         return located.view(*latents.shape[:-3], *located.shape[1:])
 
 
 def frame_centres(centres: Tensor, encoder: Encoder) -> Tensor:
-    """Centres `b f 2 2` of video frames to those of latent frames, `b t 2 2`: the mean over the frames that each is
-    computed from."""
+    """Centres `b f 2 2` of video frames to centres `b t 2 2` of latent frames: means over the video frames that each
+    latent frame is computed from."""
     frames = rearrange(centres, "b (t p) shape xy -> b t p shape xy", p=encoder.frames_per_latent)
     return frames[:, :, : encoder.frames_covered].mean(2)
 
 
 class FrameLatents:
-    """Latents of single frames with the true centres, as forecasts of a configuration have them but for
-    standardisation.
+    """Training data of a locator: single latent frames with the true centres of the shapes.
 
-    A single image is repeated to as many frames as a latent frame has.
+    Latents are normalised as in training of a head, but not standardised. A dataset of single images works too: an
+    image is repeated for all the video frames of a latent frame. Raises `UserError` for other data than shapes.
     """
 
     def __init__(self, config: Config, device: torch.device):
         if config.dataset.kind != "bouncing_shapes":
             raise UserError(
-                "dataset.kind: a locator learns from bouncing_shapes, whose positions are known, not "
+                "dataset.kind: a locator needs bouncing_shapes, whose positions are known; it is "
                 f"{config.dataset.kind!r}"
             )
         self.config, self.device = config, device
@@ -137,12 +141,11 @@ class FrameLatents:
         self.repeats = self.encoder.frames_per_latent if config.dataset.n_frames == 1 else 1
         self.frames, height, width, dim = self.encoder.latent_shape(config.dataset.n_frames * self.repeats)
         self.grid = height, width, dim
-        self.normaliser = Normaliser(unstandardised(config.latents.embedding_norm), torch.float32)
+        self.normaliser = Normaliser(norm_before_standardisation(config), torch.float32)
 
     @torch.no_grad()
-    def of(self, batch: ClipBatch) -> tuple[Tensor, Tensor]:
-        """Latents `n h w d` and centres `n 2 2` of all latent frames of a batch; of a single image where a clip is
-        one."""
+    def encode(self, batch: ClipBatch) -> tuple[Tensor, Tensor]:
+        """Latents `n h w d` and centres `n 2 2` in pixels, of all n latent frames of a batch."""
         video, centres = (
             repeat(part.to(self.device), "b f ... -> b (f r) ...", r=self.repeats)
             for part in (batch.video, batch.centres)
@@ -156,15 +159,17 @@ class FrameLatents:
         return self.normaliser(latents).flatten(0, 1), centres.flatten(0, 1)
 
 
-def unstandardised(embedding_norm: str) -> str:
-    """Standardisation is a run's own; a locator has one, too."""
-    return "none" if embedding_norm == "standardize" else embedding_norm
+def norm_before_standardisation(config: Config) -> str:
+    """Statistics differ from run to run, so a locator takes latents that are not standardised and has its own."""
+    norm = config.latents.embedding_norm
+    return "none" if norm == "standardize" else norm
 
 
 def train_locator(config: Config, kind: str, steps: int, device: torch.device) -> tuple[Locator, float]:
-    """A locator trained on the training split, and its mean error in pixels on validation clips."""
+    """A locator trained on the training split for `steps` updates, and its mean error in pixels on validation clips.
+    Raises `UserError` for an unknown kind."""
     if kind not in LOCATORS:
-        raise UserError(f"--head: {kind!r} is none of {', '.join(LOCATORS)}")
+        raise UserError(f"--head: {kind!r} is unknown; known: {', '.join(LOCATORS)}")
     frames = FrameLatents(config, device)
     torch.manual_seed(config.seed)
     locator = Locator(kind, frames.grid, config.dataset.shapes.image_size).to(device)
@@ -173,7 +178,7 @@ def train_locator(config: Config, kind: str, steps: int, device: torch.device) -
     share = BatchShare(0, 1, BATCH_SIZE, BATCH_SIZE)
     batches = frames.dataset.train_batches(0, share, device)
     for step in (bar := tqdm(range(steps), "locator", disable=None)):
-        latents, centres = frames.of(next(batches))
+        latents, centres = frames.encode(next(batches))
         if step == 0:
             locator.mean.copy_(latents.mean((0, 1, 2)))
             locator.std.copy_(latents.std((0, 1, 2)).clamp(min=EPSILON))
@@ -185,28 +190,34 @@ def train_locator(config: Config, kind: str, steps: int, device: torch.device) -
         if step % 20 == 0:
             bar.set_postfix_str(f"loss {loss.item():.4f}")
     locator.requires_grad_(False).eval()
+    return locator, validation_error(locator, frames, share)
+
+
+def validation_error(locator: Locator, frames: FrameLatents, share: BatchShare) -> float:
+    """Mean error in pixels on the first `VALIDATION_CLIPS` validation clips."""
     errors = []
-    for batch in frames.dataset.validation_batches(share, BATCH_SIZE, CHECKED_CLIPS, device):
-        latents, centres = frames.of(batch)
+    for batch in frames.dataset.validation_batches(share, BATCH_SIZE, VALIDATION_CLIPS, frames.device):
+        latents, centres = frames.encode(batch)
         error = pixel_errors(locator.locate(latents), centres).view(len(batch.valid), -1)
-        errors.append(error[batch.valid.to(device)].flatten())
-    return locator, torch.cat(errors).mean().item()
+        errors.append(error[batch.valid.to(frames.device)].flatten())
+    return torch.cat(errors).mean().item()
 
 
 def pixel_errors(located: Tensor, centres: Tensor) -> Tensor:
-    """Distance of located from true centres `… 2 2`, the mean over the shapes: `…`."""
+    """Distance between located and true centres `… 2 2`, averaged over the shapes: `…`."""
     return (located - centres).norm(dim=-1).mean(-1)
 
 
 def identity(config: Config) -> dict:
-    """What a run must share with the locator that judges it."""
+    """The settings that a locator and an evaluated run must have in common."""
     backbone = asdict(config.backbone)
-    del backbone["encode"]  # joint latents are located, too; how well, the error on true ones tells
-    norm = unstandardised(config.latents.embedding_norm)
+    del backbone["encode"]  # a locator also works on jointly encoded latents; its error on the true ones shows how well
+    norm = norm_before_standardisation(config)
     return {"backbone": backbone, "embedding_norm": norm, "image_size": config.dataset.shapes.image_size}
 
 
 def save_locator(path: Path, locator: Locator, config: Config) -> None:
+    """Write a locator that was trained on `config` as a safetensors file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {
         "format": FORMAT,
@@ -221,52 +232,53 @@ def save_locator(path: Path, locator: Locator, config: Config) -> None:
 
 
 def load_locator(path: str | Path, config: Config, device: torch.device) -> Locator:
-    """Raises `UserError` where the file is no locator, or one of another encoder, normalisation or canvas than the
-    configuration's."""
+    """Read what `save_locator` wrote. Raises `UserError` if the file is not a locator, or if the locator was trained
+    with another encoder, normalisation or canvas than those of `config`."""
     weights, metadata = read_tensor_file(path, FORMAT, "flperf locator", device)
-    theirs, ours = json.loads(metadata["identity"]), identity(config)
-    wrong = [f"{key} {theirs[key]!r} (here {value!r})" for key, value in ours.items() if theirs[key] != value]
+    trained, needed = json.loads(metadata["identity"]), identity(config)
+    wrong = [f"{key} {trained[key]!r} (here {value!r})" for key, value in needed.items() if trained[key] != value]
     if wrong:
-        raise UserError(f"{path}: this locator is of another encoder or canvas: {'; '.join(wrong)}")
-    locator = Locator(metadata["head"], tuple(json.loads(metadata["grid"])), theirs["image_size"]).to(device)
+        raise UserError(f"{path}: this locator was trained with another encoder or canvas: {'; '.join(wrong)}")
+    locator = Locator(metadata["head"], tuple(json.loads(metadata["grid"])), trained["image_size"]).to(device)
     locator.load_state_dict(weights)
     return locator.requires_grad_(False).eval()
 
 
 class PixelErrors:
-    """Watches an evaluation: how far from the true centres a locator finds the shapes in forecast, copied and true
-    latents."""
+    """An observer that measures how far from the true centres a locator finds the shapes, in forecast, repeated and
+    true latents. Raises `UserError` for other data than shapes."""
 
     def __init__(self, locator: Locator, run: Run):
         if run.config.dataset.kind != "bouncing_shapes":
             raise UserError(
-                "--locator: judges bouncing_shapes, whose positions are known, not dataset.kind "
+                "--locator: needs bouncing_shapes, whose positions are known; dataset.kind is "
                 f"{run.config.dataset.kind!r}"
             )
         self.locator, self.run = locator, run
-        self.sums = MeanAccumulator(run.process.device)
+        self.means = MeanAccumulator(run.process.device)
 
     def add(self, latents: dict[str, Tensor], batch: ClipBatch) -> None:
-        """latents: normalised, fp32, `b t h w d` each (t may be 1)."""
+        """Add a batch: normalised latents by name, fp32 `b t h w d` (t may be 1)."""
         geometry, device = self.run.geometry, self.run.process.device
         centres = frame_centres(batch.centres.to(device), self.run.encoder)
         centres = centres[:, geometry.context_frames : geometry.context_frames + geometry.target_frames]
-        valid = batch.valid.to(device)
-        self.sums.count(valid)
-        for name, values in latents.items():
-            self.sums.add(name, pixel_errors(self.locator.locate(self._raw(values)), centres), valid)
+        errors: dict[Key, Tensor] = {
+            name: pixel_errors(self.locator.locate(self._raw(values)), centres) for name, values in latents.items()
+        }
+        self.means.add(errors, batch.valid.to(device))
 
     def _raw(self, latents: Tensor) -> Tensor:
         normaliser = self.run.normaliser
         return latents * normaliser.std + normaliser.mean if normaliser.kind == "standardize" else latents
 
     def result(self) -> dict[str, list[float]]:
-        """By name, the mean error in pixels of the canvas at every latent frame ahead; over all processes."""
-        return {name: mean.tolist() for name, mean in self.sums.means().items()}
+        """The mean error in pixels of the canvas at each latent frame ahead, by name, over all processes."""
+        return {str(name): mean.tolist() for name, mean in self.means.means().items()}
 
 
 def locator_summary(errors: dict[str, list[float]]) -> str:
-    names = {"forecast": "forecast", "sample": "one sample", "copy_last": "copy last", "target": "true latents"}
-    shown = {label: errors[name] for name, label in names.items() if name in errors}
+    """The result of `PixelErrors` as a few lines of text."""
+    labels = {"forecast": "forecast", "sample": "one sample", "copy_last": "copy last", "target": "true latents"}
+    shown = {label: errors[name] for name, label in labels.items() if name in errors}
     rows = [f"{label:>14}" + "".join(f"{error:9.1f}" for error in ahead) for label, ahead in shown.items()]
-    return "\n".join(["where the shapes are, error in pixels by latent frame ahead:", *rows])
+    return "\n".join(["error of the shapes' positions in pixels, by latent frame ahead:", *rows])

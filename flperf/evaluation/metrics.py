@@ -1,6 +1,6 @@
-"""Scores of forecasts against true latents, and how they are summed over clips and processes."""
+"""Metrics of forecasts against true latents, and their means over clips and processes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,36 +14,33 @@ from torch import Tensor
 ERRORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l1": lambda forecast, target: (forecast - target).abs().mean((2, 3, 4)),
     "mse": lambda forecast, target: (forecast - target).square().mean((2, 3, 4)),
-    # distance: 0 is best
+    # the cosine distance: 0 is best
     "cosine": lambda forecast, target: (1 - F.cosine_similarity(forecast, target, dim=-1)).mean((2, 3)),
     # the energy score of a single forecast
     "energy": lambda forecast, target: (forecast - target).square().mean((2, 3, 4)).sqrt(),
 }
+SAMPLE_ERRORS = ("l1", "mse")  # also computed for each of several samples
 
-SMALLEST = 1e-12  # what a baseline's error is taken to be where it is perfect
+Key = str | tuple[str, str]  # of a score: its name, or a forecast and an error
 
 
 class MeanAccumulator:
-    """Adds up named values of each clip over the valid clips, and over processes in the end."""
+    """Means of scores over the valid clips of all batches and processes."""
 
     def __init__(self, device: torch.device):
-        self.device = device
-        self.totals: dict[str, Tensor] = {}
+        self.totals: dict[Key, Tensor] = {}
         self.clips = torch.zeros((), dtype=torch.float64, device=device)
 
-    def count(self, valid: Tensor) -> None:
-        """Count the valid clips of a batch; valid: bool [b]."""
+    def add(self, scores: Mapping[Key, Tensor], valid: Tensor) -> None:
+        """Add a batch: scores [b …] by key, valid bool [b]. Clips that are not valid may hold NaN or infinity."""
         self.clips += valid.sum()
+        for key, values in scores.items():
+            mask = valid.view(-1, *[1] * (values.ndim - 1))
+            total = torch.where(mask, values.double(), 0.0).sum(0)
+            self.totals[key] = self.totals[key] + total if key in self.totals else total
 
-    def add(self, key: str, values: Tensor, valid: Tensor) -> None:
-        """values: [b …], of which rows that are not valid count nothing, even where they are not finite."""
-        values = values.double()
-        shown = valid.view(-1, *[1] * (values.ndim - 1))
-        total = torch.where(shown, values, 0.0).sum(0)
-        self.totals[key] = self.totals[key] + total if key in self.totals else total
-
-    def means(self) -> dict[str, Tensor]:
-        """By key, fp64 on the CPU, of one clip's shape."""
+    def means(self) -> dict[Key, Tensor]:
+        """Mean over the clips of all processes, by key: fp64 […] on the CPU. NaN if there are none."""
         flat = torch.cat([self.clips.view(1), *(total.flatten() for total in self.totals.values())])
         if dist.is_initialized():
             dist.all_reduce(flat)
@@ -63,28 +60,30 @@ class Gaussian:
 
     @cached_property
     def root(self) -> Tensor:
-        """The covariance's square root; what takes longest of a Fréchet distance."""
+        """Square root of the covariance; cached, since it is the slowest part of a Fréchet distance."""
         values, vectors = torch.linalg.eigh(self.covariance)
         return vectors * values.clamp(min=0).sqrt() @ vectors.T
 
 
 class Moments:
-    """Mean and covariance of the tokens of each latent frame, for the Fréchet distance."""
+    """Mean and covariance of the tokens of each latent frame, for the Fréchet distance.
+
+    Sums are fp64: in fp32 rounding errors would dominate the roots of small eigenvalues.
+    """
 
     def __init__(self, frames: int, dim: int, device: torch.device):
-        # outer products, then the sum
+        # of each frame: the sum of outer products, then the sum of tokens
         self.total = torch.zeros(frames, dim + 1, dim, dtype=torch.float64, device=device)
-        self.tokens = torch.zeros((), dtype=torch.float64, device=device)  # of a frame
+        self.tokens = torch.zeros((), dtype=torch.float64, device=device)  # per frame
 
     def add(self, latents: Tensor) -> None:
-        """latents: `b t h w d`."""
-        # roots of small eigenvalues show what fp32 products lose
+        """Add latents `b t h w d`."""
         tokens = rearrange(latents, "b t h w d -> t (b h w) d").double()
         self.total += torch.cat([tokens.mT @ tokens, tokens.sum(1, keepdim=True)], dim=1)
         self.tokens += tokens.shape[1]
 
     def result(self) -> list[Gaussian]:
-        """Of each frame, and at last of all frames together; over all processes, on the CPU."""
+        """t + 1 Gaussians on the CPU: of each frame, then of all frames together. Sums over all processes."""
         if dist.is_initialized():
             dist.all_reduce(self.total)
             dist.all_reduce(self.tokens)
@@ -95,40 +94,32 @@ class Moments:
 
 
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two Gaussians of means [d] (Heusel et al., arXiv:1706.08500,
-    equation 6)."""
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two Gaussians (Heusel et al., arXiv:1706.08500, equation 6)."""
     overlap = torch.linalg.eigvalsh(first.root @ second.covariance @ first.root).clamp(min=0).sqrt().sum()
     return (
         (first.mean - second.mean).square().sum() + first.covariance.trace() + second.covariance.trace() - 2 * overlap
     ).item()
 
 
-def sample_scores(samples: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """Scores of k > 1 samples `b k t h w d` against `b t h w d`, [b t] each.
+def sample_scores(samples: Tensor, target: Tensor) -> dict[Key, Tensor]:
+    """Scores of k > 1 samples `b k t h w d` against the target `b t h w d`, [b t] each.
 
-    sample_*: the error of one sample, on average; best_*: of the one that is best at that frame (best_clip_*, [b]: in
-    that clip); variance: over the samples, unbiased; forecast_energy: the energy score (Gneiting and Raftery 2007,
-    equation 21, unbiased), a frame's distances divided by the root of its size.
+    "sample": mean error of the samples. "best": error of the best sample of each frame; "best_of_clip" [b]: of the
+    sample that is best over the whole clip. "variance": over the samples, unbiased. The forecast's "energy": the
+    unbiased energy score (Gneiting and Raftery 2007, equation 21), with distances between frames divided by the square
+    root of their number of values.
     """
     count = samples.shape[1]
-    scores = {}
-    for name in ("l1", "mse"):
+    scores: dict[Key, Tensor] = {}
+    for name in SAMPLE_ERRORS:
         errors = torch.stack([ERRORS[name](sample, target) for sample in samples.unbind(1)], dim=1)  # b k t
-        scores |= {
-            f"sample_{name}": errors.mean(1),
-            f"best_{name}": errors.amin(1),
-            f"best_clip_{name}": errors.mean(2).amin(1),
-        }
+        scores["sample", name] = errors.mean(1)
+        scores["best", name] = errors.amin(1)
+        scores["best_of_clip", name] = errors.mean(2).amin(1)
     scores["variance"] = samples.var(1).mean((2, 3, 4))
     flat = rearrange(samples, "b k t h w d -> b t k (h w d)")
     scale = flat.shape[-1] ** 0.5
     to_target = (flat - rearrange(target, "b t h w d -> b t 1 (h w d)")).norm(dim=-1).mean(-1)
-    among = sum((flat[:, :, i] - flat[:, :, j]).norm(dim=-1) for i in range(count) for j in range(i))
-    scores["forecast_energy"] = (to_target - among / (count * (count - 1))) / scale
+    between = sum((flat[:, :, i] - flat[:, :, j]).norm(dim=-1) for i in range(count) for j in range(i))
+    scores["forecast", "energy"] = (to_target - between / (count * (count - 1))) / scale
     return scores
-
-
-def _spread(variance: Tensor, error: Tensor, samples: int) -> Tensor:
-    """Spread of k samples against the squared error of their mean, which is 1 + 1/k of their variance where they are
-    honest (Fortin et al. 2014, equation 15): 1 is calibrated, less too sure."""
-    return ((1 + 1 / samples) * variance / error).sqrt()

@@ -1,8 +1,8 @@
-"""A linear probe: do forecast latents still say what a video shows?
+"""A linear probe: can the class of a video still be read from its forecast latents?
 
-It is trained on the true target latents of training clips, averaged over frames and places, and applied to those of
-validation clips and of their forecasts. Accuracy on the true ones is the upper bound; on the copied last context
-latent, what needs no forecast.
+A linear classifier is trained on the true target latents of training clips, averaged over frames and positions, and
+applied to the true and the forecast latents of validation clips. Its accuracy on the true latents is an upper bound;
+on the last context latent, repeated, it needs no forecast.
 """
 
 from dataclasses import dataclass, field
@@ -19,8 +19,8 @@ from flperf.run import Run
 
 
 def training_features(run: Run) -> tuple[Tensor, Tensor]:
-    """labels [n] and pooled true target latents [n d] of the first `evaluation.probe_clips` training clips, of all
-    processes."""
+    """Labels int64 [n] and pooled true target latents fp32 [n d] of the first `evaluation.probe_clips` training clips,
+    gathered from all processes."""
     pooled, process = PooledLatents(), run.process
     count = min(run.config.evaluation.probe_clips, run.dataset.train_size)
     mine = range(process.rank, count, process.world_size)
@@ -32,8 +32,11 @@ def training_features(run: Run) -> tuple[Tensor, Tensor]:
 
 
 def probe_accuracies(training: tuple[Tensor, Tensor], validation: tuple[Tensor, dict[str, Tensor]]) -> dict[str, float]:
-    """Top-1 accuracy by whose latents were probed, and `chance`: that of always naming the commonest class of the
-    training clips."""
+    """Train a probe and apply it.
+
+    `training` is labels [n] and features [n d], `validation` labels [m] and features [m d] by name. Returns the top-1
+    accuracy by name, and as `chance` that of always predicting the most frequent class of the training clips.
+    """
     labels, features = training
     true_labels, by_name = validation
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(features.numpy(), labels.numpy())
@@ -42,33 +45,33 @@ def probe_accuracies(training: tuple[Tensor, Tensor], validation: tuple[Tensor, 
 
 
 def probe_summary(accuracies: dict[str, float]) -> str:
-    """One line of top-1 accuracies."""
+    """The accuracies as one line of text."""
     return "linear probe, top-1: " + ", ".join(
         f"{name.replace('_', ' ')} {value:.1%}" for name, value in accuracies.items()
     )
 
 
 def has_classes(labels: list[int]) -> bool:
+    """Whether there are at least two classes to tell apart."""
     return len(set(labels)) > 1
 
 
 @dataclass
 class PooledLatents:
-    """Latents of every valid clip averaged over places and frames, by whose forecast they are ("target": the truth),
-    for probes."""
+    """An observer that averages the latents of each valid clip over frames and positions, as features of a probe."""
 
     labels: list[Tensor] = field(default_factory=list)
     features: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def add(self, latents: dict[str, Tensor], batch: ClipBatch) -> None:
-        """latents by whose forecast they are, `b t h w d` each."""
+        """Add a batch: latents `b t h w d` by name, such as "forecast" or "target"."""
         valid = batch.valid.cpu()
         self.labels.append(batch.label[valid])
         for name, values in latents.items():
             self.features.setdefault(name, []).append(values.mean((1, 2, 3)).float().cpu()[valid])
 
     def gathered(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """labels [n] and features [n d] by name, of all processes."""
+        """Labels [n] and features [n d] by name, of all processes, on the CPU."""
         mine = torch.cat(self.labels), {name: torch.cat(parts) for name, parts in self.features.items()}
         everyone = [mine]
         if dist.is_initialized():

@@ -1,39 +1,49 @@
-"""An evaluation's result as a table and as text."""
+"""The scores of an evaluation as a table and as text."""
 
 from flperf.evaluation.metrics import ERRORS
+from flperf.evaluation.scores import Scores
 
-NAMES = {
+FORECAST_LABELS = {
     "forecast": "forecast",
     "copy_last": "copy last",
     "mean": "mean latent",
     "median": "median latent",
     "ridge": "ridge",
 }
+ERROR_LABELS = {"l1": "L1", "mse": "MSE", "cosine": "1 - cos", "energy": "energy", "frechet": "Fréchet"}
+SHOWN_FRAMES = 8  # columns of the horizon, at most
 
-COLUMNS = {"l1": "L1", "mse": "MSE", "cosine": "1 - cos", "energy": "energy", "frechet": "Fréchet"}
 
-
-def table(result: dict) -> tuple[list[str], list[list[str | float]]]:
-    """The comparison as column names and rows: one row a forecast, errors over all frames."""
+def table(scores: Scores) -> tuple[list[str], list[list[str | float]]]:
+    """Column names and rows: for each forecast its label and its errors over all frames."""
     rows: list[list[str | float]] = [
-        [label, *(result[f"{name}_{error}"] for error in COLUMNS)] for name, label in NAMES.items()
+        [label, *(scores.errors[name][error][-1].item() for error in ERROR_LABELS)]
+        for name, label in FORECAST_LABELS.items()
     ]
-    return ["forecast", *COLUMNS.values()], rows
+    return ["forecast", *ERROR_LABELS.values()], rows
 
 
-def summary(result: dict) -> str:
-    """The comparison as a few lines of text: errors over all frames, then the skill of each frame ahead."""
-    (_, *columns), errors = table(result)
-    rows = ["".join([f"{'':>14}", *(f"{column:>9}" for column in columns)])]
-    rows += ["".join([f"{label:>14}", *(f"{value:9.4f}" for value in values)]) for label, *values in errors]
-    rows.append("".join([f"{'skill':>14}", *(f"{result[f'skill_{error}']:9.1%}" for error in ERRORS)]))
-    ahead = result["horizon"]["skill_l1"]
-    shown = sorted({round(i * (len(ahead) - 1) / 7) for i in range(8)}) if len(ahead) > 1 else [0]
-    rows.append(f"{'frames ahead':>14}" + "".join(f"{f'+{frame + 1}':>9}" for frame in shown))
-    rows.append(f"{'skill (L1)':>14}" + "".join(f"{ahead[frame]:9.1%}" for frame in shown))
-    if "spread" in result:
+def summary(scores: Scores) -> str:
+    """The errors over all frames and the skill at each frame ahead, as a few lines of text."""
+    (_, *columns), errors = table(scores)
+    skill = scores.skill("l1")[:-1].tolist()
+    last = len(skill) - 1
+    shown = sorted({round(i * last / (SHOWN_FRAMES - 1)) for i in range(SHOWN_FRAMES)})
+    rows = [
+        _row("", columns, ">9"),
+        *(_row(str(label), values, "9.4f") for label, *values in errors),
+        _row("skill", [scores.skill(error)[-1].item() for error in ERRORS], "9.1%"),
+        _row("frames ahead", [f"+{frame + 1}" for frame in shown], ">9"),
+        _row("skill (L1)", [skill[frame] for frame in shown], "9.1%"),
+    ]
+    if scores.samples > 1:
+        one, best = (scores.errors[name]["l1"][-1].item() for name in ("sample", "best"))
         rows.append(
-            f"{'samples':>14}  L1 of one {result['sample_l1']:.4f}, of the best {result['best_l1']:.4f}; "
-            f"spread / error {result['spread']:.2f} (1 is calibrated)"
+            f"{'samples':>14}  L1 of one {one:.4f}, of the best {best:.4f}; "
+            f"spread / error {scores.spread()[-1].item():.2f} (1 is calibrated)"
         )
     return "\n".join(rows)
+
+
+def _row(label: str, values: list, form: str) -> str:
+    return f"{label:>14}" + "".join(format(value, form) for value in values)

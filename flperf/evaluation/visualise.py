@@ -1,7 +1,7 @@
-"""What a forecast looks like: tensors, short videos and one picture for each of a few clips, in a folder of its own.
+"""Pictures of forecasts: for each of a few clips a folder of tensors, short videos and one overview.
 
-Latents are shown by their three strongest principal components as red, green and blue: one basis, fitted on the true
-latents of the clip, for context, target and forecast alike, so that equal colours mean equal latents.
+The three strongest principal components of latents are shown as red, green and blue. Context, target and forecast share
+one basis, fitted on the true latents of the clip, so equal colours mean equal latents.
 """
 
 from dataclasses import dataclass
@@ -21,29 +21,37 @@ from flperf.models.baselines import Baselines
 from flperf.objectives.build import forecast
 from flperf.run import Run
 
-COLUMNS = 16  # latent frames in the picture, at most
-PREVIEW_SIZE = 128  # pixels, of the videos of projections
+COLUMNS = 16  # latent frames in the overview, at most
+PREVIEW_SIZE = 128  # pixels, of the videos of projected latents
+PREVIEW_RATE = 12.0  # frames per second of a video whose own rate is unknown
+BASELINE_LABELS = {
+    "copy_last": "copy of the last latent",
+    "mean": "mean latent",
+    "median": "median latent",
+    "ridge": "ridge regression",
+}
 
 
 @dataclass(frozen=True)
 class Example:
-    """One clip. Latents normalised, `t h w d`, on the CPU; target is None where the future is not known; a forecast
-    may reach beyond it."""
+    """One clip: normalised latents `t h w d` on the CPU. The target is None if the future is unknown; the forecast may
+    be longer than the target."""
 
     context: Tensor
     forecast: Tensor  # one sample
     target: Tensor | None = None
-    video: Tensor | None = None  # uint8 f h w c, as the encoder saw it
-    baselines: Baselines | None = None  # on the CPU; for the errors of the baselines
+    video: Tensor | None = None  # uint8 `f h w c`, the encoder's input
+    baselines: Baselines | None = None  # on the CPU, to draw their errors
 
     @property
     def true(self) -> Tensor:
-        """True latents `t h w d` as far as they are known and forecast."""
+        """True latents `t h w d`: the context and the target, as far as it is known and forecast."""
         return self.context if self.target is None else torch.cat([self.context, self.target[: len(self.forecast)]])
 
 
 class Projection:
-    """Latents `… d` to colours `… 3` in [0, 1] by the strongest principal components of some latents."""
+    """Maps latents `… d` to colours `… 3` in [0, 1] by the three strongest principal components of the latents that it
+    is fitted on."""
 
     def __init__(self, latents: Tensor):
         tokens = latents.flatten(0, -2).double()
@@ -65,10 +73,10 @@ class Projection:
 
 
 def write_example(folder: str | Path, example: Example) -> Path:
-    """Write everything about one clip into a folder; returns the path of its picture.
+    """Write the tensors, videos and overview of one clip to a folder; returns the path of the overview.
 
-    video.pt, video.mp4; context_, target_ and prediction_latents.pt, `t h w d`; the same with `_pca`, `t h w 3`, and
-    as mp4; overview.png.
+    The files: video.pt, video.mp4; context_latents.pt, target_latents.pt and prediction_latents.pt, `t h w d`; the same
+    names with `_pca` as tensors `t h w 3` and as mp4; overview.png. Raises `UserError` if they can't be written.
     """
     folder = Path(folder)
     projection = Projection(example.true)
@@ -93,8 +101,8 @@ def write_example(folder: str | Path, example: Example) -> Path:
 def save_visualisation_tensors(
     video: Tensor | None, context: Tensor, target: Tensor | None, prediction: Tensor, out_dir: str | Path
 ) -> None:
-    """video uint8 `t c h w` and latents `t h w d` as `video.pt`, `context_latents.pt`, …, each one plain tensor; None
-    is left out."""
+    """Save video uint8 `t c h w` and latents `t h w d` as `video.pt`, `context_latents.pt` and so on, one tensor per
+    file; what is None is left out."""
     tensors = {"video": video, "context_latents": context, "target_latents": target, "prediction_latents": prediction}
     for name, tensor in tensors.items():
         if tensor is not None:
@@ -102,15 +110,16 @@ def save_visualisation_tensors(
 
 
 def _write_projection(base: Path, colours: Tensor) -> None:
-    """`t h w 3` as a tensor, and as a video of squares."""
+    """Write colours `t h w 3` as a tensor and as a video in which each latent is a square."""
     torch.save(colours, base.with_suffix(".pt"))
     scale = max(1, PREVIEW_SIZE // max(colours.shape[1:3]))
     frames, _ = convert_video_tensor_to_mp4(repeat(colours, "t h w c -> t c (h p) (w q)", p=scale, q=scale))
-    save_mp4_video(frames, base, FRAMES_PER_SECOND / 2)
+    save_mp4_video(frames, base, PREVIEW_RATE / 2)
 
 
 def draw_overview(path: Path, example: Example, projection: Projection) -> Path:
-    """Frames, true latents, forecast latents in columns by latent frame, and the forecast's error at each of them."""
+    """Draw rows of video frames, true latents and forecast latents, one column per latent frame; below them the error
+    of the forecast at each latent frame ahead. Returns `path`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -143,7 +152,7 @@ def draw_overview(path: Path, example: Example, projection: Projection) -> Path:
 
 
 def _picture_rows(example: Example, projection: Projection, total: int) -> dict[str, dict[int, Tensor]]:
-    """By row, images by latent frame."""
+    """Images `h w 3` by label of the row and by latent frame."""
     known = len(example.context)
     rows = {}
     if example.video is not None:
@@ -155,21 +164,16 @@ def _picture_rows(example: Example, projection: Projection, total: int) -> dict[
 
 
 def _draw_errors(axis, example: Example) -> None:
+    """Draw the L1 error of the forecast and of the baselines."""
     if example.target is None:
         axis.set_axis_off()
-        axis.text(0.5, 0.5, "the true future is not known", ha="center", va="center")
+        axis.text(0.5, 0.5, "the true future is unknown", ha="center", va="center")
         return
     target = example.target[: len(example.forecast)]
     forecasts = {"forecast": example.forecast[: len(target)]}
     if example.baselines is not None:
-        trivial = example.baselines.forecasts(example.context[None])
-        names = {
-            "copy_last": "copy of the last latent",
-            "mean": "mean latent",
-            "median": "median latent",
-            "ridge": "ridge regression",
-        }
-        forecasts |= {label: trivial[name][0] for name, label in names.items()}
+        baselines = example.baselines.forecasts(example.context[None])
+        forecasts |= {label: baselines[name][0] for name, label in BASELINE_LABELS.items()}
     for (label, latents), style in zip(forecasts.items(), ("o-", "s--", "^:", "d:", "v:"), strict=False):
         error = (latents[: len(target)] - target).abs().mean((1, 2, 3))
         axis.plot(range(1, len(target) + 1), error, style, label=label, markersize=4)
@@ -180,11 +184,10 @@ def _draw_errors(axis, example: Example) -> None:
 
 @torch.no_grad()
 def dump_examples(run: Run, folder: Path) -> list[Path]:
-    """Write `evaluation.dump_examples` clips of the split "visualisation" (else of validation) to `folder/example_00`
-    and so on.
+    """Write `evaluation.dump_examples` clips of the split "visualisation", or else of "validation", to
+    `folder/example_00` and so on.
 
-    Returns the paths of their pictures. In flow matching the forecast that is shown is the first sample: a future,
-    not the mean of some.
+    Returns the paths of their overviews. In flow matching the first sample is shown, not the mean of the samples.
     """
     split = "visualisation" if "visualisation" in run.dataset.splits else "validation"
     count = min(run.config.evaluation.dump_examples, len(run.dataset.splits[split]))
@@ -202,13 +205,12 @@ def dump_examples(run: Run, folder: Path) -> list[Path]:
     return pictures
 
 
-FRAMES_PER_SECOND = 12.0  # of previews whose own rate is not known
-
-
 def convert_video_tensor_to_mp4(video_tensor: Tensor) -> tuple[np.ndarray, float]:
-    """`t c h w`, uint8 or float in [0, 1], to what `save_mp4_video` takes: frames uint8 `t h w c`, and a frame rate.
+    """Convert video `t c h w`, uint8 or float in [0, 1], to frames uint8 `t h w c` and a frame rate for
+    `save_mp4_video`.
 
-    Odd heights and widths are padded by a repeated line, since H.264 halves the resolution of colours.
+    The last row or column is repeated where the height or width is odd, since H.264 halves the resolution of colours.
+    Raises `ValueError` for another shape.
     """
     if video_tensor.ndim != 4 or video_tensor.shape[1] not in (1, 3):
         raise ValueError(f"video: expected t c h w with 1 or 3 channels, got {list(video_tensor.shape)}")
@@ -218,11 +220,11 @@ def convert_video_tensor_to_mp4(video_tensor: Tensor) -> tuple[np.ndarray, float
     height, width = video.shape[-2:]
     padded = F.pad(video.float(), (0, width % 2, 0, height % 2), mode="replicate")
     frames = rearrange(padded.expand(-1, 3, -1, -1), "t c h w -> t h w c").byte()
-    return frames.numpy(), FRAMES_PER_SECOND
+    return frames.numpy(), PREVIEW_RATE
 
 
 def save_mp4_video(frames: np.ndarray, out_base_path: str | Path, fps: float) -> Path:
-    """Write frames uint8 `t h w c` of even height and width to `<out_base_path>.mp4`; returns that path."""
+    """Write frames uint8 `t h w c` of even height and width as H.264 to `<out_base_path>.mp4`; returns that path."""
     path = Path(f"{out_base_path}.mp4")
     with av.open(str(path), "w") as container:
         stream = container.add_stream(

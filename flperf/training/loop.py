@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -225,19 +224,18 @@ def train_step(run: Run, batches: Iterator[ClipBatch], meter: StepMeter) -> Tens
     return torch.stack(losses).mean()
 
 
-def validate(run: Run, tracker: Tracker, schedule: Schedule, step: int) -> dict[str, Any]:
+def validate(run: Run, tracker: Tracker, schedule: Schedule, step: int) -> None:
     """Evaluate the averaged weights on the validation clips, log and print the comparison with the baselines."""
     load_weights(run.forecaster, head_weights(run.engine, average=run.config.trainer.ema_decay is not None), run.dtype)
-    result = evaluate_run(run)
-    tracker.log({"step": step, "epoch": schedule.epoch(step), "split": "val", **result})
-    tracker.table("val/errors", *table(result), step)
-    tracker.say(f"step {step}: validation loss {result['loss']:.4f}; errors of normalised latents:\n{summary(result)}")
+    scores = evaluate_run(run)
+    tracker.log({"step": step, "epoch": schedule.epoch(step), "split": "val", **scores.as_dict()})
+    tracker.table("val/errors", *table(scores), step)
+    tracker.say(f"step {step}: validation loss {scores.loss:.4f}; errors of normalised latents:\n{summary(scores)}")
     if run.config.evaluation.dump_examples and run.process.is_main:
         from flperf.evaluation.visualise import dump_examples  # matplotlib takes a second to load
 
         for picture in dump_examples(run, tracker.folder.path / "dump" / schedule.dump_name(step)):
             tracker.picture(f"forecast/{picture.parent.name}", picture, step)
-    return result
 
 
 def use_latent_statistics(run: Run, folder: RunFolder) -> None:

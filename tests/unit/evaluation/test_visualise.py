@@ -1,28 +1,15 @@
-"""Dumps: videos that play, tensors that are what was given, colours that compare, and the notebook that shows them."""
-
-import json
-import math
-import os
-import subprocess
-import sys
-from types import SimpleNamespace
+"""Pictures of forecasts: videos that play, tensors as they were given, and one basis for all colours."""
 
 import av
-import nbformat
 import numpy as np
 import pytest
 import torch
-from nbclient import NotebookClient
-from runs import ROOT
 
-from flperf.config import Config, Trainer
-from flperf.data.demo import write_demo
 from flperf.errors import UserError
 from flperf.evaluation.visualise import Example, Projection, convert_video_tensor_to_mp4, save_mp4_video, write_example
 from flperf.models.baselines import Baselines
-from flperf.training.loop import Schedule
 
-NAMES = {"video.pt", "video.mp4", "overview.png"} | {
+FILES = {"video.pt", "video.mp4", "overview.png"} | {
     f"{part}_{what}" for part in ("context", "target", "prediction") for what in ("latents.pt", "pca.pt", "pca.mp4")
 }
 
@@ -32,8 +19,8 @@ def latents(frames: int, seed: int = 0, dim: int = 6) -> torch.Tensor:
 
 
 def example(**replaced) -> Example:
-    place = torch.zeros(3, 4, 5, 6)
-    baselines = Baselines(place, place, torch.zeros(3, 19, 6))
+    zeros = torch.zeros(3, 4, 5, 6)
+    baselines = Baselines(zeros, zeros, torch.zeros(3, 19, 6))
     video = torch.randint(0, 256, (10, 63, 65, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return Example(
         **{
@@ -55,7 +42,7 @@ def decoded(path) -> tuple[np.ndarray, float]:
 
 @pytest.mark.parametrize("size", [(64, 48), (63, 65), (1, 7)])
 def test_a_video_plays_what_was_written(tmp_path, size):
-    """A smooth picture: H.264 at this quality errs by a few levels; odd sizes gain a line that repeats the last one."""
+    """H.264 at this quality has an error of a few levels on a smooth picture. Odd sizes get a repeated last line."""
     y, x = (torch.linspace(0, 1, n) for n in size)
     video = torch.stack([(y[:, None] + x + phase) / 3 for phase in torch.linspace(0, 1, 9)])[:, None].repeat(1, 3, 1, 1)
     frames, rate = convert_video_tensor_to_mp4(video)
@@ -73,13 +60,13 @@ def test_a_wrong_shape_is_named():
         convert_video_tensor_to_mp4(torch.zeros(3, 8, 8))
 
 
-def test_one_basis_for_all():
+def test_colours_have_one_basis():
     first = latents(5)
     projection = Projection(first)
     assert torch.equal(projection(first), Projection(first.clone())(first))
     assert projection(first).min() >= 0 and projection(first).max() <= 1
     assert torch.equal(projection(first[2:3]), projection(first)[2:3])
-    # The basis is one of directions: latents that differ along none of the three strongest look alike.
+    # Latents that differ only along a weak component have the same colours.
     weak = torch.linalg.eigh(first.flatten(0, -2).double().T.cov()).eigenvectors[:, 0].float()
     torch.testing.assert_close(projection(first + 3 * weak), projection(first), atol=1e-4, rtol=0)
 
@@ -87,15 +74,15 @@ def test_one_basis_for_all():
 @pytest.mark.parametrize(
     "values", [torch.zeros(3, 2, 2, 8), latents(3, dim=2), latents(3, dim=1)], ids=["constant", "two", "one"]
 )
-def test_degenerate_latents_have_colours_too(values):
+def test_degenerate_latents_have_finite_colours(values):
     colours = Projection(values)(values)
     assert colours.shape == (*values.shape[:3], 3) and torch.isfinite(colours).all()
 
 
-def test_an_example_holds_what_was_given(tmp_path):
+def test_an_example_has_the_tensors_that_were_given(tmp_path):
     given = example()
     picture = write_example(tmp_path / "clip", given)
-    assert picture.read_bytes()[:4] == b"\x89PNG" and {path.name for path in (tmp_path / "clip").iterdir()} == NAMES
+    assert picture.read_bytes()[:4] == b"\x89PNG" and {path.name for path in (tmp_path / "clip").iterdir()} == FILES
     load = lambda name: torch.load(tmp_path / "clip" / f"{name}.pt", weights_only=True)  # noqa: E731
     for name, tensor in (("context", given.context), ("target", given.target), ("prediction", given.forecast)):
         assert torch.equal(load(f"{name}_latents"), tensor)
@@ -113,72 +100,12 @@ def test_an_example_holds_what_was_given(tmp_path):
     ],
     ids=["cached latents", "an unknown future", "a long roll-out", "a short forecast"],
 )
-def test_what_there_is_is_written(tmp_path, replaced, missing):
+def test_unknown_parts_of_an_example_are_left_out(tmp_path, replaced, missing):
     write_example(tmp_path / "clip", example(**replaced))
-    assert {path.name for path in (tmp_path / "clip").iterdir()} == NAMES - missing
+    assert {path.name for path in (tmp_path / "clip").iterdir()} == FILES - missing
 
 
-def test_a_folder_that_can_not_be_written_is_named(tmp_path):
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file"):
         write_example(tmp_path / "file" / "clip", example())
-
-
-@pytest.fixture(scope="module")
-def dump(tmp_path_factory):
-    """Dumps of the demo, on fewer clips and for a few steps, stopped and resumed."""
-    folder = tmp_path_factory.mktemp("demo")
-    write_demo(folder / "data", {"train": 10, "validation": 2})
-    changed = [
-        f"experiment={folder}/experiment",
-        *(f"dataset.{key}={folder}/data/{key}.csv" for key in ("train", "validation", "labels")),
-    ]
-    changed += [
-        "trainer.batch_size=4",
-        "trainer.max_steps=4",
-        "trainer.stop_after=2",
-        "evaluation.eval_every=2",
-        "checkpoint.save_every=2",
-    ]
-    changed += ["latents.statistics_clips=4", "evaluation.sampling.steps=2", "engine.compile=false"]
-    command = [sys.executable, str(ROOT / "flperf/train.py"), "--config", str(ROOT / "configs/demo.yaml"), *changed]
-    for _ in range(2):
-        finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        assert finished.returncode == 0, finished.stderr[-3000:]
-    return folder / "experiment/demo/dump"
-
-
-@pytest.mark.parametrize("clips", [1, 4, 10, 12])
-def test_no_evaluation_takes_anothers_folder(clips):
-    run = SimpleNamespace(
-        config=Config(trainer=Trainer(batch_size=4, max_steps=30)), dataset=SimpleNamespace(train_size=clips)
-    )
-    names = [Schedule(run, 0).dump_name(step) for step in range(31)]
-    assert len(set(names)) == 31
-    ends = {math.ceil(epoch * clips / 4) for epoch in range(4 * 31)}  # steps with which an epoch ends
-    assert {step for step, name in enumerate(names) if "step" not in name} == ends & set(range(31))
-
-
-def test_a_run_leaves_a_folder_for_every_evaluation(dump):
-    assert sorted(path.name for path in dump.iterdir()) == ["epoch_00_step_000002", "epoch_01_step_000004"]
-    for evaluation in dump.iterdir():
-        assert {path.name for path in evaluation.iterdir()} == {"example_00", "example_01"}
-        assert {path.name for path in (evaluation / "example_01").iterdir()} == NAMES
-
-
-def test_matplotlib_stays_unloaded_where_nothing_is_drawn():
-    check = "import sys, flperf.training.loop; sys.exit('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", check], capture_output=True, check=False).returncode == 0
-
-
-def test_the_notebook_runs_from_top_to_bottom(dump):
-    path = ROOT / "notebooks/visualise_dumps.ipynb"
-    notebook = nbformat.read(path, as_version=4)
-    assert all(not cell.get("outputs") for cell in notebook.cells), "strip the outputs before committing"
-    os.environ["FLPERF_DUMP"] = str(dump)
-    try:
-        NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}).execute()
-    finally:
-        del os.environ["FLPERF_DUMP"]
-    shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert sum("image/png" in json.dumps(output.get("data", {})) for output in shown) >= 5
