@@ -1,8 +1,8 @@
-"""How a YAML file, with those that it inherits and the command line, becomes the typed configuration.
+"""Loads the typed configuration from a YAML file, the files that it inherits, and the command line.
 
-`inherits` lists paths relative to the file; later beats earlier, own keys win, mappings merge, lists replace. Every
-layer is merged into the typed tree by itself, so that a bad key or value is reported with the file it stands in. Keys
-are read in lower case, as FutureLatents' older files write them in upper case.
+`inherits` lists paths relative to the file. Later files win over earlier ones, and the file's own keys over all of
+them; mappings are merged, lists are replaced. Each file is merged into the typed tree separately, so that a wrong key
+or value is reported with its file. Keys are converted to lower case: older files of FutureLatents are in upper case.
 """
 
 import difflib
@@ -15,24 +15,24 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flperf.config.futurelatents import former_key, recomputation
+from flperf.config.futurelatents import convert_booleans, former_key
 from flperf.config.schema import Config
 from flperf.config.validate import check_values
 from flperf.errors import UserError, first_line
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file with all it inherits, apply `section.key=value` overrides, check every key and type.
+    """Read a YAML file with all that it inherits, apply `section.key=value` overrides, and check every key and value.
 
-    Returns a `Config` of plain dataclasses with interpolations resolved. Raises `UserError` with one line that names
-    the file and the key.
+    Returns a `Config` of plain dataclasses with interpolations resolved. Raises `UserError`, one line that names the
+    file and the key.
     """
     path = Path(path)
     return _resolve(layers(path), overrides, str(path), path.stem)
 
 
 def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
-    """A configuration that `dump_config` wrote, with overrides; `source` names it in errors."""
+    """Parse a configuration without `inherits`, such as `dump_config` writes. `source` names it in errors."""
     return _resolve([(source, parse_yaml(text, source))], overrides, source, "")
 
 
@@ -58,7 +58,7 @@ def dump_config(config: Config) -> str:
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
-    """`key: old -> new` for every leaf in which two nested dictionaries differ."""
+    """A line `key: old -> new` for each value that differs between two nested dictionaries."""
     lines = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
@@ -69,52 +69,48 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     return lines
 
 
-def _parse_override(override: str) -> DictConfig:
+def _parse_override(override: str) -> dict:
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise UserError(f"command line: {override!r} is not of the form section.key=value")
     try:
-        return OmegaConf.from_dotlist([f"{key.lower()}={lower_references(value)}"])
+        layer = OmegaConf.from_dotlist([f"{key.lower()}={lower_references(value)}"])
+        return cast(dict, OmegaConf.to_container(layer))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"command line: {override!r}: {first_line(error)}") from None
 
 
-def _merge(tree: DictConfig, layer: dict | DictConfig, source: str) -> DictConfig:
+def _merge(tree: DictConfig, layer: dict, source: str) -> DictConfig:
     _check_keys(tree, layer, source)
+    convert_booleans(layer)
     try:
-        model = layer.get("model")
-        # as version 0.1.0 wrote it
-        if isinstance(model, (dict, DictConfig)) and isinstance(model.get("activation_checkpointing"), bool):
-            model["activation_checkpointing"] = recomputation(model["activation_checkpointing"])
         return cast(DictConfig, OmegaConf.merge(tree, layer))
     except OmegaConfBaseException as error:
         raise UserError(f"{source}: {error.full_key}: {first_line(error)}") from None
 
 
-def _check_keys(tree: DictConfig, layer: dict | DictConfig, source: str, prefix: str = "") -> None:
-    """Unknown keys are refused here, not by OmegaConf, so that the message can name the nearest known one."""
+def _check_keys(tree: DictConfig, layer: dict, source: str, prefix: str = "") -> None:
+    """Raise `UserError` for unknown keys, and for values where the tree has a section, a list or a mapping. OmegaConf
+    would refuse them too, but could not name the most similar known key."""
     known = [str(key) for key in tree]
-    for key in map(str, layer):
+    for key, value in layer.items():
         full_key = f"{prefix}{key}"
         if key not in known:
             raise UserError(f"{source}: unknown key {full_key}: {_hint(full_key, prefix, known)}")
         node = OmegaConf.select(tree, key, throw_on_missing=False)
-        value = layer[key] if isinstance(layer, dict) else layer._get_node(key)
-        typed = isinstance(node, DictConfig) and OmegaConf.get_type(node) is not dict
-        if typed and isinstance(value, (dict, DictConfig)):
+        is_section = isinstance(node, DictConfig) and OmegaConf.get_type(node) is not dict
+        if is_section and isinstance(value, dict):
             _check_keys(node, value, source, f"{full_key}.")
-        elif typed and not (isinstance(value, str) and value.startswith("${")):
-            raise UserError(
-                f"{source}: {full_key}: is a section with keys of its own ({', '.join(node.keys())}), not a value"
-            )
-        elif isinstance(node, ListConfig) and isinstance(value, (dict, DictConfig)):
+        elif is_section and not (isinstance(value, str) and value.startswith("${")):
+            raise UserError(f"{source}: {full_key}: is a section with the keys {', '.join(node.keys())}, not a value")
+        elif isinstance(node, ListConfig) and isinstance(value, dict):
             raise UserError(f"{source}: {full_key}: must be a list")
-        elif isinstance(node, DictConfig) and isinstance(value, (list, ListConfig)):
+        elif isinstance(node, DictConfig) and isinstance(value, list):
             raise UserError(f"{source}: {full_key}: must be a mapping of keys to values")
 
 
 def _hint(full_key: str, prefix: str, known: Sequence[str]) -> str:
-    """What to write in place of an unknown key."""
+    """What to use instead of an unknown key: the new name of an old key, or the most similar known one."""
     former = former_key(full_key)
     if former:
         return former
@@ -123,7 +119,7 @@ def _hint(full_key: str, prefix: str, known: Sequence[str]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Lowers keys, and refuses a key that stands twice in a mapping: YAML would silently take the last."""
+    """Converts keys to lower case, and refuses a key that occurs twice in a mapping: YAML would use the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -131,14 +127,14 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode):
                 key.value = key.value.lower()
                 if key.value in seen:
-                    problem = f"line {key.start_mark.line + 1}: the key {key.value} stands twice in one mapping"
+                    problem = f"line {key.start_mark.line + 1}: the key {key.value} occurs twice in one mapping"
                     raise yaml.constructor.ConstructorError(problem=problem)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 def parse_yaml(text: str, source: str) -> dict:
-    """The mapping that `text` holds, {} if it is empty; `source` names it in a `UserError`."""
+    """The mapping in a YAML text, {} if it is empty. Raises `UserError`, which names `source`."""
     try:
         mapping = yaml.load(lower_references(text), _Loader)
     except yaml.YAMLError as error:
@@ -151,12 +147,13 @@ def parse_yaml(text: str, source: str) -> dict:
 
 
 def lower_references(text: str) -> str:
-    """`${TRAINER.BATCH_SIZE}` names a key, so it is lowered with the keys; `${oc.env:HOME}` is not one."""
+    """Convert references to keys to lower case, as the keys are: `${TRAINER.BATCH_SIZE}`, but not `${oc.env:HOME}`."""
     return re.sub(r"\$\{[\w.]+\}", lambda reference: reference[0].lower(), text)
 
 
 def layers(path: Path, open_files: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict]]:
-    """Yield (file, mapping) from the most distant ancestor to the file itself."""
+    """Yield (file, mapping) for all inherited files and then the file itself. Raises `UserError`; `open_files` are the
+    files that inherit this one."""
     resolved = path.resolve()
     if resolved in open_files:
         chain = " -> ".join(file.name for file in (*open_files, resolved))
