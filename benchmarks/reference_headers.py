@@ -1,7 +1,8 @@
-"""What a reference configuration needs, written on top of its file: `python -m benchmarks.reference_headers`.
+"""Writes a header to each reference configuration: its command, requirements and sizes.
 
-Sizes are counted on models built on the meta device, which holds no weights, so that no download and no GPU is
-needed. They are estimates of memory, not measurements.
+    python -m benchmarks.reference_headers
+
+Models are built on the meta device, so neither download nor GPU is needed. Memory is estimated, not measured.
 """
 
 from pathlib import Path
@@ -23,14 +24,14 @@ NEEDS = {
     "vjepa2": "facebook/vjepa2-vitl-fpc64-256 from the hub",
     "dinov3": "facebook/dinov3-vitl16-pretrain-lvd1689m from the hub (accept its licence there)",
     "4ds": "scaling4d_dist_b.npz in data/weights",
-    "kinetics_400": "Kinetics-400 (docs/guide.md says how to prepare it)",
-    "kinetics_400_cached": "latents of Kinetics-400, as `flperf encode` writes them; no encoder runs",
+    "kinetics_400": "Kinetics-400 (see docs/guide.md)",
+    "kinetics_400_cached": "latents of Kinetics-400 from `flperf encode`; the encoder does not run",
     "bouncing_shapes": "no data: clips are drawn",
 }
 
 
 def without_weights(config: Config) -> Config:
-    """The same architecture with random weights; transformers' defaults are V-JEPA 2's ViT-L."""
+    """The same architecture with random weights, in place."""
     if config.backbone.kind != "4ds":
         config.backbone.architecture = dict(REFERENCE[config.backbone.kind])
     config.backbone.weights = None
@@ -38,7 +39,7 @@ def without_weights(config: Config) -> Config:
 
 
 def header(file: Path) -> str:
-    """The comment lines for a configuration file: command, needs, sizes."""
+    """The header of a configuration file, as comment lines."""
     config = without_weights(load_config(file))
     cached = config.dataset.kind == "kinetics_400_cached"
     with torch.device("meta"):
@@ -56,23 +57,20 @@ def header(file: Path) -> str:
     )
     needs = [NEEDS[config.dataset.kind]] + ([] if cached else [NEEDS[config.backbone.kind]])
     total = (states.total + BF16 * frozen) / 1e9
-    estimate = (
-        f"estimated: bf16, ZeRO {config.engine.zero_stage}, {PROCESSES} GPUs; elsewhere `flperf train "
-        "--dry-run` says it"
-    )
+    estimate = f"estimated for bf16, ZeRO {config.engine.zero_stage}, {PROCESSES} GPUs; see `flperf train --dry-run`"
     lines = [
         f"deepspeed flperf/train.py --config configs/references/{file.name}",
         f"needs       {'; '.join(needs)}",
         f"parameters  {parameters:,} in the head" + (f", {frozen:,} in the frozen encoder" if frozen else ""),
-        f"FLOPs       a training clip: {flops[0] / 1e12:.2f} T in the head"
+        f"FLOPs       per training clip: {flops[0] / 1e12:.2f} T in the head"
         + (f" + {flops[1] / 1e12:.2f} T in the encoder" if frozen else ""),
-        f"memory      {total:.1f} GB a GPU before activations ({estimate})",
+        f"memory      {total:.1f} GB per GPU without activations ({estimate})",
     ]
     return "".join(f"# {line}\n" for line in lines)
 
 
 def body(text: str) -> str:
-    """A file's text without the comment lines it begins with."""
+    """The text of a file without the comment lines at its start."""
     lines = text.splitlines(keepends=True)
     while lines and lines[0].startswith("#"):
         lines.pop(0)
