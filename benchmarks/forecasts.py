@@ -1,14 +1,13 @@
-"""Trains the three regimes on moving shapes and on the demo's clips and draws how good their forecasts are, at every
-horizon:
+"""Trains the three regimes on bouncing shapes and on demo clips, and plots the skill of their forecasts by horizon.
 
     python -m benchmarks.forecasts --out docs
 
-Encoders that have learnt something come from `benchmarks.small_encoder`. The demo's clips are more than its own 96,
-which a head soon knows by heart, and are encoded once. Then, with one head, `split` against `joint` encoding on
-natural and on spliced clips (whose future nothing tells: skill there is a leak).
+The encoders are trained by `benchmarks.small_encoder`. 4096 demo clips are used, since heads soon overfit the demo's
+96; they are encoded once. One head also compares `split` with `joint` encoding, on natural and on spliced clips. The
+future of a spliced clip can't be predicted, so any skill there is a leak.
 
-Runs go to experiment/forecasts/; what is there already is not trained again. Writes forecasts.png, forecasts.md with
-the tables, and overview.png of one clip.
+Runs are in experiment/forecasts/; existing ones are not trained again. Writes forecasts.png, the tables forecasts.md,
+and overview.png of one clip.
 """
 
 import argparse
@@ -55,7 +54,7 @@ DEMO_HEADS = {
     ],
 }
 STEPS = ["trainer.max_steps=1500"]  # on shapes
-SPLICED = ["dataset.shapes.splice_at=8"]  # configs/shapes: 4 context latents of 2 frames
+SPLICED = ["dataset.shapes.splice_at=8"]  # the first target frame: configs/shapes has 4 context latents of 2 frames
 LEAKS = {
     "natural, split": [],
     "natural, joint": ["backbone.encode=joint"],
@@ -101,7 +100,7 @@ def locator(data: str) -> str:
 
 
 def encode_demo() -> None:
-    """The latents of many clips of the demo's kind; what is there already stays."""
+    """Write demo clips and their latents, unless they exist."""
     if not DEMO_FOLDER.is_dir():
         write_demo(DEMO_FOLDER, DEMO_CLIPS)
     call(
@@ -117,7 +116,7 @@ def encode_demo() -> None:
 
 
 def trained(name: str, config: str, data: str, overrides: list[str]) -> dict:
-    """The evaluation of a run that is trained if it is not there yet."""
+    """The evaluation of a run, which is trained if it does not exist."""
     run = RUNS / name
     common = [f"experiment={RUNS}", f"name={name}", f"backbone.weights={encoder(data)}", "evaluation.dump_examples=0"]
     call("flperf/train.py", "--config", config, *common, *overrides)
@@ -171,7 +170,7 @@ def draw(regimes: dict[str, dict[str, dict]], leaks: dict[str, dict], out: Path)
 
 
 def tables(regimes: dict[str, dict[str, dict]], leaks: dict[str, dict]) -> str:
-    """Markdown: skill in L1 and MSE at every horizon against the best baseline there."""
+    """Tables in Markdown: skill in L1 and MSE, and the error of the locator, at each latent frame ahead."""
     horizon = len(skills(regimes["shapes"]["predictor"], "l1"))
     ahead = " | ".join(f"+{frame}" for frame in range(1, horizon + 1))
     lines = [f"| clips | head | error | {ahead} |", "| --- " * (3 + horizon) + "|"]

@@ -1,5 +1,4 @@
-"""How a case is timed and what is written down of it: in turns with what it is compared with, within a budget of
-seconds."""
+"""Times a benchmark case in turns with its alternatives, within a time budget, and records the results."""
 
 import statistics
 import time
@@ -11,8 +10,8 @@ from benchmarks import sizes
 from benchmarks.memory import peak_memory_bytes, reset_peak_memory
 
 Function = Callable[[], object]
-BUDGET = 3.0  # s that the rounds of a case may take together, at least LEAST of them
-LEAST = 3
+BUDGET = 3.0  # seconds for all rounds of a case
+MIN_ROUNDS = 3  # even if they take longer
 
 
 def seconds_of(function: Function) -> float:
@@ -24,7 +23,10 @@ def seconds_of(function: Function) -> float:
 
 
 class Recorder:
-    """The fixture `record`: pytest-benchmark's `benchmark` and the device's measured peaks behind one call."""
+    """The fixture `record`: times a case with pytest-benchmark and compares it with the measured peaks of the device.
+
+    `peaks`: FLOP/s of "bf16" and "fp32" matrix products, and bytes/s of a "copy".
+    """
 
     def __init__(self, benchmark, peaks: dict[str, float]):
         self.benchmark, self.peaks = benchmark, peaks
@@ -43,13 +45,13 @@ class Recorder:
         beside: dict[str, Function] | None = None,
         before: Callable[[Function], object] = lambda way: None,
     ) -> dict[str, list[float]]:
-        """Time calls of `function`, each of which handles `count` units; returns the seconds of every round, its own
-        under "".
+        """Time `function`, which processes `count` units per call. Returns the seconds of each round by name; those of
+        `function` itself are under "".
 
-        `beside` names other functions that do the same work: each is called once in every round, so that a machine
-        whose speed drifts shows in all, and the median of the rounds' ratios is recorded. `before` is called,
-        untimed, ahead of every call, with the function that comes next. With `warm` all of them are called before the
-        first round, which compiles, and once more to tell how many of `rounds` the budget allows.
+        `beside` has alternatives that do the same work. Each is called once per round, so that a drift in the machine's
+        speed affects all of them alike, and the median of the ratios of the rounds is recorded. `before` is called with
+        the next function ahead of every call and is not timed. With `warm`, all functions are called once to compile
+        them, and once more to find out how many of the `rounds` fit into the budget.
         """
         ways = {**(beside or {}), "": function}
         seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -68,8 +70,8 @@ class Recorder:
         if warm and not sizes.QUICK:
             for name in ways:
                 turn(name)
-            if rounds > LEAST:
-                rounds = min(rounds, max(LEAST, int(BUDGET / sum(turn(name) for name in ways))))
+            if rounds > MIN_ROUNDS:
+                rounds = min(rounds, max(MIN_ROUNDS, int(BUDGET / sum(turn(name) for name in ways))))
         self.benchmark.pedantic(seconds_of, (function,), setup=others, rounds=rounds, warmup_rounds=0)
         seconds[""] = list(self.benchmark.stats.stats.data)
         self.benchmark.extra_info |= {
@@ -91,7 +93,7 @@ class Recorder:
                 "fraction_of_peak": flops / seconds / self.peak(dtype),
                 "peak_TFLOP_per_s": self.peak(dtype) / 1e12,
             }
-        if bytes:  # read and written, as those of the copy are
+        if bytes:  # read and written, as for the copy
             rates |= {"GB_per_s": bytes / seconds / 1e9, "fraction_of_copy": bytes / seconds / self.peaks["copy"]}
         return rates
 
@@ -101,7 +103,7 @@ class Recorder:
 
     @staticmethod
     def ratios(seconds: dict[str, list[float]], name: str) -> dict[str, float]:
-        """How many times as fast as each of the others one of the ways is: medians over the rounds."""
+        """The speed of the named function relative to each other one: medians of the ratios of the rounds."""
         ratios = {
             other: statistics.median(theirs / own for theirs, own in zip(others, seconds[name], strict=True))
             for other, others in seconds.items()

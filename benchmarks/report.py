@@ -1,12 +1,11 @@
-"""What saved benchmark results say over time: a table and a picture for each cohort, and which are slower than they
-were.
+"""Compares saved benchmark results over time: a table and a plot for each device, and a list of regressions.
 
     python -m pytest benchmarks
     python -m benchmarks.report
 
-Results of different devices don't compare, so runs are grouped by device (the cohort). A regression is slower than
-the median of the last five earlier runs of its cohort both by a percentage and by an absolute floor: a percentage
-alone flags microseconds of noise, a floor alone hides what is small.
+Runs are grouped by device (the cohort), since results of different devices are not comparable. A regression is slower
+than the median of the last five earlier runs of its cohort by more than a percentage and by more than a time. The
+percentage alone would flag noise of microseconds, the time alone would hide regressions of short benchmarks.
 """
 
 import argparse
@@ -23,7 +22,7 @@ HISTORY = 5
 
 @dataclass(frozen=True)
 class Saved:
-    """One saved run: medians in seconds by benchmark."""
+    """A saved run: the median time of each benchmark in seconds."""
 
     cohort: str
     time: str
@@ -45,8 +44,8 @@ class Regression:
 
 
 def read_results(folder: Path) -> dict[str, list[Saved]]:
-    """Every JSON file below the folder that pytest-benchmark wrote, by cohort, oldest first. Raises `ValueError`
-    naming a broken one."""
+    """The results in all JSON files of pytest-benchmark below a folder, by cohort, oldest first. Raises `ValueError`
+    for any other JSON file."""
     cohorts: dict[str, list[Saved]] = {}
     for path in folder.rglob("*.json"):
         try:
@@ -56,20 +55,20 @@ def read_results(folder: Path) -> dict[str, list[Saved]]:
                 content["machine_info"]["device"], content["datetime"], content["commit_info"]["id"][:9], medians
             )
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: is not a result of these benchmarks ({type(error).__name__}: {error})") from None
+            raise ValueError(f"{path}: is not a benchmark result ({type(error).__name__}: {error})") from None
         cohorts.setdefault(saved.cohort, []).append(saved)
     return {cohort: sorted(runs, key=lambda run: run.time) for cohort, runs in sorted(cohorts.items())}
 
 
 def earlier_median(runs: list[Saved], benchmark: str) -> float | None:
-    """Of the last runs before the newest that have this benchmark; None where there are none."""
+    """The median of a benchmark over the last runs before the newest; None if they don't have it."""
     medians = [run.medians[benchmark] for run in runs[:-1] if benchmark in run.medians][-HISTORY:]
     return statistics.median(medians) if medians else None
 
 
 def regressions(runs: list[Saved], percent: float, floor: float) -> list[Regression]:
-    """What the newest run of a cohort does slower than the earlier ones, by more than `percent` and by more than
-    `floor` seconds."""
+    """The benchmarks that are slower in the newest run of a cohort than in the earlier ones, by more than `percent` and
+    by more than `floor` seconds."""
     found = []
     for benchmark, now in runs[-1].medians.items():
         before = earlier_median(runs, benchmark)
@@ -79,7 +78,7 @@ def regressions(runs: list[Saved], percent: float, floor: float) -> list[Regress
 
 
 def table(runs: list[Saved]) -> str:
-    """The newest run beside the earlier ones, as text."""
+    """The newest run and the medians of the earlier ones, as text."""
     width = max(map(len, runs[-1].medians))
     lines = [f"{'':{width}}  {'earlier':>12}  {'now':>12}"]
     for benchmark, now in sorted(runs[-1].medians.items()):
@@ -91,7 +90,7 @@ def table(runs: list[Saved]) -> str:
 
 
 def draw(cohorts: dict[str, list[Saved]], path: Path) -> None:
-    """Every benchmark's time relative to its first one, over the runs of each cohort; the furthest from 1 are named."""
+    """Plot each benchmark's time relative to its first run, by cohort. The eight that changed most are labelled."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -120,21 +119,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--picture", type=Path, default=PICTURE, metavar="FILE", help="a PNG of the history (default: %(default)s)"
     )
-    parser.add_argument("--percent", type=float, default=10.0, help="how much slower is a regression (default: 10)")
     parser.add_argument(
-        "--floor-ms", type=float, default=1.0, help="and by how many milliseconds at least (default: 1)"
+        "--percent", type=float, default=10.0, help="a regression is slower by more than this (default: 10)"
+    )
+    parser.add_argument(
+        "--floor-ms", type=float, default=1.0, help="and by more than so many milliseconds (default: 1)"
     )
     options = parser.parse_args(arguments)
     cohorts = read_results(options.results)
     if not cohorts:
-        print(f"{options.results} holds no results; run: python -m pytest benchmarks")
+        print(f"{options.results} has no results; run: python -m pytest benchmarks")
         return 2
     slower = []
     for cohort, runs in cohorts.items():
-        print(f"{cohort}: {len(runs)} runs, the newest {runs[-1].commit} of {runs[-1].time}\n{table(runs)}\n")
+        print(f"{cohort}: {len(runs)} runs, the newest is {runs[-1].commit} of {runs[-1].time}\n{table(runs)}\n")
         slower += regressions(runs, options.percent, options.floor_ms / 1e3)
     draw(cohorts, options.picture)
-    print(f"drawn to {options.picture}")
+    print(f"plotted to {options.picture}")
     print("\n".join(["regressions:", *map(str, slower)]) if slower else "no regression")
     return 1 if slower else 0
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.recording import LEAST
+from benchmarks.recording import MIN_ROUNDS
 from benchmarks.sizes import QUICK
 from flperf.commands.latent_writer import encode_dataset
 from flperf.config import Config, load_config
@@ -85,7 +85,7 @@ def test_step(record, folder):
     # Before each turn the streams read ahead again, as they do in a run whose step takes longer than its data.
     record(
         sources["video"], "clips", clips, flops=clips * sum(flops_per_clip(run).values()), dtype=run.dtype,
-        rounds=LEAST, beside=beside, before=lambda _: time.sleep(0.5),
+        rounds=MIN_ROUNDS, beside=beside, before=lambda _: time.sleep(0.5),
     )  # fmt: skip
     for steps in sources.values():
         steps.stream.close()

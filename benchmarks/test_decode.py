@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.recording import LEAST
+from benchmarks.recording import MIN_ROUNDS
 from benchmarks.sizes import DEVICE, ON_GPU, QUICK, compiled_normalisation
 from benchmarks.usual_way import PROCESSORS, processed
 from flperf.config import Backbone
@@ -113,7 +113,7 @@ def test_decode(benchmark, record, tmp_path):
     beside = usual_ways | {"ours, normalised": partial(ours, pyav.read_batches, paths, normalise=normalise)}
     beside["ours, normalised"]()  # compiles; nothing else here has to
     seconds = record(
-        partial(ours, pyav.read_batches, paths), "clips", BATCH * BATCHES, rounds=LEAST, warm=False, beside=beside
+        partial(ours, pyav.read_batches, paths), "clips", BATCH * BATCHES, rounds=MIN_ROUNDS, warm=False, beside=beside
     )
     benchmark.extra_info["normalised"] = record.ratios(
         {way: seconds[way] for way in ("ours, normalised", *usual_ways)}, "ours, normalised"
@@ -129,7 +129,7 @@ def test_dali(record, tmp_path, name):
         beside["both"] = lambda: ours(
             partial(dali.read_batches, lanes=NVDEC_LANES), paths, DEVICE, workers=WORKERS + NVDEC_LANES
         )
-    record(lambda: ours(dali.read_batches, paths, DEVICE), "clips", BATCH * BATCHES, rounds=LEAST, beside=beside)
+    record(lambda: ours(dali.read_batches, paths, DEVICE), "clips", BATCH * BATCHES, rounds=MIN_ROUNDS, beside=beside)
 
 
 @pytest.mark.benchmark(group="first batch of the order, 240,000 clips")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from flperf_kernels.flow_matching import flow_matching_loss, flow_matching_noise
 
-from benchmarks.recording import LEAST
+from benchmarks.recording import MIN_ROUNDS
 from benchmarks.sizes import DEVICE, ON_GPU, QUICK, configuration
 from flperf.objectives.regression import Regression
 
@@ -96,4 +96,4 @@ def measure(record, ways: dict[str, Callable[[], object]], bytes: int) -> None:
     """The last of the ways, against the others and a copy of as many bytes."""
     *others, last = ways
     beside = {name: ways[name] for name in others} | {"a copy of as many bytes": copy_of(bytes)}
-    record(ways[last], "GB", bytes / 1e9, bytes=bytes, rounds=100 if ON_GPU else LEAST, beside=beside)
+    record(ways[last], "GB", bytes / 1e9, bytes=bytes, rounds=100 if ON_GPU else MIN_ROUNDS, beside=beside)

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from benchmarks import sizes
-from benchmarks.recording import LEAST
+from benchmarks.recording import MIN_ROUNDS
 from benchmarks.training_step import USUAL, OurStep, Step, ours, usual, write_cache
 from flperf.data.demo import write_demo
 from flperf.run import flops_per_clip
@@ -105,7 +105,7 @@ def test_step(benchmark, record, folder, ways, regime, source, batch):
         batch,
         flops=flops_of(step),
         dtype=step.run.dtype,
-        rounds=LEAST,
+        rounds=MIN_ROUNDS,
         beside=beside | also,
         before=settle,
     )
@@ -134,7 +134,14 @@ def test_step_from_video(benchmark, record, folder, regime):
     decoded_before()  # compiles for both
     beside = {"clips decoded before": decoded_before}
     record(
-        step, "clips", sizes.BATCH, flops=flops_of(step), dtype=step.run.dtype, rounds=LEAST, warm=False, beside=beside
+        step,
+        "clips",
+        sizes.BATCH,
+        flops=flops_of(step),
+        dtype=step.run.dtype,
+        rounds=MIN_ROUNDS,
+        warm=False,
+        beside=beside,
     )
     step.batches.close()
 

@@ -1,4 +1,4 @@
-"""The `flperf` command; `deepspeed flperf/cli.py COMMAND …` runs one of them on many processes."""
+"""The `flperf` command. `deepspeed flperf/cli.py COMMAND …` runs a command on several processes."""
 
 import difflib
 import sys
@@ -8,17 +8,17 @@ from importlib import import_module
 from flperf.commands.common import run_command
 
 COMMANDS = {
-    "doctor": "say what this machine has for a run, and what is missing",
-    "estimate": "say what a run would need, and how fast it might be, on devices that are not here",
+    "doctor": "check that this machine has all that a run needs",
+    "estimate": "estimate memory and speed of a run on other devices",
     "train": "train a head on one process (use the deepspeed launcher for more)",
-    "index": "probe a dataset's files once: what they are, and which are unusable",
-    "encode": "write a dataset's latents, to train from them without an encoder",
-    "evaluate": "judge a trained head beside the baselines",
+    "index": "probe the files of a dataset once and find the unusable ones",
+    "encode": "write the latents of a dataset, to train without running the encoder",
+    "evaluate": "compare a trained head with the baselines",
     "sample": "write a trained head's forecasts of validation clips",
-    "locator": "train what finds the bouncing shapes in latents, to judge forecasts by",
+    "locator": "train a model that finds the bouncing shapes in latents, to evaluate forecasts with",
     "export": "write a trained head as one safetensors file",
-    "import-weights": "take from a FutureLatents checkpoint what a head of ours can start from",
-    "import-config": "turn a FutureLatents configuration into one of ours",
+    "import-weights": "convert the weights of a FutureLatents checkpoint, to start training from them",
+    "import-config": "convert a FutureLatents configuration",
 }
 
 EXAMPLES = """for example:
@@ -29,18 +29,21 @@ EXAMPLES = """for example:
 
 
 def overview() -> str:
-    listing = "\n".join(f"  {name:14} {what}" for name, what in COMMANDS.items())
-    return f"usage: flperf COMMAND …\n\ncommands:\n{listing}\n\n{EXAMPLES}\n\n`flperf COMMAND --help` says more."
+    """The text of `flperf --help`."""
+    listing = "\n".join(f"  {name:14} {purpose}" for name, purpose in COMMANDS.items())
+    return (
+        f"usage: flperf COMMAND …\n\ncommands:\n{listing}\n\n{EXAMPLES}\n\n`flperf COMMAND --help` describes a command."
+    )
 
 
 def load_command(name: str) -> Callable[[list[str]], None]:
-    """The function of a command, which bears the name of its module; only that module is imported."""
+    """The function of a command. It has the name of its module, and no other command's module is imported."""
     function = name.replace("-", "_")
     return getattr(import_module("flperf.train" if name == "train" else f"flperf.commands.{function}"), function)
 
 
 def main() -> None:
-    # The launcher's --local_rank says nothing that the environment does not.
+    # The launcher adds --local_rank, which the environment holds as well.
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())

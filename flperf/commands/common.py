@@ -1,5 +1,4 @@
-"""What every `flperf` command does alike: its help ends with an example; a mistake of the user's is said in one line,
-anything else shows where it happened."""
+"""What all `flperf` commands share: a parser whose help ends with examples, and one-line error messages."""
 
 import argparse
 import logging
@@ -14,7 +13,7 @@ from flperf.errors import UserError
 def command_parser(
     name: str, description: str, *examples: str, debug: str = "show tracebacks"
 ) -> argparse.ArgumentParser:
-    """A parser with --debug whose help says what the command is for and how it is typed."""
+    """A parser with the option --debug. Its help shows the description and the examples."""
     parser = argparse.ArgumentParser(
         prog=f"flperf {name}",
         description=textwrap.fill(" ".join(description.split()), 100),
@@ -25,8 +24,13 @@ def command_parser(
     return parser
 
 
-def make_folder_of(path: str | Path) -> None:
-    """For a file that is to be written. Raises `UserError` where it can't be."""
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """The positional arguments `section.key=value`."""
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the configuration")
+
+
+def make_parent_folder(path: str | Path) -> None:
+    """Create the folder of a file to be written. Raises `UserError` if that fails, or if `path` is a folder."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,10 +41,12 @@ def make_folder_of(path: str | Path) -> None:
 
 
 def run_command(command: Callable[[list[str]], None], arguments: list[str] | None) -> None:
-    """Run it on `arguments` (default: the command line's); a `UserError` becomes one line and exit status 1, a
-    traceback with --debug."""
+    """Run a command on `arguments`, or on those of the command line if None.
+
+    A `UserError` is printed as one line, with exit status 1; with --debug it is raised.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
-    # DeepSpeed says so as it is imported, before anything of ours; what a run computes on is said by the run.
+    # DeepSpeed logs this while it is imported; a run reports its device itself.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     try:
         command(arguments)

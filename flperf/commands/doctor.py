@@ -1,8 +1,8 @@
-"""`flperf doctor`: is everything here that a run needs, and if not, which command fixes it?
+"""`flperf doctor`: check that this machine has all that a run needs, and name a fix for what fails.
 
-Each check returns one line; a failed one makes the exit status 1, so that a job script can stop before it waits in a
-queue. What a check needs is imported in it: what is broken ends that check alone. With --config
-`flperf.commands.doctor_config` goes on.
+Each finding is one line. The exit status is 1 if a check fails, so that a job script can stop early. Each check imports
+what it needs itself, so that a broken package fails one check only. --config adds the checks of
+`flperf.commands.doctor_config`.
 """
 
 import os
@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from importlib.metadata import requires
 
-from flperf.commands.common import command_parser
+from flperf.commands.common import add_overrides, command_parser
 from flperf.commands.doctor_machine import (
     Finding,
     attention,
@@ -28,7 +28,7 @@ from flperf.commands.doctor_machine import (
 )
 from flperf.errors import UserError
 
-# Each check with the package whose reinstallation mends it when it can't be made at all.
+# Each check, and the package to reinstall if the check raises an exception.
 Check = Callable[..., Iterator[Finding]]
 CHECKS: dict[Check, str] = {
     packages: "packaging", gpu: "torch", decoding: "av", gpu_decoding: "nvidia-dali-cuda130",
@@ -38,36 +38,38 @@ CHECKS: dict[Check, str] = {
 
 
 def findings(check: Check, *arguments, package: str = "", debug: bool = False) -> Iterator[Finding]:
-    """What a check yields; one that raises is itself a finding, so that the next ones are made."""
+    """The findings of a check; an exception becomes a failed finding, so that the other checks still run."""
     try:
         yield from check(*arguments)
     except Exception as error:
         if debug:
             traceback.print_exc()
-        text = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        yield Finding(check.__name__.replace("_", " "), text, fix_of_broken(check, package))
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        yield Finding(check.__name__.replace("_", " "), text, fix_for_exception(check, package))
 
 
-def fix_of_broken(check: Check, package: str) -> str:
+def fix_for_exception(check: Check, package: str) -> str:
     if check is engine and "DS_ACCELERATOR" in os.environ:
         return "unset DS_ACCELERATOR"
     if not package:
-        return "run it with --debug, and report what it says"
+        return "run it again with --debug, and report the traceback"
     pinned = next((line for line in requires("flperf") or [] if re.match(rf"{package}\b", line)), package)
     return f"pip install --force-reinstall --no-deps '{pinned}'"
 
 
 def doctor(arguments: list[str]) -> None:
-    """`flperf doctor`: print every finding; exit status 1 if a check fails."""
+    """Print all findings; exit with status 1 if a check fails."""
     parser = command_parser(
         "doctor",
-        "Say what this machine has for a run, and what is missing; the exit status is 1 if a check fails.",
+        "Check that this machine has all that a run needs. The exit status is 1 if a check fails.",
         "flperf doctor --config configs/references/vjepa2_kinetics_400.yaml dataset.train=/data/k400/train.csv",
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="also estimate its memory, open its data and backbone, and decode ten clips"
+        "--config",
+        metavar="FILE",
+        help="also check a configuration: estimate its memory, open its data and backbone, and decode ten clips",
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the file")
+    add_overrides(parser)
     options = parser.parse_intermixed_args(arguments)
     if options.overrides and not options.config:
         raise UserError(f"{options.overrides[0]}: replaces a key of a configuration; name one with --config FILE")
@@ -80,6 +82,6 @@ def doctor(arguments: list[str]) -> None:
     for check in checks:
         for finding in check:
             print(finding, flush=True)
-            failed += bool(finding.fix)
+            failed += finding.failed
     print("all checks passed" if not failed else f"{failed} failed")
     sys.exit(1 if failed else 0)

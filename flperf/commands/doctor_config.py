@@ -1,38 +1,42 @@
-"""`flperf doctor --config`: would this run fit here, and can all that it opens be opened? No step is taken."""
+"""The checks of `flperf doctor --config`: does a run fit this machine, and can it open all that it reads?"""
 
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flperf.commands.doctor_machine import Finding, cached_weights
 from flperf.config import Config, load_config
 from flperf.errors import UserError
 
+if TYPE_CHECKING:  # torch is loaded by the checks that need it
+    from flperf.run import Run
+
 CLIPS = 10
-AGAIN = "mend what this line names, then run the same command again"
+FIX_AND_REPEAT = "fix what this line names, then run the same command again"
 
 
 def configured(path: str, overrides: list[str]) -> Iterator[Finding]:
-    """What a run of this configuration would take, and what it opens first: data, backbone, a few clips."""
+    """Load a configuration, estimate its memory, and open its backbone, its data and a few clips."""
     try:
         config = load_config(path, overrides)
         yield Finding("config", f"{path}: a {config.model.head} on {config.backbone.kind}, {config.dataset.kind}")
-        yield from fit(config)
+        yield from memory_check(config)
         yield from gated_weights(config)
-        yield from opened(config)
+        yield from run_check(config)
     except UserError as error:
-        yield Finding("config", str(error), AGAIN)
+        yield Finding("config", str(error), FIX_AND_REPEAT)
 
 
 def processes_here() -> int:
+    """The number of processes of a run on this machine: one per GPU."""
     import torch
 
     return max(torch.cuda.device_count(), 1)
 
 
-def fit(config: Config) -> Iterator[Finding]:
-    """The memory that training would take of each device of this machine, estimated; the ZeRO stages beside one
-    another."""
+def memory_check(config: Config) -> Iterator[Finding]:
+    """The estimated memory of training on each device of this machine, at each ZeRO stage."""
     import psutil
     import torch
 
@@ -42,7 +46,7 @@ def fit(config: Config) -> Iterator[Finding]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    # Of a device's facts a memory estimate takes but these two.
+    # The memory estimate uses no other properties of a device than these two.
     here = replace(
         DEVICES["h100"], memory=gpu or psutil.virtual_memory().total, link=DEVICES["h100"].link if gpu else None
     )
@@ -56,49 +60,48 @@ def fit(config: Config) -> Iterator[Finding]:
 
 
 def memory_finding(workload, device, processes: int) -> Finding:
-    """Estimated bytes against those of the device, and which single change makes it fit."""
+    """Compare the estimated memory with the device's. If it does not fit, the fix lists single changes that make it
+    fit."""
     from flperf.estimate.plan import memory
 
     config, limit = workload.config, device.memory
-    mode, stage, micro = (
-        config.model.activation_checkpointing,
-        config.engine.zero_stage,
-        workload.share.micro_batch_size,
-    )
+    mode, stage = config.model.activation_checkpointing, config.engine.zero_stage
+    micro = workload.share.micro_batch_size
     held = {number: memory(workload, device, number, processes) for number in range(4)}
     totals = ", ".join(f"{number}: {held[number].total(mode) / 1e9:.1f}" for number in held)
     text = (
-        f"{held[stage].total(mode) / 1e9:.1f} of {limit / 1e9:.1f} GB estimated at {micro} clips a process; "
+        f"{held[stage].total(mode) / 1e9:.1f} of {limit / 1e9:.1f} GB estimated at {micro} clips per process; "
         f"by ZeRO stage {totals}"
     )
     if held[stage].total(mode) <= limit:
         least = next(number for number in held if held[number].total(mode) <= limit)
         return Finding("memory", f"{text}; {zero_advice(stage, least, processes)}")
-    growing = held[stage].clips + held[stage].activations[mode]  # in proportion to the clips
+    growing = held[stage].clips + held[stage].activations[mode]  # in proportion to the micro-batch
     clips = int(micro * (limit - held[stage].total(mode) + growing) / growing)
     changes = [f"trainer.micro_batch_size={clips}"] if clips > 0 else []
-    less = [other for other in held[stage].activations if held[stage].total(other) <= limit]  # the cheapest first
-    changes += [f"model.activation_checkpointing={other}" for other in less[:1]]
-    changes += [
-        f"engine.zero_stage={number}" for number in held if number > stage and held[number].total(mode) <= limit
-    ][:1]
-    all_of_them = (
+    modes = [other for other in held[stage].activations if held[stage].total(other) <= limit]  # the fastest first
+    changes += [f"model.activation_checkpointing={other}" for other in modes[:1]]
+    stages = [number for number in held if number > stage and held[number].total(mode) <= limit]
+    changes += [f"engine.zero_stage={number}" for number in stages[:1]]
+    together = (
         "trainer.micro_batch_size=1 model.activation_checkpointing=full engine.zero_stage=3 together, or more devices"
     )
-    return Finding("memory", f"does not fit: {text}", " or ".join(changes) or all_of_them)
+    return Finding("memory", f"does not fit: {text}", " or ".join(changes) or together)
 
 
 def zero_advice(stage: int, least: int, processes: int) -> str:
-    """Higher stages hold less and send more, so the lowest that fits is the fastest; stage 1 sends no more than 0."""
+    """Higher ZeRO stages need less memory and more communication, so the lowest that fits, `least`, is the fastest.
+    Stage 1 communicates no more than stage 0."""
     if processes == 1:
         return "on one process no stage saves memory"
     best = max(least, 1)
-    return (
-        f"engine.zero_stage={best} is enough and sends less" if best < stage else "engine.zero_stage is a good choice"
-    )
+    if best < stage:
+        return f"engine.zero_stage={best} is enough and communicates less"
+    return "engine.zero_stage is a good choice"
 
 
 def gated_weights(config: Config) -> Iterator[Finding]:
+    """A token for weights that have to be downloaded from a gated page."""
     from huggingface_hub import get_token
 
     name = config.backbone.weights
@@ -111,8 +114,8 @@ def gated_weights(config: Config) -> Iterator[Finding]:
     )
 
 
-def opened(config: Config) -> Iterator[Finding]:
-    """Sizes of the run on all devices of this machine, and clips of every split that are read."""
+def run_check(config: Config) -> Iterator[Finding]:
+    """The sizes of a run on all devices of this machine, and whether the clips of each split can be read."""
     from flperf.engine.process import batch_share, start_process
     from flperf.run import build_run, describe
 
@@ -122,19 +125,21 @@ def opened(config: Config) -> Iterator[Finding]:
     yield from (Finding("run", line) for line in describe(run).splitlines())
     for split in ("train", "validation"):
         size = len(run.dataset.splits[split])
-        # from all of it, as files lie sorted by class
-        clips = [index * size // min(CLIPS, size) for index in range(min(CLIPS, size))]
-        skipped, read = [], 0
-        for batch in run.dataset.chosen_batches([clips], CLIPS, split, process.device):
-            skipped += batch.skipped
-            read += int(batch.valid.sum())
-        if clips:
-            examples = "; ".join(f"{clip}: {reason}" for clip, reason in skipped[:3])
-            fix = (
-                f"see what is wrong with them: flperf index --csv {getattr(config.dataset, split)} --out index.csv"
-                if skipped
-                else ""
-            )
-            yield Finding(
-                "clips", f"{read} of {len(clips)} {split} clips read" + (f" ({examples})" if skipped else ""), fix
-            )
+        if size:
+            # spread over the split, since files are often sorted by class
+            clips = [index * size // min(CLIPS, size) for index in range(min(CLIPS, size))]
+            yield clips_check(run, split, clips)
+
+
+def clips_check(run: "Run", split: str, clips: list[int]) -> Finding:
+    """Whether the given clips of a split can be read."""
+    skipped, read = [], 0
+    for batch in run.dataset.chosen_batches([clips], CLIPS, split, run.process.device):
+        skipped += batch.skipped
+        read += int(batch.valid.sum())
+    text = f"{read} of {len(clips)} {split} clips read"
+    if not skipped:
+        return Finding("clips", text)
+    examples = "; ".join(f"{clip}: {reason}" for clip, reason in skipped[:3])
+    fix = f"find out why: flperf index --csv {getattr(run.config.dataset, split)} --out index.csv"
+    return Finding("clips", f"{text} ({examples})", fix)

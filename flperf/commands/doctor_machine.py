@@ -1,4 +1,4 @@
-"""What `flperf doctor` looks at on a machine, whatever the configuration."""
+"""The checks of `flperf doctor` that need no configuration: packages, devices, compiler, disk, services."""
 
 import ctypes
 import logging
@@ -13,30 +13,30 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 DRIVER = Path("/proc/driver/nvidia/version")
-
 NEEDED_DISK_GB, NEEDED_SHARED_GB = 20, 1
-
-CODECS = {"H.264": 4, "HEVC": 8, "VP9": 10, "AV1": 11}  # NVDEC's numbers for them
-
+CODECS = {"H.264": 4, "HEVC": 8, "VP9": 10, "AV1": 11}  # by NVDEC's codec number
 HUB_TIMEOUT = 3  # seconds
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`mend` is empty where all checks passed."""
+    """One result of a check. A failed one names a fix."""
 
     subject: str
     text: str
     fix: str = ""
 
+    @property
+    def failed(self) -> bool:
+        return bool(self.fix)
+
     def __str__(self) -> str:
-        return f"{'FAIL' if self.fix else 'ok':>4}  {self.subject:<12} {self.text}" + (
-            f"\n      -> {self.fix}" if self.fix else ""
-        )
+        line = f"{'FAIL' if self.failed else 'ok':>4}  {self.subject:<12} {self.text}"
+        return f"{line}\n      -> {self.fix}" if self.failed else line
 
 
 def packages() -> Iterator[Finding]:
-    """Installed versions against those that pyproject.toml pins."""
+    """The installed versions match the requirements of pyproject.toml."""
     from packaging.requirements import Requirement
 
     wrong = []
@@ -50,26 +50,22 @@ def packages() -> Iterator[Finding]:
             installed = None
         if installed is None or not requirement.specifier.contains(installed, prereleases=True):
             wrong.append(f"{requirement} (found {installed})")
-    python = f"Python {sys.version.split()[0]}, flperf {version('flperf')}"
-    yield (
-        Finding("packages", ", ".join(wrong), "pip install -e .")
-        if wrong
-        else Finding("packages", f"{python}, all as pinned")
-    )
+    if wrong:
+        yield Finding("packages", ", ".join(wrong), "pip install -e .")
+    else:
+        python = f"Python {sys.version.split()[0]}, flperf {version('flperf')}"
+        yield Finding("packages", f"{python}, all as pinned")
 
 
 def gpu() -> Iterator[Finding]:
+    """The GPUs and their driver. No GPU fails the check only where there is an NVIDIA driver."""
     import torch
 
     if not torch.cuda.is_available():
         built = torch.version.cuda
-        note = f"torch is built for CUDA {built}, but finds no device" if built else "torch is a CPU build"
-        fix = (
-            "this machine has an NVIDIA driver: reinstall torch from the public index, or update the driver"
-            if DRIVER.exists()
-            else ""
-        )
-        yield Finding("GPU", f"none: runs go to the CPU ({note})", fix)
+        note = f"torch is built for CUDA {built}, but finds no GPU" if built else "torch is a CPU build"
+        fix = "there is an NVIDIA driver: reinstall torch from the public index, or update the driver"
+        yield Finding("GPU", f"none, runs use the CPU ({note})", fix if DRIVER.exists() else "")
         return
     found = re.search(r"(\d+\.\d+[\d.]*)", DRIVER.read_text() if DRIVER.exists() else "")
     yield Finding("GPU", f"driver {found[1] if found else 'unknown'}, torch for CUDA {torch.version.cuda}")
@@ -81,6 +77,7 @@ def gpu() -> Iterator[Finding]:
 
 
 def decoding() -> Iterator[Finding]:
+    """PyAV and its decoders."""
     import av
 
     missing = [codec for codec in ("h264", "hevc", "vp9", "av1") if codec not in av.codecs_available]
@@ -89,6 +86,7 @@ def decoding() -> Iterator[Finding]:
 
 
 def gpu_decoding() -> Iterator[Finding]:
+    """DALI, and on a GPU the codecs that NVDEC decodes."""
     import nvidia.dali
     import torch
 
@@ -107,12 +105,12 @@ def gpu_decoding() -> Iterator[Finding]:
 
 
 def nvdec_codecs() -> list[str]:
-    """Those of `CODECS` that the first GPU decodes at 4:2:0 and 8 bits. Raises `OSError` where the driver's library
-    is missing."""
+    """The `CODECS` that the first GPU decodes at 4:2:0 and 8 bits. Raises `OSError` if the driver's library is
+    missing."""
     import torch
 
     library = ctypes.CDLL("libnvcuvid.so.1")
-    torch.zeros(1, device="cuda")  # the library asks the current context
+    torch.zeros(1, device="cuda")  # creates the CUDA context that the library uses
     supported = []
     for name, number in CODECS.items():
         # CUVIDDECODECAPS: codec, chroma format (1: 4:2:0), bits above 8, 3 reserved, flags
@@ -123,10 +121,10 @@ def nvdec_codecs() -> list[str]:
 
 
 def attention() -> Iterator[Finding]:
-    """xFormers' operators here, and which one the reference heads (width 128, bf16) would use."""
+    """xFormers' available operators, and the one that the reference heads (width 128, bf16) use."""
     import torch
 
-    logging.getLogger("xformers").setLevel("ERROR")  # it warns of extensions that are not used
+    logging.getLogger("xformers").setLevel("ERROR")  # it warns about extensions that flperf does not use
     from flperf.models.attention import attention_operator  # isort: skip  (it loads what xFormers' operators need)
     from xformers.ops import fmha  # isort: skip
 
@@ -139,7 +137,7 @@ def attention() -> Iterator[Finding]:
 
 
 def compiler() -> Iterator[Finding]:
-    """torch.compile writes C++ on a CPU; on a GPU Triton still builds its launcher with a C compiler."""
+    """A compiler: torch.compile generates C++ on a CPU, and on a GPU Triton compiles its launcher in C."""
     import triton
 
     found = next((name for name in (os.environ.get("CXX"), "g++", "clang++") if name and shutil.which(name)), None)
@@ -148,6 +146,7 @@ def compiler() -> Iterator[Finding]:
 
 
 def engine() -> Iterator[Finding]:
+    """DeepSpeed's accelerator, its communication backend, and the compute dtype."""
     import deepspeed
     import torch
     from deepspeed.accelerator import get_accelerator
@@ -158,18 +157,18 @@ def engine() -> Iterator[Finding]:
     device, backend = accelerator.device_name(), accelerator.communication_backend_name()
     text = f"DeepSpeed {deepspeed.__version__} on {device}"
     if torch.cuda.is_available() and device != "cuda":
-        yield Finding("engine", f"{text}, though there is a GPU", "unset DS_ACCELERATOR")
+        yield Finding("engine", f"{text}, although there is a GPU", "unset DS_ACCELERATOR")
         return
     if backend == "ccl":
-        yield Finding(
-            "engine", f"{text}, oneCCL bindings are installed", "pip uninstall oneccl_bind_pt: flperf uses gloo on CPUs"
-        )
+        fix = "pip uninstall oneccl_bind_pt: flperf uses gloo on CPUs"
+        yield Finding("engine", f"{text}, oneCCL bindings are installed", fix)
         return
     dtype = str(compute_dtype("auto", torch.device(device))).removeprefix("torch.")
     yield Finding("engine", f"{text}, {'nccl' if device == 'cuda' else 'gloo'}, {dtype}")
 
 
 def space() -> Iterator[Finding]:
+    """Free disk space in the working directory, and free shared memory."""
     for folder, needed, fix in (
         (".", NEEDED_DISK_GB, "set experiment=DIR to a larger disk, or lower checkpoint.keep"),
         ("/dev/shm", NEEDED_SHARED_GB, "start the container with --shm-size=8g or --ipc=host"),
@@ -179,38 +178,36 @@ def space() -> Iterator[Finding]:
 
 
 def tracking() -> Iterator[Finding]:
+    """What W&B does in a run with the default settings."""
     from flperf.config import Tracking
     from flperf.training.dashboards import wandb_mode_and_project
 
     mode, _ = wandb_mode_and_project(Tracking())
     states = {
         "online": "logs online",
-        "offline": "logs offline (`wandb login`, or later the `wandb sync` that a run prints at its end)",
+        "offline": "logs offline (`wandb login`, or later the `wandb sync` command that a run prints at its end)",
         "disabled": "disabled by WANDB_MODE or wandb's settings",
     }
     yield Finding("W&B", states.get(mode, mode))
 
 
 def hub() -> Iterator[Finding]:
-    """The local cache and a token are what a job on a closed node has; the hub is asked once whether it is there."""
+    """Access to the hub, the token, and the cached weights, which are all that a node without internet has."""
     from huggingface_hub import constants, get_token
 
-    access = (
-        "offline (HF_HUB_OFFLINE)"
-        if constants.HF_HUB_OFFLINE
-        else f"{reached(constants.ENDPOINT)}, {token_state(get_token())}"
-    )
+    if constants.HF_HUB_OFFLINE:
+        access = "offline (HF_HUB_OFFLINE)"
+    else:
+        token = "with a token" if get_token() else "without a token (`hf auth login`)"
+        access = f"{reachable(constants.ENDPOINT)}, {token}"
     yield Finding("hub", f"{access}; in the cache: {', '.join(cached_weights()) or 'nothing'}")
 
 
-def token_state(token: str | None) -> str:
-    return "with a token" if token else "without a token (`hf auth login`)"
-
-
-def reached(address: str) -> str:
+def reachable(address: str) -> str:
+    """ "online", or the reason why a server does not answer."""
     try:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=HUB_TIMEOUT).close()
-    except urllib.error.HTTPError:  # an answer, too
+    except urllib.error.HTTPError:  # an error status is an answer, too
         return "online"
     except OSError as error:
         return f"no answer from {address} ({getattr(error, 'reason', error)})"
@@ -218,7 +215,7 @@ def reached(address: str) -> str:
 
 
 def cached_weights() -> list[str]:
-    """Names on the hub of what lies in its cache."""
+    """Names of the weights in the hub's local cache."""
     from huggingface_hub import constants
 
     return sorted(

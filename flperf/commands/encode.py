@@ -1,13 +1,13 @@
-"""`flperf encode --config FILE --out DIR`: write the latents of both splits, for training without an encoder.
+"""`flperf encode --config FILE --out DIR`: write the latents of both splits, to train without running the encoder.
 
-Runs on any number of processes (`deepspeed flperf/cli.py encode --config … --out …`). Each takes every n-th shard
-that is not there yet, so the same command goes on after a kill.
+It runs on any number of processes (`deepspeed flperf/cli.py encode --config … --out …`). Process r of n writes every
+n-th shard from shard r on, and skips those that exist, so that the same command resumes after a kill.
 """
 
 import argparse
 from pathlib import Path
 
-from flperf.commands.common import command_parser
+from flperf.commands.common import add_overrides, command_parser
 from flperf.config import load_config
 from flperf.engine.compile_cache import use_compile_cache
 
@@ -15,9 +15,8 @@ from flperf.engine.compile_cache import use_compile_cache
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = command_parser(
         "encode",
-        "Write the latents of a dataset's videos down once, to train from them without an encoder; under the "
-        "deepspeed launcher "
-        "(deepspeed flperf/cli.py encode …) on all devices. The same command goes on after a kill.",
+        "Write the latents of a dataset's videos, to train without running the encoder. Under the deepspeed launcher "
+        "(deepspeed flperf/cli.py encode …) all devices are used. The same command resumes after a kill.",
         "flperf encode --config configs/demo.yaml --out data/demo_latents",
     )
     parser.add_argument(
@@ -25,9 +24,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for train/ and validation/")
     parser.add_argument(
-        "--files", action="store_true", help="write FutureLatents' format instead: one saved tensor `d t h w` a clip"
+        "--files", action="store_true", help="write FutureLatents' format instead: one saved tensor `d t h w` per clip"
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the file")
+    add_overrides(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(arguments)
 
@@ -37,7 +36,7 @@ def encode(arguments: list[str]) -> None:
     config = load_config(options.config, options.overrides)
     use_compile_cache(config.experiment)
 
-    # Imported late, so that a mistake in the configuration shows at once.
+    # Imported late, so that mistakes in the configuration are reported before torch is loaded.
     from flperf.commands.latent_writer import encode_dataset
     from flperf.engine.process import start_process
 

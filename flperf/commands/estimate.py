@@ -1,8 +1,8 @@
-"""`flperf estimate`: what a run would need and how fast it might be, on devices that are not here."""
+"""`flperf estimate`: memory and speed of a run on other devices than those of this machine."""
 
 import argparse
 
-from flperf.commands.common import command_parser
+from flperf.commands.common import add_overrides, command_parser
 from flperf.config import load_config
 from flperf.errors import UserError
 
@@ -10,26 +10,26 @@ from flperf.errors import UserError
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = command_parser(
         "estimate",
-        "Estimate a run on devices that are not here: parameters, FLOPs, memory at each ZeRO stage, what is "
-        "sent and decoded, and the time "
-        "of an update with what bounds it. Nothing is downloaded and no step is taken.",
+        "Estimate a run on other devices than those of this machine: parameters, FLOPs, memory at each ZeRO stage, "
+        "communication, decoding, and the time of an update with its bottleneck. Nothing is downloaded or trained.",
         "flperf estimate --config configs/references/vjepa2_kinetics_400.yaml --device h100 --nodes 1,4,16,64",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the file")
+    add_overrides(parser)
     parser.add_argument(
         "--device", default="h100", help="a100, h100 (default), h200, b200; or cpu: this machine, measured now"
     )
-    parser.add_argument("--nodes", default="1", metavar="N[,N…]", help="trainer.batch_size is that of the first")
+    parser.add_argument(
+        "--nodes", default="1", metavar="N[,N…]", help="numbers of nodes; trainer.batch_size belongs to the first"
+    )
     parser.add_argument("--devices-per-node", metavar="N", help="default: 8, on a CPU 1")
     return parser.parse_intermixed_args(arguments)
 
 
 def positive(text: str, option: str) -> int:
+    """The number that `text` holds. Raises `UserError`, naming the option, if it is not a whole number above 0."""
     if not text.strip().isdecimal() or int(text) < 1:
-        raise UserError(
-            f"{option}: {text!r} is not a whole number above 0 (of nodes: several with commas between, such as 1,4,16)"
-        )
+        raise UserError(f"{option}: {text!r} is not a whole number above 0 (--nodes takes several, such as 1,4,16)")
     return int(text)
 
 
@@ -38,7 +38,7 @@ def estimate(arguments: list[str]) -> None:
     config = load_config(options.config, options.overrides)
     nodes = [positive(number, "--nodes") for number in options.nodes.split(",")]
 
-    # Imported late, so that a mistake in the configuration shows at once.
+    # Imported late, so that mistakes in the configuration are reported before torch is loaded.
     from flperf.engine.devices import find_device
     from flperf.estimate.plan import dtype_on, plan
     from flperf.estimate.report import report
@@ -46,5 +46,5 @@ def estimate(arguments: list[str]) -> None:
     device = find_device(options.device)
     per_node = positive(options.devices_per_node or str(device.devices_per_node), "--devices-per-node")
     if not device.is_gpu and (nodes != [1] or per_node != 1):
-        raise UserError("--device cpu: is this machine as one device; leave --nodes and --devices-per-node out")
+        raise UserError("--device cpu: is this machine as one device; omit --nodes and --devices-per-node")
     print(report(plan(config, dtype_on(device, config), nodes[0] * per_node), device, nodes, per_node))

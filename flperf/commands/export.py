@@ -1,13 +1,13 @@
-"""`flperf export`: a trained head as one safetensors file."""
+"""`flperf export`: write a trained head as one safetensors file."""
 
 from flperf.commands.trained import trained_parser
 
 
 def export(arguments: list[str]) -> None:
-    """`flperf export`: one safetensors file for `load_forecaster`."""
+    """Write the file that `load_forecaster` reads."""
     parser = trained_parser(
         "export",
-        "Write a trained head (its moving average), its statistics and its configuration as one safetensors file.",
+        "Write a trained head (averaged weights), its latent statistics and its configuration as one safetensors file.",
         "flperf export --checkpoint experiment/demo --out demo.safetensors",
     )
     parser.add_argument("--out", required=True, metavar="FILE", help="such as forecaster.safetensors")

@@ -6,19 +6,19 @@ from flperf.commands.common import command_parser
 def index(arguments: list[str]) -> None:
     parser = command_parser(
         "index",
-        "Probe every file that a Kinetics CSV names, or that a folder of class folders holds, and write an "
-        "index for dataset.train: "
-        "what each file is, and which are unusable. The same command goes on after an interruption.",
+        "Probe each file of a Kinetics CSV, or of a folder with one subfolder per class, and write an index for "
+        "dataset.train: the properties of each file, and which files are unusable. The same command resumes after an "
+        "interruption.",
         "flperf index --csv data/demo/train.csv --labels data/demo/labels.csv --out data/demo/train.index.csv",
         "flperf index --folder /data/k400/train --labels /data/k400/labels.csv --out /data/k400/train.index.csv",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--csv", metavar="FILE", help="rows of 'path class_index'; paths are relative to it")
-    source.add_argument("--folder", metavar="DIR", help="one folder a class; or videos without classes")
+    source.add_argument("--folder", metavar="DIR", help="one subfolder per class, or videos without classes")
     parser.add_argument(
         "--labels",
         metavar="FILE",
-        help="rows of 'index name', which must name every class; --folder writes it if missing",
+        help="rows of 'index name' with every class; --folder writes it if missing",
     )
     parser.add_argument(
         "--out", required=True, metavar="FILE", help="the index, a CSV with a header; dataset.train takes it"

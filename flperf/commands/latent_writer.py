@@ -1,4 +1,8 @@
-"""Runs the frozen encoder over a dataset once and writes the latents down, as shards or in FutureLatents' format."""
+"""Runs the frozen encoder over a dataset and writes the latents, as shards or in FutureLatents' format.
+
+This is the work of `flperf encode`. It is apart from the command's parser so that mistakes in the configuration are
+reported before torch is loaded.
+"""
 
 import hashlib
 import json
@@ -24,18 +28,16 @@ from flperf.models.encoder import Encoder, build_encoder, encode_clip
 from flperf.models.latents import LatentGeometry, latent_geometry
 from flperf.run import evaluation_share
 
-IDENTITY = "encoding.json"  # in a split's folder: what is encoded there, which a later start must go on with
+IDENTITY = "encoding.json"  # in the folder of a split: what is encoded there, so that only the same encoding resumes
 
 
 def encode_dataset(config: Config, process: Process, out: Path, *, as_files: bool) -> None:
-    """Write `out/train` and `out/validation`, the clips shared out over all processes; what is there already is kept.
+    """Write `out/train` and `out/validation`. The clips are shared between the processes; existing files are kept.
 
-    Raises `UserError` where the folder holds anything but latents of the same clips, encoder and format.
+    Raises `UserError` if a folder holds anything else than latents of the same clips, encoder and format.
     """
     if config.dataset.kind in WITHOUT_VIDEO:
-        raise UserError(
-            f"dataset.kind: {config.dataset.kind!r} holds latents already; encode takes a dataset of videos"
-        )
+        raise UserError(f"dataset.kind: {config.dataset.kind!r} holds latents already; encode needs videos")
     if process.local_rank == 0:
         prepare_dataset(config)
     dist.barrier()
@@ -53,8 +55,7 @@ def encode_dataset(config: Config, process: Process, out: Path, *, as_files: boo
 
 
 def clips_digest(config: Config, annotations: Annotations, split: str) -> str:
-    """Of the clips in their order, their labels, and what decides which frames are taken from them, or how they are
-    drawn."""
+    """A hash of the clips in their order, their labels, and the settings that choose their frames or draw them."""
     dataset = config.dataset
     start = dataset.start if split == "train" else dataset.validation_start
     drawn = [config.seed, asdict(dataset.shapes)] if dataset.kind == "bouncing_shapes" else None
@@ -63,7 +64,7 @@ def clips_digest(config: Config, annotations: Annotations, split: str) -> str:
 
 
 class SplitEncoding:
-    """Encodes this process's share of the clips of one split."""
+    """The encoding of one split: this process encodes its share of the clips."""
 
     def __init__(
         self,
@@ -75,19 +76,14 @@ class SplitEncoding:
         folder: Path,
         split: str,
     ):
-        self.config, self.process, self.dataset, self.encoder, self.geometry = (
-            config,
-            process,
-            dataset,
-            encoder,
-            geometry,
-        )
+        self.config, self.process, self.dataset = config, process, dataset
+        self.encoder, self.geometry = encoder, geometry
         self.folder, self.split, self.annotations = folder, split, dataset.splits[split]
-        self.about = latent_shards.identity(config, geometry.context_frames, geometry.target_frames)
-        self.about |= {"clips": clips_digest(config, self.annotations, split)}
+        self.identity = latent_shards.identity(config, geometry.context_frames, geometry.target_frames)
+        self.identity |= {"clips": clips_digest(config, self.annotations, split)}
 
     def write_shards(self) -> None:
-        """`shard_XXXXX.safetensors`, and `manifest.csv` when all are there; see `latent_shards`."""
+        """Write `shard_XXXXX.safetensors`, and `manifest.csv` once all exist; see `latent_shards`."""
         size, geometry = len(self.annotations), self.geometry
         shape = (geometry.context_frames + geometry.target_frames, geometry.height, geometry.width, geometry.dim)
         length = latent_shards.clips_per_shard(shape, torch.bfloat16)
@@ -96,19 +92,19 @@ class SplitEncoding:
         for number in range(self.process.rank, -(-size // length), self.process.world_size):
             path = latent_shards.shard_path(self.folder, number)
             if path.exists():
-                self._check(path, latent_shards.open_shard(path).identity, self.about)
+                self._check(path, latent_shards.open_shard(path).identity, self.identity)
             else:
                 groups[path] = range(number * length, min((number + 1) * length, size))
         for path, (clips, latents) in zip(groups, self._encode(list(groups.values())), strict=True):
-            latent_shards.write_shard(path, clips, latents, self.about)
+            latent_shards.write_shard(path, clips, latents, self.identity)
         dist.barrier()
         if self.process.is_main:
             self._report(latent_shards.write_manifest(self.folder, self.annotations, length))
         dist.barrier()
 
     def write_files(self) -> None:
-        """FutureLatents' format: `clips/XXXXXXXX.pt`, a tensor `d t h w` each, and `manifest.csv` with out_path and
-        label."""
+        """Write FutureLatents' format: `clips/XXXXXXXX.pt`, one tensor `d t h w` each, and `manifest.csv` with the
+        columns out_path and label."""
         self._claim_folder({"format": "files"})
         (self.folder / "clips").mkdir(exist_ok=True)
         mine = range(self.process.rank, len(self.annotations), self.process.world_size)
@@ -129,27 +125,28 @@ class SplitEncoding:
             self._report(len(rows))
         dist.barrier()
 
-    def _claim_folder(self, form: dict) -> None:
-        """Go on with the folder of the same encoding, or begin an empty one; any other is refused."""
-        about, file = self.about | form, self.folder / IDENTITY
+    def _claim_folder(self, layout: dict) -> None:
+        """Start in an empty folder, or resume in one of the same encoding. Raises `UserError` for any other."""
+        identity, file = self.identity | layout, self.folder / IDENTITY
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out: {self.folder} can't be made a folder ({error.strerror})") from None
         if file.exists():
-            self._check(file, json.loads(file.read_text()), about)
+            self._check(file, json.loads(file.read_text()), identity)
         elif any(self.folder.iterdir()):
             raise UserError(
-                f"{self.folder}: holds files, but no {IDENTITY} to say of what; choose another --out or remove the "
-                "folder"
+                f"{self.folder}: holds files, but no {IDENTITY} that describes them; choose another --out or remove "
+                "the folder"
             )
-        dist.barrier()  # all have looked
+        dist.barrier()  # after all processes have checked, before one writes
         if self.process.is_main:
-            write_atomically(file, json.dumps(about, indent=1))
+            write_atomically(file, json.dumps(identity, indent=1))
         dist.barrier()
 
-    def _check(self, path: Path, found: dict, about: dict) -> None:
-        changed = differences(found, about)
+    def _check(self, path: Path, found: dict, expected: dict) -> None:
+        """Raise `UserError` if the identity found at `path` is not the expected one."""
+        changed = differences(found, expected)
         if changed:
             raise UserError(
                 f"{path}: was encoded with another configuration or from other clips ({'; '.join(changed)}); "
@@ -170,8 +167,7 @@ class SplitEncoding:
 
     @torch.no_grad()
     def _encode(self, groups: list[range]) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each group of clips (clips int64 [n], latents bf16 [n t h w d]); clips that can't be read are left
-        out."""
+        """Yield (clips int64 [n], latents bf16 `n t h w d`) for each group of clips, without the unreadable clips."""
         device = self.process.device
         batches = self.dataset.chosen_batches(groups, self._batch_size, self.split, device)
         total, quiet = sum(map(len, groups)), None if self.process.is_main else True
@@ -181,9 +177,8 @@ class SplitEncoding:
                 for _ in range(-(-len(group) // self._batch_size)):
                     batch = next(batches)
                     video = batch.video.to(device, non_blocking=True)
-                    latents = torch.cat(
-                        encode_clip(self.encoder, video, self.geometry, self.config.backbone.encode), dim=1
-                    )
+                    encoded = encode_clip(self.encoder, video, self.geometry, self.config.backbone.encode)
+                    latents = torch.cat(encoded, dim=1)
                     parts.append((batch.clip[batch.valid], latents.to(torch.bfloat16).cpu()[batch.valid]))
                     bar.update(len(parts[-1][0]))
                 clips, latents = (torch.cat(part) for part in zip(*parts, strict=True))

@@ -1,4 +1,4 @@
-"""`flperf sample`: forecasts of validation clips as files."""
+"""`flperf sample`: write forecasts of validation clips."""
 
 from pathlib import Path
 
@@ -7,21 +7,19 @@ from flperf.errors import UserError
 
 
 def sample(arguments: list[str]) -> None:
-    """`flperf sample`: forecasts of validation clips as files."""
     parser = trained_parser(
         "sample",
-        "Write forecasts of validation clips: OUT/forecasts.safetensors, and a folder of pictures and "
-        "tensors for each clip.",
+        "Write forecasts of validation clips: OUT/forecasts.safetensors, and per clip a folder with pictures.",
         "flperf sample --checkpoint experiment/demo --out experiment/demo/forecasts --clips 4 --seconds 2",
     )
     add_configuration(parser)
     parser.add_argument("--out", required=True, metavar="DIR")
-    parser.add_argument("--clips", type=int, default=4, help="the first so many validation clips (default: 4)")
+    parser.add_argument("--clips", type=int, default=4, help="forecast the first N validation clips (default: 4)")
     horizon = parser.add_mutually_exclusive_group()
     horizon.add_argument(
         "--frames", type=int, help="latent frames ahead (default: as in training; more are rolled out)"
     )
-    horizon.add_argument("--seconds", type=float, help="the same as a time, by the clips' frame rate")
+    horizon.add_argument("--seconds", type=float, help="the horizon as a time, by the clips' frame rate")
     options = parser.parse_intermixed_args(arguments)
     for name in ("clips", "frames", "seconds"):
         value = getattr(options, name)

@@ -1,43 +1,51 @@
-"""What the commands on a trained head have in common: `--checkpoint` takes a run's folder, one of its checkpoints or
-an exported file."""
+"""What the commands on a trained head share: their options, and the run that they load it into."""
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from flperf.commands.common import command_parser
+from flperf.commands.common import add_overrides, command_parser
 from flperf.config import Config, differences, dump_config, load_config
 from flperf.engine.compile_cache import use_compile_cache
 from flperf.errors import UserError
 
-# another --config may differ in these
-DATA_SECTIONS = ("dataset", "evaluation", "engine", "trainer", "tracking", "checkpoint")
-DATA_KEYS = ("name", "experiment")
+if TYPE_CHECKING:  # torch is loaded only after the arguments are parsed
+    from flperf.forecaster import Trained
+    from flperf.run import Run
+
+# What another --config may change: none of it is part of the head or of its latents.
+FREE_SECTIONS = {"dataset", "evaluation", "engine", "trainer", "tracking", "checkpoint", "name", "experiment"}
 
 
 def trained_parser(command: str, description: str, *examples: str) -> argparse.ArgumentParser:
+    """A parser with the options --checkpoint and --weights."""
     parser = command_parser(command, description, *examples)
     parser.add_argument(
-        "--checkpoint", required=True, metavar="PATH", help="a run's folder, a checkpoint's, or an exported file"
+        "--checkpoint", required=True, metavar="PATH", help="folder of a run or of a checkpoint, or an exported file"
     )
     parser.add_argument(
         "--weights",
         choices=("average", "last"),
         default="average",
-        help="the moving average (default) or the last ones",
+        help="the moving average of the weights (default) or the last ones",
     )
     return parser
 
 
 def add_configuration(parser: argparse.ArgumentParser) -> None:
+    """The option --config and the overrides."""
     parser.add_argument(
         "--config", metavar="FILE", help="another configuration, for other data (default: that of the checkpoint)"
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the configuration")
+    add_overrides(parser)
 
 
-def trained_run(options: argparse.Namespace):
-    """The head of `options.checkpoint` and a run without an engine that holds its weights and statistics."""
-    _compile_beside(options.checkpoint)
+def trained_run(options: argparse.Namespace) -> tuple["Trained", "Run"]:
+    """The head at `options.checkpoint`, and a run without an engine whose forecaster holds its weights.
+
+    Raises `UserError` if the configuration does not fit the head.
+    """
+    _use_compile_cache_of(options.checkpoint)
     from flperf.engine.engine import load_weights
     from flperf.engine.process import start_process
     from flperf.forecaster import read_trained
@@ -46,7 +54,7 @@ def trained_run(options: argparse.Namespace):
     trained = read_trained(options.checkpoint, average=options.weights == "average")
     config = trained.resolved(options.overrides)
     if options.config:
-        config = _other_data(config, options)
+        config = _other_configuration(config, options)
     process = start_process()
     run = build_run(config, process, training=False)
     if run.geometry != trained.geometry(config):
@@ -58,23 +66,24 @@ def trained_run(options: argparse.Namespace):
     return trained, run
 
 
-def _compile_beside(checkpoint: str) -> None:
-    """Use the compiled code that training left in its experiment's folder; for an exported file the default one."""
+def _use_compile_cache_of(checkpoint: str) -> None:
+    """Use the compile cache of the checkpoint's experiment; for an exported file that of the default experiment."""
     path = Path(checkpoint)
     run = path.parent.parent if path.name.startswith("step_") else path
     use_compile_cache(Config.experiment if path.is_file() else str(run.parent))
 
 
-def _other_data(trained: Config, options: argparse.Namespace) -> Config:
-    """Another configuration, which must agree with the head's in all that made it what it is."""
+def _other_configuration(trained: Config, options: argparse.Namespace) -> Config:
+    """The configuration of --config. Raises `UserError` if it differs from the head's outside `FREE_SECTIONS`."""
     import yaml
 
     config = load_config(options.config, options.overrides)
     old, new = (yaml.safe_load(dump_config(tree)) for tree in (trained, config))
     new["model"]["num_target_latents"] = old["model"]["num_target_latents"]  # checked with the geometry
-    wrong = [
-        line for line in differences(old, new) if line.split(":")[0].split(".")[0] not in (*DATA_SECTIONS, *DATA_KEYS)
-    ]
+    wrong = [line for line in differences(old, new) if line.split(":")[0].split(".")[0] not in FREE_SECTIONS]
     if wrong:
-        raise UserError(f"{options.config}: the head of {options.checkpoint} was trained otherwise: {'; '.join(wrong)}")
+        raise UserError(
+            f"{options.config}: differs from the configuration that {options.checkpoint} was trained with: "
+            f"{'; '.join(wrong)}"
+        )
     return config

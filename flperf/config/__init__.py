@@ -1,4 +1,4 @@
-"""The typed configuration: what the rest of the package reads of it."""
+"""The typed configuration: its dataclasses, and functions to load, write and compare it."""
 
 from flperf.config.load import differences, dump_config, load_config, parse_config
 from flperf.config.schema import (

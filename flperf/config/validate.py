@@ -1,5 +1,5 @@
-"""What a value's type can't say: which numbers a key takes, and which keys fit each other. What needs the data or the
-weights is checked where those are opened."""
+"""Checks what types can't express: the range of each number, and which keys fit together. What depends on the data or
+the weights is checked where they are opened."""
 
 import math
 import re
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Allowed:
-    """The numbers that a key takes; `count` of them where it is a list."""
+    """The allowed numbers of a key; for a list, `count` of them."""
 
     text: str
     holds: Callable[[float], bool]
@@ -36,7 +36,7 @@ ABOVE_0 = Allowed("above 0", lambda number: number > 0)
 BELOW_1 = Allowed("in [0, 1)", lambda number: 0 <= number < 1)
 FINITE = Allowed("a finite number", lambda number: True)
 
-# Every key that is a number. null, where the type permits it, means "not set" and is always allowed.
+# For every key that is a number. null means "not set" and is allowed where the type permits it.
 ALLOWED: dict[str, Allowed] = {
     "seed": AT_LEAST_0,
     "backbone.frame_stride": AT_LEAST_1,
@@ -95,13 +95,12 @@ ALLOWED: dict[str, Allowed] = {
     "checkpoint.keep": AT_LEAST_1,
     "tracking.log_every": AT_LEAST_1,
 }
-# Folders beside the runs.
-RESERVED_NAMES = {"compile_cache", "debug"}
+RESERVED_NAMES = {"compile_cache", "debug"}  # other folders in `experiment`
 
 
 def check_values(config: "Config", source: str) -> None:
-    """Raise `UserError` with one line that names the key, its value and what is allowed; `source` says where it
-    stands."""
+    """Raise `UserError` for a value that is not allowed: one line that names `source`, the key, its value and the
+    allowed ones."""
     for key, allowed in ALLOWED.items():
         value = attrgetter(key)(config)
         if value is not None and value not in allowed:
@@ -110,7 +109,7 @@ def check_values(config: "Config", source: str) -> None:
         parse_interval(attrgetter(key)(config), f"{source}: {key}")
     if Path(config.name).name != config.name or config.name in {"", ".."} | RESERVED_NAMES:
         raise UserError(
-            f"{source}: name: must be the name of a folder that `experiment` may hold, without a path, and neither "
+            f"{source}: name: must be the name of a folder, not a path, and neither "
             f"{' nor '.join(sorted(RESERVED_NAMES))}; is {config.name!r}"
         )
     _check_together(config, source)
@@ -120,7 +119,7 @@ def _check_together(config: "Config", source: str) -> None:
     trainer, model, objective, sampling = config.trainer, config.model, config.objective, config.evaluation.sampling
     if (trainer.max_steps is None) == (trainer.max_epochs is None):
         raise UserError(f"{source}: set exactly one of trainer.max_steps and trainer.max_epochs")
-    rotary = model.positions == "rope3d"  # turns pairs of channels
+    rotary = model.positions == "rope3d"  # rotates pairs of channels
     if model.hidden_dim % (model.num_heads * (2 if rotary else 1)):
         multiple = "an even multiple" if rotary else "a multiple"
         raise UserError(
@@ -134,16 +133,16 @@ def _check_together(config: "Config", source: str) -> None:
         )
     if sampling.guidance != 1 and objective.context_dropout == 0:
         raise UserError(
-            f"{source}: evaluation.sampling.guidance: needs a head trained with objective.context_dropout above 0 "
-            "(such as 0.1)"
+            f"{source}: evaluation.sampling.guidance: needs objective.context_dropout above 0 in training, such as 0.1"
         )
     if objective.kind == "flow_matching" and objective.loss == "cosine":
-        raise UserError(f"{source}: objective.loss: cosine has no meaning for a velocity; use mse, l1 or smooth_l1")
+        raise UserError(f"{source}: objective.loss: cosine is not defined for flow matching; use mse, l1 or smooth_l1")
 
 
 def parse_interval(text: str, key: str) -> tuple[float, Literal["step", "epoch"]]:
-    """`"500"` or `"500 steps"` is (500, "step"); `"2 epochs"` is (2, "epoch")."""
+    """Parse an interval: "500" or "500 steps" is (500, "step"), "2 epochs" is (2, "epoch"). Raises `UserError`, which
+    names `key`."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?)?\s*", str(text))
     if not match or float(match[1]) <= 0:
-        raise UserError(f"{key}: {text!r} is neither a number of steps nor of epochs (write 500 or '1 epoch')")
+        raise UserError(f"{key}: {text!r} is not a number of steps or epochs (write 500 or '1 epoch')")
     return float(match[1]), "epoch" if (match[2] or "step").startswith("epoch") else "step"

@@ -1,7 +1,7 @@
-"""The frozen encoder behind one function: uint8 video `b f h w c` in, latents `b t h w d` out.
+"""The frozen encoder: uint8 video `b f h w c` to latents `b t h w d`.
 
-Pixels are normalised inside the compiled graph, so that what crosses the bus and fills the prefetch buffers is one
-byte a channel. The backbones themselves stand in flperf/backbones.
+Pixels are normalised on the device in compiled code, so that transfers and prefetch buffers need only one byte per
+channel. The backbones are in flperf/models/backbones.
 """
 
 from typing import Any
@@ -19,9 +19,9 @@ from flperf.models.latents import LatentGeometry
 
 
 class PixelNormalisation(nn.Module):
-    """(x * rescale - mean) / std as one multiply and add: uint8 b f h w c -> b f c h w in `dtype`.
+    """(x * rescale - mean) / std as one multiplication and addition, uint8 `b f h w c` to `b f c h w` in `dtype`.
 
-    Whole rows of pixels at once: a loop over three channels, which lie side by side, would fill no vector of a CPU.
+    It works on whole rows of pixels, since a loop over the three channels would not fill the vector units of a CPU.
     """
 
     def __init__(self, preprocessing: Preprocessing, dtype: torch.dtype):
@@ -32,13 +32,13 @@ class PixelNormalisation(nn.Module):
         self.register_buffer("shift", repeat(-mean / std, "c -> (w c)", w=width), persistent=False)
 
     def forward(self, video: Tensor) -> Tensor:
-        """uint8 `b f h w c` to `b f c h w`, whose channels stay side by side in memory."""
+        """uint8 `b f h w c` to `b f c h w`, a view whose channels are still adjacent in memory."""
         rows = rearrange(video, "b f h w c -> b f h (w c)").float() * self.scale + self.shift
         return rearrange(rows.to(self.dtype), "b f h (w c) -> b f c h w", c=3)
 
 
 class Encoder(nn.Module):
-    """Normalisation and backbone, frozen, in eval mode."""
+    """Pixel normalisation and backbone, frozen and in eval mode. Raises `UserError` for an unknown backbone."""
 
     backbone: Any  # a class of BACKBONES
 
@@ -53,12 +53,12 @@ class Encoder(nn.Module):
 
     @property
     def frames_per_latent(self) -> int:
-        """Video frames from one latent frame to the next."""
+        """The number of video frames from one latent frame to the next."""
         return self.backbone.frames_per_latent
 
     @property
     def frames_covered(self) -> int:
-        """How many of these a latent frame is computed from: the first ones."""
+        """The number of these that a latent frame is computed from, the first ones."""
         return self.backbone.frames_covered
 
     def latent_shape(self, frames: int) -> tuple[int, int, int, int]:
@@ -67,14 +67,14 @@ class Encoder(nn.Module):
         return frames // self.frames_per_latent, height, width, self.backbone.dim
 
     def forward(self, video: Tensor) -> Tensor:
-        """video: uint8 b f h w c -> latents b t h w d in the encoder's dtype."""
+        """Video uint8 `b f h w c` to latents `b t h w d` in the encoder's dtype."""
         return self.backbone(self.normalise(video)).contiguous()
 
 
 def build_encoder(
     backbone: Backbone, preprocessing: Preprocessing, *, dtype: torch.dtype, device: torch.device, compile: bool
 ) -> Encoder:
-    """The frozen encoder on `device`, its blocks and its pixel normalisation compiled."""
+    """The frozen encoder on `device`. With `compile`, its blocks and pixel normalisation are compiled."""
     encoder = Encoder(backbone, preprocessing, dtype).to(device)
     if compile:
         compile_forward(encoder.normalise, "the encoder's pixel normalisation")
@@ -87,9 +87,8 @@ def build_encoder(
 def encode_clip(encoder: Encoder, video: Tensor, geometry: LatentGeometry, mode: str) -> tuple[Tensor, Tensor]:
     """Raw context and target latents, `b t h w d` each, of uint8 video `b f h w c`.
 
-    mode "split" encodes the context frames by themselves, so that nothing of the target can reach the context;
-    "joint" encodes the clip as a whole and splits the latents, as FutureLatents does: an encoder that attends over
-    time then leaks the future.
+    Mode "split" encodes context and target separately. "joint" encodes the whole clip and splits the latents, as
+    FutureLatents does; an encoder that attends over time then leaks the future into the context.
     """
     context_frames = geometry.context_frames * encoder.frames_per_latent
     last_frame = context_frames + geometry.target_frames * encoder.frames_per_latent
@@ -97,6 +96,6 @@ def encode_clip(encoder: Encoder, video: Tensor, geometry: LatentGeometry, mode:
         latents = encoder(video[:, :last_frame])
         return latents[:, : geometry.context_frames], latents[:, geometry.context_frames :]
     context, target = video[:, :context_frames], video[:, context_frames:last_frame]
-    if context.shape == target.shape:  # one call on a double batch, one compilation
+    if context.shape == target.shape:  # one call on twice the batch, and one compiled shape
         return encoder(torch.cat([context, target])).chunk(2)
     return encoder(context), encoder(target)

@@ -1,6 +1,6 @@
-"""The latent contract: `b t h w d`, split into context and target, normalised before a head sees it.
+"""Latents: the layout `b t h w d`, the split into context and target, and normalisation.
 
-Flow matching draws noise of unit variance per channel, so by default latents are standardised per channel; a head
+By default latents are standardised per channel, since the noise of flow matching has unit variance per channel. A head
 that outputs zero then forecasts the mean latent.
 """
 
@@ -18,8 +18,8 @@ EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class LatentGeometry:
-    """A forecast's geometry: `target_frames` latent frames after `context_frames`, each a `height` x `width` grid of
-    `dim` channels."""
+    """The shape of a forecast: `target_frames` latent frames after `context_frames`, each `height` x `width` positions
+    of `dim` channels."""
 
     context_frames: int
     target_frames: int
@@ -29,31 +29,30 @@ class LatentGeometry:
 
     @property
     def context_tokens(self) -> int:
-        """Places of the context, over all its frames."""
+        """The number of positions in all context frames."""
         return self.context_frames * self.height * self.width
 
     @property
     def target_tokens(self) -> int:
-        """Places of the target, over all its frames."""
+        """The number of positions in all target frames."""
         return self.target_frames * self.height * self.width
 
 
 def latent_geometry(config: Config, frames: int, height: int, width: int, dim: int) -> LatentGeometry:
-    """Split `frames` latent frames into context and target as the configuration asks."""
+    """Split a clip of `frames` latent frames into context and target. Raises `UserError` if it is too short."""
     context = config.model.num_context_latents
     target = config.model.num_target_latents or frames - context
     if target < 1 or context + target > frames:
         raise UserError(
             f"model.num_context_latents {context} + num_target_latents {config.model.num_target_latents} do not "
-            "fit the clip: "
-            f"dataset.n_frames {config.dataset.n_frames} gives {frames} latent frames"
+            f"fit the clip: dataset.n_frames {config.dataset.n_frames} gives {frames} latent frames"
         )
     return LatentGeometry(context, target, height, width, dim)
 
 
 @dataclass
 class Statistics:
-    """Mean and standard deviation of every channel of the raw latents, fp32 [d]."""
+    """Mean and standard deviation of each channel of the raw latents, fp32 [d]."""
 
     channel_mean: Tensor
     channel_std: Tensor
@@ -64,7 +63,7 @@ class Statistics:
 
 
 class Normaliser(nn.Module):
-    """`b t h w d` latents of any float dtype to normalised ones, computed in fp32 and returned in `dtype`."""
+    """Normalises latents. `kind` is a value of latents.embedding_norm; `statistics` are needed for "standardize"."""
 
     def __init__(self, kind: str, dtype: torch.dtype, statistics: Statistics | None = None):
         super().__init__()
@@ -74,8 +73,8 @@ class Normaliser(nn.Module):
             self.register_buffer("std", statistics.channel_std)
 
     def fused(self) -> dict | None:
-        """The same as arguments of the flow-matching ops, which then normalise as they read; None where they can't
-        ("l1")."""
+        """The normalisation as arguments of the flow-matching operators, which normalise the latents that they read;
+        None for "l1", which they don't support."""
         match self.kind:
             case "standardize":
                 return {"mean": self.mean, "std": self.std}
@@ -84,7 +83,7 @@ class Normaliser(nn.Module):
         return None
 
     def forward(self, latents: Tensor) -> Tensor:
-        """`… d` of any float dtype to the same shape in `dtype`."""
+        """`… d` of any float dtype to the same shape in `dtype`, computed in fp32."""
         x = latents.float()
         match self.kind:
             case "standardize":

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from flperf.commands.evaluate import evaluate
 from flperf.commands.export import export
 from flperf.commands.sample import sample
-from flperf.commands.trained import _compile_beside
+from flperf.commands.trained import _use_compile_cache_of
 from flperf.errors import UserError
 from flperf.evaluation.forecasts import frames_for, seconds_ahead
 
@@ -169,7 +169,7 @@ def test_compiled_code_is_looked_for_where_training_left_it(folder, monkeypatch)
     monkeypatch.setenv("TRITON_CACHE_DIR", "mine")
     for checkpoint in ("experiment/tiny", "experiment/tiny/checkpoints/step_00000003"):
         monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-        _compile_beside(str(folder / checkpoint))
+        _use_compile_cache_of(str(folder / checkpoint))
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder / "experiment/compile_cache/inductor")
     assert os.environ["TRITON_CACHE_DIR"] == "mine"
 

@@ -1,4 +1,4 @@
-"""How a benchmark's case is timed, on functions whose time is made up."""
+"""How a benchmark case is timed, on functions with invented times."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from benchmarks.recording import Recorder
 
 
 class Clock:
-    """Stands for `time.perf_counter`; the functions it makes take as long as they say and are logged."""
+    """Replaces `time.perf_counter`. Its functions advance it by a given time, and their calls are recorded."""
 
     def __init__(self):
         self.now, self.calls = 0.0, []
@@ -27,7 +27,7 @@ class Clock:
 
 
 class Benchmark:
-    """What of pytest-benchmark's fixture is used."""
+    """The part of pytest-benchmark's fixture that is used."""
 
     def __init__(self):
         self.extra_info, self.stats = {}, None
@@ -53,18 +53,16 @@ def recorded(clock: Clock, **options) -> tuple[dict, dict]:
     return seconds, recorder.benchmark.extra_info
 
 
-def test_ways_take_turns_and_ratios_are_those_of_their_rounds(clock):
+def test_alternatives_take_turns_and_ratios_are_those_of_their_rounds(clock):
     seconds, info = recorded(clock, beside={"usual": clock.function("usual", 3.0)})
-    assert clock.calls[:4] == ["usual", "ours"] * 2, (
-        "the first call of each compiles, the second tells how long it takes"
-    )
+    assert clock.calls[:4] == ["usual", "ours"] * 2, "the first call of each compiles, the second sets the rounds"
     assert clock.calls[4:] == ["usual", "ours"] * 3
     assert seconds == {"usual": [3.0] * 3, "": [2.0] * 3}
     assert info["times as fast as usual"] == 1.5 and info["clips_per_s"] == 4.0
 
 
 @pytest.mark.parametrize("usual, rounds", [(0.25, 4), (0.0, 5), (60.0, 3)])
-def test_long_cases_take_fewer_rounds_but_never_less_than_three(clock, monkeypatch, usual, rounds):
+def test_long_cases_take_fewer_rounds_but_at_least_three(clock, monkeypatch, usual, rounds):
     monkeypatch.setattr(recording, "BUDGET", 10.0)
     seconds, _ = recorded(clock, beside={"usual": clock.function("usual", usual)}, rounds=9)
     assert len(seconds[""]) == rounds

@@ -1,4 +1,4 @@
-"""The benchmark report on made-up histories with a known regression in them."""
+"""The benchmark report on invented histories with a known regression."""
 
 import json
 
@@ -33,7 +33,7 @@ def test_a_regression_exceeds_both_the_percentage_and_the_floor(tmp_path):
     assert slower(tmp_path) == ["step"]
 
 
-def test_one_outlier_among_the_last_five_hides_nothing_and_causes_nothing(tmp_path):
+def test_one_outlier_among_the_last_five_does_not_change_the_result(tmp_path):
     for number, time in enumerate([100, 100, 400, 100, 100]):
         save(tmp_path, number, step=time)
     save(tmp_path, 5, step=130.0)
@@ -59,7 +59,7 @@ def test_devices_are_not_compared(tmp_path, capsys):
     assert (tmp_path / "history.png").stat().st_size > 1000 and "no regression" in capsys.readouterr().out
 
 
-def test_the_exit_status_and_the_text_say_what_is_slower(tmp_path, capsys):
+def test_the_exit_status_and_the_text_report_regressions(tmp_path, capsys):
     save(tmp_path, 0, step=100.0)
     save(tmp_path, 1, step=150.0, new=3.0)
     assert report_on(tmp_path) == 1
@@ -67,7 +67,7 @@ def test_the_exit_status_and_the_text_say_what_is_slower(tmp_path, capsys):
     assert report_on(tmp_path, "--percent", "60") == 0
 
 
-def test_nothing_and_nonsense_are_named(tmp_path, capsys):
+def test_missing_and_foreign_results_are_named(tmp_path, capsys):
     assert report_on(tmp_path) == 2
     assert "python -m pytest benchmarks\n" in capsys.readouterr().out
     (tmp_path / "x.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""The `flperf` command as someone meets it who types it for the first time."""
+"""The `flperf` command line: help texts, unknown commands, and mistakes in one line."""
 
 import contextlib
 import re
@@ -6,13 +6,13 @@ import re
 import pytest
 
 from flperf import cli
-from flperf.commands.common import make_folder_of, run_command
+from flperf.commands.common import make_parent_folder, run_command
 from flperf.errors import UserError
 
 
 def printed(capsys, monkeypatch, *arguments: str) -> str:
     monkeypatch.setattr("sys.argv", ["flperf", *arguments])
-    with contextlib.suppress(SystemExit):  # by argparse, without an error
+    with contextlib.suppress(SystemExit):  # argparse exits after --help
         cli.main()
     captured = capsys.readouterr()
     assert not captured.err
@@ -30,7 +30,7 @@ def test_the_help_of_a_command_ends_with_examples_of_its_own_options(command, ca
     options, _, examples = printed(capsys, monkeypatch, command, "--help").partition("\nexample")
     assert f"flperf {command}" in examples or f"flperf/{command}.py" in examples
     used = set(re.findall(r"--[a-z-]+", examples))
-    assert used <= set(re.findall(r"--[a-z-]+", options)), "an example uses an option that is not there"
+    assert used <= set(re.findall(r"--[a-z-]+", options)), "an example uses an unknown option"
     assert max(map(len, options.splitlines())) <= 140
 
 
@@ -61,11 +61,11 @@ def test_the_devices_of_an_estimate_are_listed(capsys, monkeypatch):
     assert set(DEVICES) <= set(re.findall(r"\w+", printed(capsys, monkeypatch, "estimate", "--help")))
 
 
-def test_a_folder_that_can_not_be_made_is_named(tmp_path):
-    make_folder_of(tmp_path / "new/result.jsonl")
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    make_parent_folder(tmp_path / "new/result.jsonl")
     assert (tmp_path / "new").is_dir()
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="its folder can't be made"):
-        make_folder_of(tmp_path / "file/result.jsonl")
+        make_parent_folder(tmp_path / "file/result.jsonl")
     with pytest.raises(UserError, match="is a folder"):
-        make_folder_of(tmp_path / "new")
+        make_parent_folder(tmp_path / "new")

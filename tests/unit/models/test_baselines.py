@@ -1,4 +1,4 @@
-"""The baselines on latents whose best linear forecast is known."""
+"""Statistics and baselines of latents whose best linear forecast is known."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def fitted(kind: str, *batches):
     return sample.result()
 
 
-def test_standardised_latents_have_zero_mean_and_unit_deviation_per_channel():
+def test_standardised_latents_have_zero_mean_and_unit_standard_deviation_per_channel():
     context, target, clips = random_latents(64)
     statistics, _ = fitted("standardize", (context, target, clips))
     normaliser = Normaliser("standardize", torch.float32, statistics)
@@ -34,7 +34,7 @@ def test_standardised_latents_have_zero_mean_and_unit_deviation_per_channel():
 
 
 @pytest.mark.parametrize("kind", ["none", "l1", "l2", "layer", "standardize"])
-def test_position_forecasts_are_those_of_normalised_targets_however_clips_are_batched(kind):
+def test_mean_and_median_are_those_of_normalised_targets_however_clips_are_batched(kind):
     batches = [random_latents(clips) for clips in (4, 7)]
     statistics, baselines = fitted(kind, *batches)
     targets = torch.cat([Normaliser(kind, torch.float32, statistics)(target) for _, target, _ in batches])
@@ -45,16 +45,15 @@ def test_position_forecasts_are_those_of_normalised_targets_however_clips_are_ba
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_latents_that_are_not_finite_are_one_clear_line(value):
+def test_latents_that_are_not_finite_are_refused(value):
     context, target, clips = random_latents(8)
     target[5, 1, 0, 1, 2] = float(value)
     with pytest.raises(UserError, match="hold NaN or infinity; check backbone.weights"):
         fitted("standardize", (context, target, clips))
 
 
-def test_ridge_finds_linear_motion_and_copying_does_not():
-    """Latents that go on by their last change: last + j * change at frame j ahead, a linear function of the
-    features."""
+def test_ridge_forecasts_linear_motion_and_the_other_baselines_do_not():
+    """Frame j ahead is last + j * change, a linear function of the features."""
     generator = torch.Generator().manual_seed(0)
     previous, change = (torch.randn(200, 1, 2, 2, 5, generator=generator) for _ in range(2))
     last = previous + change
@@ -67,17 +66,17 @@ def test_ridge_finds_linear_motion_and_copying_does_not():
     assert errors["ridge"] < 1e-3 < 1 < min(errors["copy_last"], errors["mean"], errors["median"])
 
 
-def test_ridge_regression_chooses_a_strong_penalty_where_there_is_nothing_to_learn():
-    """Targets independent of the context: on the other half of the clips shrinking to the mean is best."""
+def test_ridge_chooses_the_strongest_penalty_if_targets_are_independent_of_the_context():
+    """On the held-out half of the clips shrinking to the mean is best."""
     context, target, clips = random_latents(30)
     _, baselines = fitted("standardize", (context, target, clips))
-    weak = LatentSample("standardize", GEOMETRY, CPU)
-    weak.add(context, target, torch.zeros(30, dtype=torch.long))  # nothing held out: the strongest penalty of all
-    strongest = weak.result()[1]
+    none_held_out = LatentSample("standardize", GEOMETRY, CPU)  # always has the strongest penalty
+    none_held_out.add(context, target, torch.zeros(30, dtype=torch.long))
+    strongest = none_held_out.result()[1]
     torch.testing.assert_close(baselines.ridge, strongest.ridge)
 
 
-def test_ridge_solution_is_that_of_the_normal_equations():
+def test_ridge_solution_solves_the_penalised_least_squares():
     generator = torch.Generator().manual_seed(1)
     x, y = torch.randn(50, 4, generator=generator).double(), torch.randn(50, 3, generator=generator).double()
     x[:, -1] = 1

@@ -52,7 +52,7 @@ GEOMETRY = LatentGeometry(2, 4, 2, 2, 48)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_latents_have_the_contract_shape(kind):
+def test_latents_have_the_documented_shape(kind):
     encoder = build(kind)
     latents = encoder(random_video())
     assert latents.shape == (2, *encoder.latent_shape(12)) == (2, 6, 2, 2, 48)
@@ -60,10 +60,10 @@ def test_latents_have_the_contract_shape(kind):
     assert not encoder.training and not any(parameter.requires_grad for parameter in encoder.parameters())
 
 
-@pytest.mark.parametrize("geometry", [GEOMETRY, LatentGeometry(3, 3, 2, 2, 48)], ids=["apart", "in one batch"])
+@pytest.mark.parametrize("geometry", [GEOMETRY, LatentGeometry(3, 3, 2, 2, 48)], ids=["two batches", "one batch"])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_split_encoding_lets_no_bit_of_the_target_into_the_context(kind, geometry):
-    """Parts of equal length are encoded as one batch."""
+def test_split_encoding_keeps_the_target_out_of_the_context(kind, geometry):
+    """Bitwise, also where both have the same length and are encoded as one batch."""
     encoder, video, changed, known = build(kind), random_video(), random_video(), 2 * geometry.context_frames
     changed[:, known:] = random_video(seed=1)[:, known:]
     context, target = encode_clip(encoder, video, geometry, "split")
@@ -74,8 +74,8 @@ def test_split_encoding_lets_no_bit_of_the_target_into_the_context(kind, geometr
     torch.testing.assert_close(target, encoder(video[:, known:]))
 
 
-def test_joint_encoding_leaks_as_soon_as_the_encoder_attends():
-    """Spliced clips, and sharper attention than random weights have: the context then differs with the future."""
+def test_joint_encoding_leaks_the_future_into_the_context():
+    """With clips that differ in the future only, and with sharper attention than random weights have."""
     encoder = build("vjepa2")
     with torch.no_grad():
         for block in encoder.backbone.blocks:
@@ -90,7 +90,7 @@ def test_joint_encoding_leaks_as_soon_as_the_encoder_attends():
     assert torch.equal(split, split_spliced)
 
 
-def test_dinov3_is_the_same_split_or_joint_and_takes_every_stride_th_frame():
+def test_dinov3_is_the_same_split_or_joint_and_encodes_every_stride_th_frame():
     encoder, video = build("dinov3"), random_video()
     split = torch.cat(encode_clip(encoder, video, GEOMETRY, "split"), dim=1)
     joint = torch.cat(encode_clip(encoder, video, GEOMETRY, "joint"), dim=1)
@@ -107,9 +107,9 @@ def test_dinov3_drops_class_and_register_tokens():
     torch.testing.assert_close(encoder(video)[0, 0].flatten(0, 1), tokens[0, 5:])
 
 
-def test_vjepa2_equals_transformers_own_features_also_where_it_attends(tmp_path):
-    """Random weights barely attend and would hide a wrong position, so queries and keys are larger; biases are not
-    zero."""
+def test_vjepa2_equals_the_features_of_transformers(tmp_path):
+    """Attention with random weights is nearly uniform and would hide a wrong position, so queries and keys are scaled
+    up; biases are not zero."""
     from transformers import VJEPA2Config, VJEPA2Model
 
     with torch.random.fork_rng():
@@ -154,7 +154,8 @@ def test_weights_come_from_a_local_folder(tmp_path):
     assert torch.equal(encoder.backbone.blocks[1].mlp.fc1.weight, model.encoder.layer[1].mlp.fc1.weight)
 
 
-def test_mistakes_are_named():
+def test_mistakes_are_named(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no request for weights that do not exist
     with pytest.raises(UserError, match="backbone.kind: 'vit' is unknown; known: vjepa2, dinov3, 4ds"):
         Encoder(Backbone(kind="vit"), Preprocessing.of(Backbone()), torch.float32)
     with pytest.raises(UserError, match="backbone.architecture"):

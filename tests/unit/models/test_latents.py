@@ -23,7 +23,7 @@ def test_token_norms():
     torch.testing.assert_close(layered.mean(-1), torch.zeros(3, 2, 2, 2), atol=1e-6, rtol=0)
 
 
-def test_layout_splits_the_clip():
+def test_the_geometry_splits_the_clip():
     config = Config()
     config.model.num_context_latents = 3
     assert latent_geometry(config, 8, 2, 2, 5) == LatentGeometry(3, 5, 2, 2, 5)
