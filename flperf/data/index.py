@@ -1,9 +1,9 @@
-"""An index of a dataset's files: what a probe of each found, in one CSV with a header that training takes in the
-place of its CSV.
+"""An index of a dataset's files: one CSV with the properties of each file. Training takes it instead of the dataset's
+CSV.
 
-Probing demuxes a file from end to end and decodes its first frame, so an index names what is missing, empty, cut
-short or no video before a run meets it, and with an index no such file is opened. It is written row by row beside its
-final name and renamed when complete; what an interrupted run had probed is kept.
+Probing demuxes a file from end to end and decodes its first frame. So an index lists files that are missing, empty, cut
+short or not videos before a run opens them, and training with it leaves them out. It is written row by row beside its
+final name and renamed when complete; an interrupted run continues with the rows it has.
 """
 
 import csv
@@ -24,13 +24,13 @@ from flperf.errors import UserError
 from flperf.files import atomic_file
 
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
-FIRST_PACKETS = 32  # of which one must become a frame
-MANY_RESOLUTIONS = 64  # NVDEC keeps a decoder for each; more than this many are worth a word
+FIRST_PACKETS = 32  # one of them must become a frame
+MANY_RESOLUTIONS = 64  # NVDEC keeps a decoder for each size; above this number the summary advises fewer
 
 
 @dataclass(frozen=True)
 class Row:
-    """One file. Where `error` says why it is unusable the other facts may be 0."""
+    """One file. If `error` gives a reason, the file is unusable and the numbers may be 0."""
 
     path: str  # absolute, or relative to the index
     label: int
@@ -48,25 +48,24 @@ HEADER = [field.name for field in fields(Row)]
 
 
 def is_index(file: str | None) -> bool:
-    """Whether a CSV is an index: its first line says so."""
+    """Whether a CSV is an index, by its first line."""
     return has_header(file, HEADER)
 
 
 def read_index(file: str, limit: int | None) -> Annotations:
-    """The usable files of an index; a path in it is relative to the index."""
+    """The usable files of an index, the first `limit` of them; paths are relative to the index."""
     rows = [row for row in _rows(file) if not row.error][:limit]
     if not rows:
-        raise UserError(f"{file}: not one of its files is usable; its column 'error' says why")
+        raise UserError(f"{file}: none of its files is usable; its column 'error' gives the reasons")
     folder = os.path.dirname(file)
     return Annotations([os.path.join(folder, row.path) for row in rows], [row.label for row in rows])
 
 
 def write_index(source: str, labels: str | None, out: str, threads: int | None = None) -> list[Row]:
-    """Probe every file that a Kinetics CSV names, or that a folder of class folders holds, in parallel, and write the
-    index; rows stand in the order of the CSV, or of the files' names.
+    """Probe all files of a Kinetics CSV, or of a folder of class folders, in parallel, and write the index. Its rows
+    are in the order of the CSV, or of the files' names; a repeated file is kept once.
 
-    A file named twice with the same class is kept once. Raises `UserError` that names the row, or the option, of
-    whatever can't be used.
+    Raises `UserError` that names the row or the option at fault.
     """
     _check_options(source, labels, out, threads)
     if Path(source).is_dir():
@@ -80,7 +79,19 @@ def write_index(source: str, labels: str | None, out: str, threads: int | None =
         for path, label in zip(annotations.paths, annotations.labels, strict=True)
     }
     partial = Path(f"{out}.partial")
-    # The labels are those of the CSV as it is now.
+    probed = _probe_files(folder, wanted, partial, threads)
+    rows = [probed[path] for path in wanted]
+    with atomic_file(Path(out)) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as lines:
+        writer = csv.DictWriter(lines, HEADER)
+        writer.writeheader()
+        writer.writerows(map(asdict, rows))
+    partial.unlink()
+    return rows
+
+
+def _probe_files(folder: Path, wanted: dict[str, int], partial: Path, threads: int | None) -> dict[str, Row]:
+    """Probe the files (path → label) that are not in the partial index yet, and append them to it; all rows by path."""
+    # A label may have been corrected since.
     probed = {row.path: replace(row, label=wanted[row.path]) for row in _complete_rows(partial) if row.path in wanted}
     missing = [(path, label) for path, label in wanted.items() if path not in probed]
     with (
@@ -94,22 +105,15 @@ def write_index(source: str, labels: str | None, out: str, threads: int | None =
         for row in tqdm(found, total=len(wanted), initial=len(probed), desc="probing", unit="file", disable=None):
             writer.writerow(asdict(row))
             probed[row.path] = row
-    rows = [probed[path] for path in wanted]
-    with atomic_file(Path(out)) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as lines:
-        writer = csv.DictWriter(lines, HEADER)
-        writer.writeheader()
-        writer.writerows(map(asdict, rows))
-    partial.unlink()
-    return rows
+    return probed
 
 
 def read_folder(folder: Path, labels: str | None) -> Annotations:
-    """The videos of a folder that holds one folder a class; videos at its top are of a class of their own,
-    "unlabelled".
+    """The videos of a folder with one folder for each class; videos directly in it are of the class "unlabelled".
 
-    Classes are numbered as the `labels` file says, which is written if there is none: by name, so that a second split
-    that is read with the same file has the same numbers. Raises `UserError` for a folder without videos and for a
-    class that the file does not name.
+    The file `labels` numbers the classes. If it does not exist, it is written, with the classes in the order of their
+    names; a second split that is read with it gets the same numbers. Raises `UserError` for a folder without videos and
+    for a class that the file does not name.
     """
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
     if not files:
@@ -124,14 +128,14 @@ def read_folder(folder: Path, labels: str | None) -> Annotations:
     unknown = sorted(set(classes) - set(names))
     if unknown:
         raise UserError(
-            f"--folder: {folder / unknown[0]}: is no class of {labels}; add it there, or name another file with "
+            f"--folder: {folder / unknown[0]}: {labels} has no such class; add it there, or name another file with "
             "--labels"
         )
     return Annotations([str(path.absolute()) for path in files], [names.index(name) for name in classes])
 
 
 def probe_file(folder: Path, path: str, label: int) -> Row:
-    """What one file is, by reading all of its packets and decoding its first frame."""
+    """Demux one file and decode its first frame; `path` is relative to `folder`."""
     try:
         with open_video(os.path.join(folder, path)) as container:
             stream = video_stream(container)
@@ -158,15 +162,15 @@ def probe_file(folder: Path, path: str, label: int) -> Row:
 
 
 def _seconds(stream: av.VideoStream, frames: int, times: list[int]) -> float:
-    """From the first frame to the end of the last, which lasts as long as a frame does on average; 0 where nothing
-    tells."""
+    """Duration from the first frame to the end of the last, which is taken to last as long as the mean frame; 0 if
+    unknown."""
     if len(times) == frames > 1:
         return float((max(times) - min(times)) * stream.time_base) * frames / (frames - 1)
     return frames / float(stream.average_rate) if stream.average_rate else 0.0
 
 
 def summary(rows: list[Row]) -> str:
-    """Counts by codec, resolutions and reasons, as text."""
+    """Numbers of files by codec, resolution and error, as text."""
     usable = [row for row in rows if not row.error]
     lines = [
         f"{len(usable)} of {len(rows)} files are usable, {sum(row.duration for row in usable) / 3600:.2f} "
@@ -183,7 +187,7 @@ def summary(rows: list[Row]) -> str:
     )
     if len(sizes) > MANY_RESOLUTIONS:
         lines.append(
-            "  a GPU's decoder is set up anew for a size it does not hold: transcoding to a few sizes decodes faster"
+            "  a GPU's decoder is set up again for every new size: videos transcoded to a few sizes decode faster"
         )
     reasons = Counter(row.error for row in rows if row.error)
     lines += [f"  {count:8} unusable: {reason}" for reason, count in reasons.most_common()]
@@ -191,7 +195,7 @@ def summary(rows: list[Row]) -> str:
 
 
 def _first_frame_error(context, packets: list[av.Packet]) -> str:
-    """Why no frame comes out of the first packets, or nothing."""
+    """Why no frame can be decoded from the first packets; empty if one can."""
     for packet in [*packets, None]:
         for frame in context.decode(packet):
             return "the first frame is damaged" if frame.is_corrupt else ""
@@ -199,7 +203,7 @@ def _first_frame_error(context, packets: list[av.Packet]) -> str:
 
 
 def _check_options(source: str, labels: str | None, out: str, threads: int | None) -> None:
-    """Complain before the work; makes the folder of `out`."""
+    """Raise `UserError` for an unusable option before the work begins; creates the folder of `out`."""
     if threads is not None and threads < 1:
         raise UserError(f"--threads: must be at least 1, is {threads}")
     if not Path(source).exists():
@@ -227,11 +231,11 @@ def _rows(file: str | Path) -> Iterator[Row]:
                 row = dict(zip(HEADER, cells, strict=True))
                 yield Row(**{field.name: field.type(row[field.name]) for field in fields(Row)})
             except ValueError:
-                raise UserError(f"{file}: row {number}: is no row of an index ({','.join(HEADER)})") from None
+                raise UserError(f"{file}: row {number}: is not a row of an index ({','.join(HEADER)})") from None
 
 
 def _complete_rows(partial: Path) -> list[Row]:
-    """The rows that an interrupted run left whole; a torn last line is cut off."""
+    """The complete rows that an interrupted run wrote; an incomplete last line is removed."""
     if not is_index(str(partial)):
         return []
     text = partial.read_bytes()

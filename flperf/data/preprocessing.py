@@ -1,9 +1,9 @@
-"""What the backbone's Hugging Face processor does to a frame, as numbers that both decoders apply.
+"""The preprocessing of the backbone's Hugging Face processor, applied by both decoders.
 
-The processors themselves need torchvision, so their rules (transformers 5.23: VJEPA2VideoProcessor,
-DINOv3ViTImageProcessor) are restated here, and so is that of 4DS, whose weights come without one: resize with
-antialiased bilinear weights, centre crop, then `rescale * x`, `- mean`, `/ std`. The first two are done on 8-bit
-frames by the decoders, the last three by the compiled encoder, so that only bytes travel.
+The processors themselves need torchvision, so this file implements their rules (transformers 5.23:
+VJEPA2VideoProcessor, DINOv3ViTImageProcessor), and that of 4DS, whose weights come without one: resize with antialiased
+bilinear weights, centre crop, then `rescale * x`, `- mean`, `/ std`. The decoders resize and crop 8-bit frames; the
+compiled encoder does the rest, so that only bytes are copied to the device.
 """
 
 import json
@@ -29,13 +29,13 @@ _COMMON = {
     "image_mean": [0.485, 0.456, 0.406],
     "image_std": [0.229, 0.224, 0.225],
 }
-# the order transformers looks in
+# in the order in which transformers looks for them
 _FILES = ("processor_config.json", "video_preprocessor_config.json", "preprocessor_config.json")
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the pixels of one frame size go: resize to `resized`, crop at `offset`."""
+    """For frames of one size: resize to `resized`, crop at `offset`."""
 
     resized: Size
     offset: tuple[int, int]  # (top, left) of the crop in the resized frame
@@ -53,7 +53,7 @@ class Preprocessing:
 
     @classmethod
     def of(cls, backbone: Backbone) -> "Preprocessing":
-        """The rule of a backbone; raises `UserError` where its preprocessor configuration can't be had or isn't
+        """The preprocessing of a backbone. Raises `UserError` if its configuration can't be read or is not
         supported."""
         settings = _settings(backbone)
         if not settings["do_resize"] or settings["resample"] != 2:
@@ -80,8 +80,8 @@ class Preprocessing:
 
     @property
     def size(self) -> Size:
-        """(height, width) of every frame that comes out."""
-        return self.crop or cast(Size, self.resize)  # a shortest edge comes with a crop
+        """(height, width) of the result."""
+        return self.crop or cast(Size, self.resize)  # a shortest edge always has a crop
 
     def geometry(self, height: int, width: int) -> Geometry:
         """Resized size (the longer edge floored) and integer crop offsets as the processor computes them."""
@@ -95,22 +95,22 @@ class Preprocessing:
 
     def apply(self, frames: Tensor) -> Tensor:
         """Resize and crop uint8 frames `f h w c`, bit for bit as `F.interpolate(…, antialias=True)` and a crop would.
-        On a GPU, whose kernel takes no bytes, the result is fp32: whole numbers within 1 of the bytes.
+        On a GPU, whose kernel has no uint8, the result is fp32: whole numbers within 1 of the uint8 result.
 
-        Nothing right of and below the crop is computed (a quarter of the time at 340 × 256): the scale is handed to
-        the kernel, so it needs neither the whole frame nor the whole output. What comes back is a view.
+        Pixels right of and below the crop are not computed, which saves a quarter of the time at 340 × 256. The kernel
+        gets the scale as an argument, so it needs neither the whole frame nor the whole output. Returns a view.
         """
         geometry = self.geometry(frames.shape[1], frames.shape[2])
         (top, left), (height, width) = geometry.offset, self.size
         rows = _extent(frames.shape[1], geometry.resized[0], top + height)
         columns = _extent(frames.shape[2], geometry.resized[1], left + width)
-        # f c h w by strides only, as the kernel wants it
+        # f c h w by strides only, as the kernel requires
         needed = frames[:, : rows.source, : columns.source].permute(0, 3, 1, 2)
         if needed.is_cuda:
             needed = needed.float()
         resized = torch.ops.aten._upsample_bilinear2d_aa(
             needed, (rows.resized, columns.resized), False, rows.factor, columns.factor
-        )  # F.interpolate's own operator, which takes sizes and factors at once
+        )  # the operator of F.interpolate, called directly because it takes sizes and factors together
         cropped = resized[:, :, top : top + height, left : left + width].permute(0, 2, 3, 1)
         return cropped.round() if cropped.is_floating_point() else cropped
 
@@ -123,20 +123,20 @@ class _Extent:
 
 
 def _extent(source: int, resized: int, end: int) -> _Extent:
-    """How much of an axis must be read and computed for the first `end` positions of the resized axis."""
+    """How much of an axis to read and to compute for the first `end` positions of the resized axis."""
     scale = source / resized
     needed = min(source, math.ceil(end * scale + max(scale, 1.0)) + 1)  # the filter reaches max(scale, 1) further
-    if needed == end < resized:  # the operator would take equal sizes for an axis it need not touch
+    if needed == end < resized:  # with equal sizes the operator would leave the axis as it is
         end += 1
     return _Extent(needed, end, resized / source)
 
 
 def _settings(backbone: Backbone) -> dict[str, Any]:
-    """The processor's keys: its class's defaults, replaced by its file, replaced by `backbone.processor`."""
+    """The processor's keys: the defaults of its class, overridden by its file, overridden by `backbone.processor`."""
     defaults = _class_defaults(backbone)
     stored = _read_file(backbone.weights) if backbone.weights and backbone.kind != "4ds" else {}
     settings = defaults | {key: value for key, value in stored.items() if key in defaults and value is not None}
-    if backbone.kind == "vjepa2":  # its processor derives the size from the crop, whatever size its file states
+    if backbone.kind == "vjepa2":  # its processor ignores the size in its file and computes it from the crop
         settings["size"] = {"shortest_edge": int(_as_size((settings | backbone.processor)["crop_size"])[0] * 256 / 224)}
     for key in backbone.processor:
         if key not in defaults:
@@ -145,7 +145,7 @@ def _settings(backbone: Backbone) -> dict[str, Any]:
 
 
 def _class_defaults(backbone: Backbone) -> dict[str, Any]:
-    """As the processor class has them; without weights, at the image size of the architecture."""
+    """The defaults of the processor class, at the image size of the architecture."""
     if backbone.kind == "vjepa2":
         crop_size = backbone.architecture.get("crop_size") or 256
         return _COMMON | {"do_center_crop": True, "crop_size": crop_size, "size": None}
@@ -161,36 +161,35 @@ def _class_defaults(backbone: Backbone) -> dict[str, Any]:
 
 
 def _read_file(weights: str) -> dict[str, Any]:
-    """The preprocessor configuration in a local folder or on the hub, found in the order transformers looks in."""
+    """The preprocessor configuration of a local folder or of the hub."""
     for name in _FILES:
         file = os.path.join(weights, name) if os.path.isdir(weights) else _from_hub(weights, name)
         if file is None or not os.path.isfile(file):
             continue
         with open(file) as text:
             stored = json.load(text)
-        if name == "processor_config.json":  # from transformers 5 on, all processors of a model nest in one file
+        if name == "processor_config.json":  # since transformers 5, one file for all processors of a model
             stored = stored.get("video_processor") or stored.get("image_processor")
         if stored is not None:
             return stored
     raise UserError(
-        f"backbone.weights: {weights} holds none of {', '.join(_FILES)}; point it to a folder with one, as "
-        "the hub has it"
+        f"backbone.weights: {weights} holds none of {', '.join(_FILES)}; point it to a folder that does, as on the hub"
     )
 
 
 def _from_hub(name: str, filename: str) -> str | None:
-    """Path of a file of the hub's cache, downloaded if need be; None where the repository has no such file."""
-    from huggingface_hub import errors, hf_hub_download  # needed for hub names only
+    """Path of a file in the hub's cache, downloaded if necessary; None if the repository has no such file."""
+    from huggingface_hub import errors, hf_hub_download  # imported only for names of the hub
 
     try:
         return hf_hub_download(name, filename)
     except errors.LocalEntryNotFoundError:
-        reason = "the hub can't be reached, and nothing of it is in the local cache"
+        reason = "the hub can't be reached, and the local cache does not have it"
     except errors.EntryNotFoundError:
         return None
     except (errors.HfHubHTTPError, errors.HFValidationError) as error:
         reason = first_line(error)
-    raise UserError(f"backbone.weights: {name} is no local folder, and {reason}; point it to a downloaded copy")
+    raise UserError(f"backbone.weights: {name} is not a local folder, and {reason}; point it to a downloaded copy")
 
 
 def _resize_rule(size: Any) -> int | Size:

@@ -128,7 +128,7 @@ def test_mistakes_name_the_row(annotated, tmp_path):
     with pytest.raises(UserError, match="must name every class from 0 to 1"):
         index.write_index(str(annotated), str(labels), str(tmp_path / "index.csv"))
     (tmp_path / "bad.csv").write_text(",".join(index.HEADER) + "\nclip.mp4,one,h264\n")
-    with pytest.raises(UserError, match="row 2: is no row of an index"):
+    with pytest.raises(UserError, match="row 2: is not a row of an index"):
         index.read_index(str(tmp_path / "bad.csv"), None)
     (tmp_path / "marked.csv").write_text(
         ",".join(index.HEADER) + "\nclip.mp4,3,h264,,1,1,1,1.0,1.0,\n", encoding="utf-8-sig"
@@ -137,7 +137,7 @@ def test_mistakes_name_the_row(annotated, tmp_path):
         str(tmp_path / "marked.csv"), None
     ).labels == [3]
     (tmp_path / "none.csv").write_text(",".join(index.HEADER) + "\nclip.mp4,0,,,0,0,0,0.0,0.0,no video stream\n")
-    with pytest.raises(UserError, match="not one of its files is usable"):
+    with pytest.raises(UserError, match="none of its files is usable"):
         index.read_index(str(tmp_path / "none.csv"), None)
 
 
@@ -163,7 +163,7 @@ def test_a_folder_of_class_folders_needs_no_csv(videos, tmp_path):
     assert val.labels == [1], "a class has the number that the labels file gave it"
     (tmp_path / "val/c running").mkdir()
     (tmp_path / "val/c running/5.mp4").symlink_to(videos / "h264.mp4")
-    with pytest.raises(UserError, match="c running: is no class of .*labels.csv"):
+    with pytest.raises(UserError, match="c running: .*labels.csv has no such class"):
         index.write_index(str(tmp_path / "val"), labels, str(tmp_path / "again.csv"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="--folder: .* holds no videos"):
