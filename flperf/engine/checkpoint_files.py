@@ -29,7 +29,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from flperf.errors import UserError
-from flperf.files import write_atomically, writing
+from flperf.files import word_sum, write_atomically, writing
 
 INDEX = "checkpoint.json"
 LATEST = "latest"
@@ -84,14 +84,6 @@ def write_shard(path: Path, header: bytes, data: Tensor) -> dict[str, int]:
         file.flush()
         os.fsync(file.fileno())
     return {"bytes": len(header) + len(content), "checksum": total % 2**64}
-
-
-def word_sum(block: np.ndarray) -> int:
-    """The sum modulo 2^64 of the little-endian 64-bit words of uint8 [n], as if zeros filled the last one."""
-    whole = len(block) // 8 * 8
-    return (
-        int(block[:whole].view("<u8").sum(dtype=np.uint64)) + int.from_bytes(block[whole:].tobytes(), "little")
-    ) % 2**64
 
 
 def index_text(index: Index) -> str:
