@@ -1,17 +1,16 @@
-"""What data costs a training step: video, cached latents, or nothing; and how fast cached latents are read.
+"""The cost of data in a training step, from video, cached latents or clips in memory; and the speed of reading cached
+latents.
 
     python -m pytest benchmarks/test_data_path.py
 
-Data-path efficiency is the time of a step on a batch that is there already over that of a step on real video: 1 means
-that clips are always decoded before they are needed. `cat` of the same shards to /dev/null is what the disk and the
-page cache can give.
+Data-path efficiency is the time of a step on clips in memory divided by that of a step on video: 1 means that clips are
+always decoded before they are needed. `cat` of the same shards to /dev/null shows what disk and page cache can give.
 """
 
 import itertools
 import os
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,10 @@ from flperf.config import Config, load_config
 from flperf.data import BatchShare, latent_shards
 from flperf.data.annotations import Annotations
 from flperf.data.demo import write_demo
-from flperf.data.samplers import ClipBatch, TrainingSampler
+from flperf.data.loader import load_batches
+from flperf.data.prefetch import prefetch_to_device
+from flperf.data.samplers import Batches, TrainingSampler
+from flperf.data.shard_cache import ShardReader, Shards, open_shards
 from flperf.engine.optimizer import set_schedule
 from flperf.engine.process import start_process
 from flperf.models.baselines import LatentSample
@@ -62,7 +64,7 @@ class Steps:
         self.run = build_run(config, start_process())
         device = self.run.process.device
         latents = LatentSample("standardize", self.run.geometry, device)
-        self.stream = self.run.dataset.train_batches(0, self.run.share, device)
+        self.stream = prefetch_to_device(self.run.dataset.train_batches(0, self.run.share, device), device)
         batch = next(self.stream)
         latents.add(*self.run.raw_latents(batch), batch.sample)
         self.run.use_statistics(*latents.result())
@@ -92,8 +94,8 @@ def test_step(record, folder):
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> tuple[latent_shards.Shards, Annotations]:
-    """1 GiB of latents as a V-JEPA 2 of width 1024 gives for 16 frames of 256 x 256."""
+def shards(tmp_path_factory) -> Shards:
+    """1 GiB of latents, of the shape that a V-JEPA 2 of width 1024 gives for 16 frames of 256 x 256."""
     folder, shape = tmp_path_factory.mktemp("shards"), (8, 16, 16, 1024)
     config = Config()
     config.dataset.n_frames, config.model.num_context_latents = 16, 4
@@ -106,24 +108,22 @@ def shards(tmp_path_factory) -> tuple[latent_shards.Shards, Annotations]:
         )
     names = [str(clip) for clip in range(4 * length)]
     latent_shards.write_manifest(folder, Annotations(names, [0] * len(names)), length)
-    return latent_shards.open_shards(str(folder / latent_shards.MANIFEST), config, None)
+    return open_shards(str(folder / latent_shards.MANIFEST), config, None)[0]
 
 
-def cat(shards: latent_shards.Shards) -> None:
+def cat(shards: Shards) -> None:
     with open(os.devnull, "wb") as nowhere:
         subprocess.run(["cat", *map(str, shards.files)], stdout=nowhere, check=True)
 
 
-def stream(shards: latent_shards.Shards, annotations: Annotations) -> Iterator[ClipBatch]:
-    sampler = TrainingSampler(len(annotations), 0)
-    share = BatchShare(0, 1, BATCH, BATCH)
-    threads = len(os.sched_getaffinity(0))
-    return latent_shards.read_batches(
-        sampler.batches(0, share), sampler, annotations, shards, threads, AHEAD, torch.device("cpu")
-    )
+def stream(shards: Shards) -> Batches:
+    sampler, device = TrainingSampler(len(shards.rows), 0), torch.device("cpu")
+    requests, threads = sampler.batches(0, BatchShare(0, 1, BATCH, BATCH)), len(os.sched_getaffinity(0))
+    batches = load_batches(ShardReader(shards), requests, sampler, [0] * sampler.size, threads, AHEAD, device)
+    return prefetch_to_device(batches, device)
 
 
-def forget(shards: latent_shards.Shards) -> None:
+def forget(shards: Shards) -> None:
     """Drop the shards from the page cache."""
     for path in shards.files:
         descriptor = os.open(path, os.O_RDONLY)
@@ -134,23 +134,23 @@ def forget(shards: latent_shards.Shards) -> None:
 
 @pytest.mark.parametrize("state", ["cold", "warm"])
 def test_read(benchmark, record, shards, state):
-    """Cold, each round begins a stream; warm, one stream goes on, as in training."""
+    """Cold, each round starts a new stream; warm, one stream continues, as in training."""
     benchmark.group = f"1 GiB of cached latents, {state}"
-    batches, count = stream(*shards), len(shards[1]) // BATCH
+    batches, clips = stream(shards), len(shards.rows)
 
     def before(_) -> None:
         nonlocal batches
         if state == "cold":
             batches.close()
-            forget(shards[0])
-            batches = stream(*shards)
+            forget(shards)
+            batches = stream(shards)
         else:
             time.sleep(0.2)  # until the stream has read ahead
 
     def read() -> None:
-        for _ in range(count + (AHEAD if state == "warm" else 0)):  # those that were there already don't count
+        for _ in range(clips // BATCH + (AHEAD if state == "warm" else 0)):  # not counting those read ahead
             next(batches)
 
-    size = len(shards[1]) * shards[0].row_bytes
-    record(read, "clips", len(shards[1]), bytes=size, rounds=7, beside={"cat": lambda: cat(shards[0])}, before=before)
+    size = clips * latent_shards.row_bytes(shards.shape, shards.dtype)
+    record(read, "clips", clips, bytes=size, rounds=7, beside={"cat": lambda: cat(shards)}, before=before)
     batches.close()

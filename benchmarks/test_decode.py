@@ -1,13 +1,13 @@
-"""Clips a second from H.264 files, against the way it is usually done.
+"""Clips a second from H.264 files, compared with the usual way.
 
     python -m pytest benchmarks/test_decode.py
 
 Clips of 64 frames at stride 2, from 340 x 256 to 256 x 256. The baseline is a PyTorch DataLoader with decord and the
 steps of the Hugging Face processor, a clip at a time: resize (antialiased; in float, and on bytes as torchvision
-does), crop, rescale, normalise. It is left out where decord (of the extra `benchmark`) is not installed. The pipeline
-hands on uint8, which the encoder normalises in its compiled graph; `normalised` adds that step here, a clip at a
-time, for a comparison of like with like. DALI decodes H.264 by NVDEC on a GPU, and VP9 and MJPEG on a CPU, against
-PyAV and, on a GPU, against both sharing the clips as in training.
+does), crop, rescale, normalise. It needs decord, of the extra `benchmark`. Our batches are uint8, which the encoder
+normalises in its compiled graph; `normalised` includes that step, a clip at a time, for a fair comparison. DALI decodes
+H.264 by NVDEC on a GPU, and VP9 and MJPEG on a CPU; it is compared with PyAV and, on a GPU, with both sharing the clips
+as in training.
 """
 
 import os
@@ -26,14 +26,17 @@ from benchmarks.recording import MIN_ROUNDS
 from benchmarks.sizes import DEVICE, ON_GPU, QUICK, compiled_normalisation
 from benchmarks.usual_way import PROCESSORS, processed
 from flperf.config import Backbone
-from flperf.data import NVDEC_LANES, BatchShare, dali, pyav
-from flperf.data.annotations import Annotations
+from flperf.data import BatchShare
+from flperf.data.dali import DaliReader
+from flperf.data.loader import Reader, load_batches
 from flperf.data.preprocessing import Preprocessing
-from flperf.data.samplers import Batches, FrameSampling, TrainingSampler
+from flperf.data.pyav import PyAVReader
+from flperf.data.samplers import FrameSampling, TrainingSampler
+from flperf.data.videos import NVDEC_PIPELINES
 
 WORKERS, CPU = len(os.sched_getaffinity(0)), torch.device("cpu")
-WINDOW, BATCH = FrameSampling(64, 2, "first"), 1 if QUICK else 8
-BATCHES = max(2, 4 * WORKERS // BATCH)  # so many that what a reader needs to start weighs little
+FRAME_SAMPLING, BATCH = FrameSampling(64, 2, "first"), 1 if QUICK else 8
+BATCHES = max(2, 4 * WORKERS // BATCH)  # enough that the start of a reader counts for little
 PREPROCESSING = Preprocessing.of(Backbone(architecture={"crop_size": 256}))
 
 
@@ -46,7 +49,7 @@ DALI_FORMATS = ("h264",) if ON_GPU else ("vp9", "mjpeg")
 
 
 def write_videos(folder: Path, name: str) -> list[str]:
-    """The paths of a batch, each file as often as the other: 150 frames of moving noise over a gradient, encoded as
+    """The paths of a batch, which names two files equally often: 150 frames of moving noise over a texture, encoded as
     Kinetics usually is, or in another format."""
     extension, codec, pixels, options = FORMATS[name]
     paths = [str(folder / f"{index}.{extension}") for index in range(min(2, BATCH))]
@@ -76,7 +79,7 @@ class UsualDataset(torch.utils.data.Dataset):
         import decord
 
         reader = decord.VideoReader(self.paths[index], num_threads=1)
-        frames = torch.from_numpy(reader.get_batch(WINDOW.frames(len(reader), 0.0)).asnumpy())
+        frames = torch.from_numpy(reader.get_batch(FRAME_SAMPLING.frames(len(reader), 0.0)).asnumpy())
         return processed(frames, PREPROCESSING, self.resized_in)
 
 
@@ -85,22 +88,25 @@ def usual(paths: list[str], resized_in: torch.dtype) -> None:
         assert batch.shape == (BATCH, 64, 3, 256, 256)
 
 
-def ours(
-    read_batches: Callable[..., Batches],
-    paths: list[str],
-    device: torch.device = CPU,
-    normalise: Callable[[torch.Tensor], object] | None = None,
-    workers: int = WORKERS,
-) -> None:
-    sampler, annotations = TrainingSampler(len(paths), 0), Annotations(paths, [0] * len(paths))
-    draws = sampler.batches(0, BatchShare(0, 1, BATCH, BATCH))
-    batches = read_batches(draws, sampler, annotations, WINDOW, PREPROCESSING, workers, 1, device)
+def with_pyav(paths: list[str]) -> Reader:
+    return PyAVReader(paths, FRAME_SAMPLING, PREPROCESSING)
+
+
+def with_dali(paths: list[str], pipelines: int | None = None) -> Reader:
+    return DaliReader(paths, FRAME_SAMPLING, PREPROCESSING, DEVICE, pipelines)
+
+
+def ours(reader: Reader, normalise: Callable[[torch.Tensor], object] | None = None) -> None:
+    sampler = TrainingSampler(BATCH, 0)
+    requests = sampler.batches(0, BatchShare(0, 1, BATCH, BATCH))
+    batches = load_batches(reader, requests, sampler, [0] * BATCH, WORKERS, 1, reader.device)
     for _ in range(BATCHES):
         batch = next(batches)
         assert batch.video.shape == (BATCH, 64, 256, 256, 3)
         if normalise:
             for clip in batch.video.split(1):
                 normalise(clip)
+        batch.release()
     batches.close()
 
 
@@ -110,11 +116,9 @@ def test_decode(benchmark, record, tmp_path):
     processors = PROCESSORS if find_spec("decord") else {}
     usual_ways = {f"decord, DataLoader, {name}": partial(usual, paths, dtype) for name, dtype in processors.items()}
     normalise = compiled_normalisation(PREPROCESSING, torch.float32)
-    beside = usual_ways | {"ours, normalised": partial(ours, pyav.read_batches, paths, normalise=normalise)}
+    beside = usual_ways | {"ours, normalised": lambda: ours(with_pyav(paths), normalise)}
     beside["ours, normalised"]()  # compiles; nothing else here has to
-    seconds = record(
-        partial(ours, pyav.read_batches, paths), "clips", BATCH * BATCHES, rounds=MIN_ROUNDS, warm=False, beside=beside
-    )
+    seconds = record(lambda: ours(with_pyav(paths)), "clips", BATCH * BATCHES, rounds=MIN_ROUNDS, warm=False, beside=beside)
     benchmark.extra_info["normalised"] = record.ratios(
         {way: seconds[way] for way in ("ours, normalised", *usual_ways)}, "ours, normalised"
     )
@@ -124,18 +128,16 @@ def test_decode(benchmark, record, tmp_path):
 @pytest.mark.parametrize("name", DALI_FORMATS)
 def test_dali(record, tmp_path, name):
     paths = write_videos(tmp_path, name)
-    beside = {"PyAV": lambda: ours(pyav.read_batches, paths)}
+    beside = {"PyAV": lambda: ours(with_pyav(paths))}
     if ON_GPU:
-        beside["both"] = lambda: ours(
-            partial(dali.read_batches, lanes=NVDEC_LANES), paths, DEVICE, workers=WORKERS + NVDEC_LANES
-        )
-    record(lambda: ours(dali.read_batches, paths, DEVICE), "clips", BATCH * BATCHES, rounds=MIN_ROUNDS, beside=beside)
+        beside["both"] = lambda: ours(with_dali(paths, NVDEC_PIPELINES))
+    record(lambda: ours(with_dali(paths)), "clips", BATCH * BATCHES, rounds=MIN_ROUNDS, beside=beside)
 
 
 @pytest.mark.benchmark(group="first batch of the order, 240,000 clips")
 @pytest.mark.parametrize("step", [0, 1_000_000])
 def test_resume(benchmark, step):
-    """Where a run resumes does not matter: the order is computed, not replayed."""
+    """The step at which a run resumes makes no difference: the order is computed, not replayed."""
 
     def first_batch():
         return next(TrainingSampler(240_000, 0).batches(step, BatchShare(0, 8, 32, 256)))

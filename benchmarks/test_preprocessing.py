@@ -1,10 +1,10 @@
-"""Decoded frames to what the encoder takes: the steps of the Hugging Face processor, in float and on bytes, and ours.
+"""Preprocessing of decoded frames: the steps of the Hugging Face processor, in float and on bytes, and ours.
 
     python -m pytest benchmarks/test_preprocessing.py
 
-A clip of 64 frames of 340 x 256, already decoded. The processor's steps: resize (antialiased; in fp32, or on bytes as
-torchvision does), crop, rescale, normalise, each over whole frames. Ours resizes bytes and only what the crop keeps;
-pixels are then normalised in the encoder's compiled graph, which `normalised` adds here.
+A clip of 64 frames of 340 x 256, already decoded. The processor resizes (antialiased; in fp32, or on bytes as
+torchvision does), crops, rescales and normalises whole frames. Ours resizes bytes, and only the pixels that the crop
+keeps. The encoder's compiled graph then normalises them; `normalised` includes that step.
 """
 
 from functools import partial

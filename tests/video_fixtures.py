@@ -1,6 +1,7 @@
 """Small videos of every kind that the data tests read, written once a session."""
 
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 import av
@@ -28,7 +29,7 @@ VIDEOS = {  # name → (codec, frames, height, width, pixel format, options)
 
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory) -> Path:
-    """A folder with the files of VIDEOS, a number of broken ones, and a name with a space."""
+    """A folder with the files of VIDEOS, several broken files, and a name with a space."""
     folder = tmp_path_factory.mktemp("videos")
     for index, (name, specification) in enumerate(VIDEOS.items()):
         _write_video(folder / name, index, *specification)
@@ -48,8 +49,9 @@ def videos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def decode_all():
-    """All frames `f h w c` of a file by PyAV's plainest route."""
+    """All frames `f h w c` of a file by PyAV's simplest interface."""
 
+    @cache
     def decode(path: Path) -> np.ndarray:
         with av.open(str(path)) as container:
             return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
@@ -77,11 +79,10 @@ def _write_video(
 
 
 def _with_a_stray_stream(content: bytes) -> bytes:
-    """One damaged byte in the last frame's first packet of a transport stream: its identifier is that of no known
-    stream."""
-    starts = [
-        place for place in range(0, len(content), 188) if content[place + 1 : place + 3] == b"\x41\x00"
-    ]  # a frame begins, stream 0x100
+    """A transport stream with one damaged byte in the first packet of the last frame: its identifier is that of no
+    known stream."""
+    # packets that begin a frame of stream 0x100
+    starts = [start for start in range(0, len(content), 188) if content[start + 1 : start + 3] == b"\x41\x00"]
     return content[: starts[-1] + 2] + b"\x49" + content[starts[-1] + 3 :]
 
 

@@ -1,5 +1,7 @@
-"""Where clips come from; `open_dataset` is the way in."""
+"""Clips for training and evaluation; `open_dataset` opens a dataset."""
 
-from flperf.data.dataset import DATASETS, WITHOUT_VIDEO, Dataset, open_dataset, prepare_dataset
+from flperf.data.dataset import Dataset, load_with
+from flperf.data.kinds import DATASETS, WITHOUT_VIDEO, open_dataset, prepare_dataset
+from flperf.data.loader import Reader
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.samplers import BatchShare, ClipBatch

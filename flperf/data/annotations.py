@@ -1,23 +1,25 @@
-"""Annotation files: which clips a split has, and of which classes."""
+"""Annotation files: the clips of a split and their classes."""
 
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from flperf.data.samplers import logger
 from flperf.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 CLIPS_FILE = "a Kinetics CSV (rows of 'path class_index')"
 
 LABELS_FILE = "a labels file (rows of 'index name')"
 
-MAX_CLASSES = 1_000_000  # a class index beyond is a slip, and names for all below it would fill the memory
+MAX_CLASSES = 1_000_000  # a larger class index is a mistake, and names for all below it would fill the memory
 
 
 @dataclass(frozen=True)
 class Annotations:
-    """Paths and class indices of the clips of one split, in the order of the file."""
+    """Paths and class indices of the clips of one split, in order."""
 
     paths: list[str]
     labels: list[int]
@@ -27,8 +29,8 @@ class Annotations:
 
 
 def read_annotations(csv: str | None, key: str, limit: int | None) -> Annotations:
-    """A Kinetics CSV: `path class_index` a row, separated by the last space; paths are relative to the CSV. A clip
-    named twice is kept once. Raises `UserError` that names the row."""
+    """Read a Kinetics CSV: rows of `path class_index`, separated by the last space; paths are relative to the CSV. A
+    repeated clip is kept once. Raises `UserError` that names the row."""
     folder = os.path.dirname(csv or "")
     clips: dict[str, tuple[int, int]] = {}  # path → (row, class)
     rows = 0
@@ -48,13 +50,14 @@ def read_annotations(csv: str | None, key: str, limit: int | None) -> Annotation
     if not clips:
         raise UserError(f"{csv}: holds no clips")
     if rows > len(clips):
-        logger.warning("%s: %d rows name a clip again and are left out", csv, rows - len(clips))
+        logger.warning("%s: %d rows repeat a clip and are left out", csv, rows - len(clips))
     paths, labels = [os.path.join(folder, path) for path in clips], [label for _, label in clips.values()]
     return Annotations(paths[:limit], labels[:limit])
 
 
 def read_labels(csv: str | None, annotations: list[Annotations], key: str = "dataset.labels") -> list[str]:
-    """Class names by index from a file of `index name` rows; the indices themselves where there is no file."""
+    """Class names by index from a file with rows of `index name`; without a file, the indices. Raises `UserError` if a
+    class of the annotations has no name."""
     highest = max(max(split.labels, default=0) for split in annotations)
     if csv is None:
         return [str(index) for index in range(highest + 1)]
@@ -70,7 +73,7 @@ def read_labels(csv: str | None, annotations: list[Annotations], key: str = "dat
 
 
 def existing_file(file: str | None, key: str, what: str) -> str:
-    """The file that a key names. Raises `UserError` where there is none, and says to point the key to `what`."""
+    """The file that a key names. If it does not exist, raises `UserError`: "point the key to `what`"."""
     if file is None or not Path(file).is_file():
         state = "is not set" if file is None else f"there is no file {file}"
         raise UserError(f"{key}: {state}; point it to {what}")
@@ -78,8 +81,8 @@ def existing_file(file: str | None, key: str, what: str) -> str:
 
 
 def has_header(file: str | None, columns: list[str]) -> bool:
-    """Whether there is such a CSV and its first line names these columns, which tells its format. Files that are no
-    text have none."""
+    """Whether a CSV exists and its first line names these columns, which identifies its format. Binary files have no
+    header."""
     if file is None or not Path(file).is_file():
         return False
     with open(file, "rb") as lines:
@@ -87,7 +90,7 @@ def has_header(file: str | None, columns: list[str]) -> bool:
 
 
 def _rows(file: str | None, key: str, what: str) -> Iterator[tuple[int, str]]:
-    """(row, text) of the lines that aren't empty; rows count from 1. A byte order mark, as Excel writes it, is no
+    """(row, text) of the lines that are not empty; rows count from 1. A byte order mark, which Excel writes, is not
     part of the text."""
     with open(existing_file(file, key, what), encoding="utf-8-sig") as lines:
         try:
@@ -95,4 +98,4 @@ def _rows(file: str | None, key: str, what: str) -> Iterator[tuple[int, str]]:
                 if line.strip():
                     yield row, line.strip()
         except UnicodeDecodeError:
-            raise UserError(f"{file}: is no text in UTF-8; save it as UTF-8, or point {key} to {what}") from None
+            raise UserError(f"{file}: is not UTF-8 text; save it as UTF-8, or point {key} to {what}") from None

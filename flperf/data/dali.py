@@ -1,219 +1,164 @@
-"""The decoder for GPUs: DALI graphs from file bytes through NVDEC to frames, beside PyAV on the cores that are there.
+"""The decoder for GPUs: DALI pipelines from file bytes through NVDEC to frames, beside PyAV on the cores.
 
-A worker reads one clip at a time into its slot of a batch on the device. Some workers have a lane, a DALI graph of
-their own, and take what DALI decodes through it; the others, and what DALI can't decode on a device (codec, pixel
-format, a frame too small for NVDEC), go through PyAV. Whoever is free takes the next clip, so a slow NVDEC costs
-nothing but its own clips. A lane holds one clip because DALI waits for the device at every frame, on one stream for a
-whole batch: the clips of a batch would take turns, behind what the training step has queued (8 clips of 64 frames
-took 1.9 s so on an H100, beside steps of 0.45 s). It also tells which file was at fault when DALI fails.
+A thread reads one clip at a time into its slot of a batch on the device. Some threads own a DALI pipeline and decode
+with it what it supports. The others, and all clips that DALI doesn't support on the device (codec, pixel format, frames
+too small for NVDEC), use PyAV. Any free thread takes the next clip, so a slow NVDEC delays only its own clips.
 
-One definition serves both devices: on a CPU it runs VP8, VP9 and MJPEG, which keeps the GPU's graph honest. Frames
-are resized as PyAV's are: DALI's own resize repeats a frame's edge where the processor's leaves that weight out, up
-to 20 levels on white noise.
+A pipeline holds one clip, because DALI waits for the device at every frame, on one stream for a whole batch: the clips
+of a batch would take turns, behind what the training step has queued. On an H100 8 clips of 64 frames took 1.9 s in
+this way, beside steps of 0.45 s. One clip a pipeline also shows which file was at fault when DALI fails.
+
+One definition serves both devices: on a CPU it decodes VP8, VP9 and MJPEG, by which tests without a GPU check it.
+Frames are resized as PyAV's are. DALI's own resize repeats the pixels at a frame's edge where the Hugging Face
+processor leaves them out of the average: a difference of up to 20 levels on white noise.
 """
 
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cache
+from itertools import repeat
 
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 
-from flperf.data.annotations import Annotations
-from flperf.data.prefetch import BadClip, Buffers, filled_buffers
 from flperf.data.preprocessing import Preprocessing
-from flperf.data.pyav import DECODE_ERRORS, describe, is_shown, open_video, read_clip, video_stream
-from flperf.data.samplers import Batches, ClipBatch, ClipRequest, FrameSampling
+from flperf.data.pyav import DECODE_ERRORS, PyAVReader, describe, is_shown, open_video, video_stream
+from flperf.data.samplers import ClipRequest, FrameSampling
+from flperf.data.unreadable import BadClip
 
 logger = logging.getLogger(__name__)
 
 CPU_CODECS = ("vp8", "vp9", "mjpeg")
-# The least height and width that NVDEC decodes (Video Codec SDK, NVDEC application note). Not MPEG-4: its frames came
-# out wrong.
+# Smallest height and width that NVDEC decodes (Video Codec SDK, NVDEC application note). MPEG-4 is left out: its frames
+# came out wrong.
 GPU_CODECS = {"h264": (16, 48), "hevc": (144, 144), "vp8": (16, 48), "vp9": (128, 128), "av1": (128, 128)}
-GPU_FORMATS = ("yuv420p", "yuvj420p")  # what every NVDEC decodes of these
+GPU_FORMATS = ("yuv420p", "yuvj420p")  # every NVDEC decodes these codecs in these pixel formats
 DALI_ERRORS = (RuntimeError, IndexError, ValueError)
-RESIZED_BYTES = 2**24  # of frames resized by one call, which on a GPU are four times as many in fp32
+RESIZED_BYTES = 2**24  # of frames resized by one call; on a GPU they are fp32, four times as large
+
+Inputs = tuple[list, list, list]  # of a pipeline: path, first frame, sample
 
 
-def read_batches(
-    batches: Iterable[list[ClipRequest]],
-    sampler,
-    annotations: Annotations,
-    window: FrameSampling,
-    preprocessing: Preprocessing,
-    threads: int,
-    prefetch: int,
-    device: torch.device,
-    lanes: int | None = None,
-) -> Batches:
-    """Yield the batches with their video as uint8 `b f h w c` on `device`, read by `threads` workers, `lanes` of them
-    (null: all) with a DALI graph."""
-    graph = Graph(window, "mixed" if device.type == "cuda" else "cpu", device.index or 0)
-    workers = Workers(graph, threads if lanes is None else lanes)
-    buffers = DeviceBuffers((window.n_frames, *preprocessing.size, 3), torch.uint8, device)
+class DaliReader(PyAVReader):
+    """Reads clips of video files, uint8 `f h w c` on `device`: `pipelines` threads with DALI (None: all threads), which
+    are added to those that were asked for, the others with PyAV."""
 
-    def fill(draw: ClipRequest, slot: Tensor) -> None:
-        path, lane = annotations.paths[draw.clip], workers.lane()
-        length, obstacle = probe(path, graph.backend)
-        if lane and obstacle is None:
-            lane.read(Request(path, window.start_frame(length, draw.uniform), draw.sample), preprocessing, slot)
+    def __init__(
+        self,
+        paths: list[str],
+        frame_sampling: FrameSampling,
+        preprocessing: Preprocessing,
+        device: torch.device,
+        pipelines: int | None = None,
+    ):
+        super().__init__(paths, frame_sampling, preprocessing)
+        self.device = device
+        self.backend = "mixed" if device.type == "cuda" else "cpu"
+        self.extra_threads = pipelines or 0
+        self.pipelines_left = repeat(True) if pipelines is None else repeat(True, pipelines)
+        self.own = threading.local()  # of each thread: its pipeline and its pinned memory
+        self.warned: dict[str, object] = {}
+
+    def read(self, request: ClipRequest, slot: Tensor) -> None:
+        path, pipeline = self.paths[request.clip], self._pipeline()
+        length, obstacle = probe(path, self.backend)
+        if pipeline and obstacle is None:
+            start = self.frame_sampling.start_frame(length, request.uniform)
+            pipeline.read(path, start, request.sample, self.preprocessing, slot)
         else:
-            workers.say_once(obstacle, path)
-            workers.read_on_cpu(slot, lambda out: read_clip(path, window, draw.uniform, preprocessing, out))
+            self._warn_once(obstacle, path)
+            self._read_with_pyav(request, slot)
 
-    for draws, video, skipped in filled_buffers(batches, sampler, buffers, fill, threads, prefetch):
-        yield ClipBatch.of(draws, annotations.labels, video=video, skipped=skipped)
+    def _pipeline(self) -> "ClipPipeline | None":
+        """This thread's pipeline, built at its first clip; None for a thread that has none."""
+        if not hasattr(self.own, "pipeline"):
+            has_one = next(self.pipelines_left, False)  # one operation, so that no two threads get the same
+            self.own.pipeline = ClipPipeline(self.frame_sampling, self.device) if has_one else None
+        return self.own.pipeline
 
+    def _read_with_pyav(self, request: ClipRequest, slot: Tensor) -> None:
+        """Decode on the CPU; to a GPU through pinned memory."""
+        if not slot.is_cuda:
+            super().read(request, slot)
+            return
+        if not hasattr(self.own, "pinned"):
+            self.own.pinned = torch.empty(slot.shape, dtype=slot.dtype, pin_memory=True)
+        super().read(request, self.own.pinned)
+        slot.copy_(self.own.pinned, non_blocking=True)
+        torch.cuda.current_stream().synchronize()
 
-@dataclass(frozen=True)
-class Request:
-    """What a graph is told of one clip."""
-
-    path: str
-    start: int
-    sample: int  # comes out with the frames
-
-    def arrays(self) -> tuple[list, ...]:
-        """What the graph's source emits: path, start, sample."""
-        path = np.frombuffer(os.path.abspath(self.path).encode(), np.uint8)
-        return [path], [np.int32(self.start)], [np.int64(self.sample)]
-
-
-@dataclass(frozen=True)
-class Graph:
-    """The definition of a lane's pipeline. `backend` is "mixed" (NVDEC, on GPU `device_id`) or "cpu"."""
-
-    window: FrameSampling
-    backend: str
-    device_id: int
-
-    def pipeline(self, source: Callable[[], tuple[list, ...]]) -> Pipeline:
-        """Path, start and sample go in; uint8 `1 f h w c` of the file's size and the sample come out, one clip at a
-        time."""
-        device_id = self.device_id if self.backend == "mixed" and torch.cuda.is_available() else None
-        pipeline = Pipeline(1, 1, device_id, prefetch_queue_depth=1, exec_dynamic=True)
-        with pipeline:
-            path, start, sample = fn.external_source(
-                source, num_outputs=3, dtype=[types.UINT8, types.INT32, types.INT64], ndim=[1, 0, 0]
-            )
-            encoded = fn.io.file.read(path, dont_use_mmap=True)  # mapping leaks a file descriptor for each empty file
-            frames = fn.decoders.video(
-                encoded,
-                device=self.backend,
-                affine=False,  # else the threads of all lanes would share the first core
-                start_frame=start,
-                stride=self.window.stride,
-                sequence_length=self.window.n_frames,
-                pad_mode="edge",
-            )
-            pipeline.set_outputs(frames, sample)
-        return pipeline
+    def _warn_once(self, obstacle: str | None, path: str) -> None:
+        mine = object()
+        if obstacle and self.warned.setdefault(obstacle, mine) is mine:  # one operation, so that only one thread logs
+            logger.warning("%s; PyAV decodes such clips on the CPU. The first: %s", obstacle, path)
 
 
-class Lane:
-    """A pipeline and the one thread that uses it."""
+class ClipPipeline:
+    """A DALI pipeline that decodes one clip at a time, used by one thread."""
 
-    def __init__(self, graph: Graph):
-        self.graph = graph
-        self.request: Request | None = None
-        self.pipeline = graph.pipeline(self._source)
+    def __init__(self, frame_sampling: FrameSampling, device: torch.device):
+        self.frame_sampling, self.device = frame_sampling, device
+        self.inputs: Inputs | None = None
+        self._build()
 
-    def _source(self) -> tuple[list, ...]:
-        """Never raises: an error in it would break the graph."""
-        return self.request.arrays()
+    def _build(self) -> None:
+        # The source never raises: an exception in it would break the pipeline.
+        backend = "mixed" if self.device.type == "cuda" else "cpu"
+        self.pipeline = build_pipeline(lambda: self.inputs, self.frame_sampling, backend, self.device.index or 0)
 
-    def read(self, request: Request, preprocessing: Preprocessing, out: Tensor) -> None:
-        """Decode a clip into `out`, uint8 `f h w c`; raises `BadClip` where DALI fails, which then takes a new
-        pipeline."""
-        self.request = request
+    def read(self, path: str, start: int, sample: int, preprocessing: Preprocessing, out: Tensor) -> None:
+        """Decode a clip from frame `start` on into `out`, uint8 `f h w c`. Raises `BadClip` if DALI fails, and builds
+        the pipeline again."""
+        name = np.frombuffer(os.path.abspath(path).encode(), np.uint8)
+        self.inputs = [name], [np.int32(start)], [np.int64(sample)]
         try:
-            frames, sample = self.pipeline.run()
+            frames, decoded_sample = self.pipeline.run()
         except DALI_ERRORS as error:
-            self.pipeline = self.graph.pipeline(self._source)
-            raise BadClip(request.path, _reason(error)) from None
-        if sample.as_array().item() != request.sample:
-            raise AssertionError(f"DALI returned sample {sample.as_array().item()} where {request.sample} was due")
+            self._build()
+            raise BadClip(path, _reason(error)) from None
+        if decoded_sample.as_array().item() != sample:
+            raise AssertionError(f"DALI returned sample {decoded_sample.as_array().item()} instead of {sample}")
         decoded = torch.from_dlpack(frames.as_tensor())[0]
         together = max(1, RESIZED_BYTES // decoded[0].nbytes)
         for some, slots in zip(decoded.split(together), out.split(together), strict=True):
             slots.copy_(preprocessing.apply(some))
         if out.is_cuda:
-            torch.cuda.current_stream().synchronize()  # DALI's memory is its own again
+            torch.cuda.current_stream().synchronize()  # DALI may now overwrite its output
 
 
-class Workers:
-    """What the threads of one stream of batches have: some a lane, and all host memory for PyAV."""
-
-    def __init__(self, graph: Graph, lanes: int):
-        self.graph = graph
-        self.unclaimed = [None] * lanes
-        self.own = threading.local()
-        self.said: dict[str, object] = {}
-
-    def lane(self) -> Lane | None:
-        """This thread's own, made at its first clip."""
-        if not hasattr(self.own, "lane"):
-            try:
-                self.unclaimed.pop()
-                self.own.lane = Lane(self.graph)
-            except IndexError:
-                self.own.lane = None
-        return self.own.lane
-
-    def read_on_cpu(self, slot: Tensor, read: Callable[[Tensor], None]) -> None:
-        """Have `read` write a clip into the slot, through pinned memory where that is on a GPU."""
-        if not slot.is_cuda:
-            read(slot)
-            return
-        if not hasattr(self.own, "pinned"):
-            self.own.pinned = torch.empty(slot.shape, dtype=slot.dtype, pin_memory=True)
-        read(self.own.pinned)
-        slot.copy_(self.own.pinned, non_blocking=True)
-        torch.cuda.current_stream().synchronize()
-
-    def say_once(self, obstacle: str | None, path: str) -> None:
-        mark = object()
-        if obstacle and self.said.setdefault(obstacle, mark) is mark:  # one step, so that no two threads say it
-            logger.warning("%s; PyAV decodes such clips on the CPU. The first: %s", obstacle, path)
-
-
-class DeviceBuffers(Buffers):
-    """Batches on the device, written on a stream of their own, beside the one that computes."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
-        super().__init__(shape, dtype, torch.device("cpu"))
-        self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def writing(self) -> AbstractContextManager:
-        return torch.cuda.stream(self.stream) if self.stream else super().writing()
-
-    def take(self, b: int) -> Tensor:
-        if self.stream is None:
-            return super().take(b)
-        with self.writing():
-            return torch.empty(b, *self.shape, dtype=self.dtype, device=self.device)
-
-    def hand_over(self, buffer: Tensor) -> Tensor:
-        """The stream that computes waits for the writes, and the memory stays until that stream is done with it."""
-        if self.stream is not None:
-            computing = torch.cuda.current_stream(self.device)
-            computing.wait_stream(self.stream)
-            buffer.record_stream(computing)
-        return buffer
+def build_pipeline(
+    source: Callable[[], Inputs | None], frame_sampling: FrameSampling, backend: str, device_id: int
+) -> Pipeline:
+    """A pipeline whose inputs are path, first frame and sample, and whose outputs are uint8 `1 f h w c` of the file's
+    size and the sample. `backend` is "mixed" (NVDEC on GPU `device_id`) or "cpu"."""
+    gpu = device_id if backend == "mixed" and torch.cuda.is_available() else None
+    pipeline = Pipeline(1, 1, gpu, prefetch_queue_depth=1, exec_dynamic=True)
+    with pipeline:
+        path, start, sample = fn.external_source(
+            source, num_outputs=3, dtype=[types.UINT8, types.INT32, types.INT64], ndim=[1, 0, 0]
+        )
+        encoded = fn.io.file.read(path, dont_use_mmap=True)  # mapping leaks a file descriptor for each empty file
+        frames = fn.decoders.video(
+            encoded,
+            device=backend,
+            affine=False,  # else the threads of all pipelines would share the first core
+            start_frame=start,
+            stride=frame_sampling.stride,
+            sequence_length=frame_sampling.n_frames,
+            pad_mode="edge",
+        )
+        pipeline.set_outputs(frames, sample)
+    return pipeline
 
 
 @cache
 def probe(path: str, backend: str) -> tuple[int, str | None]:
-    """(frames, why DALI can't decode it on this device) of a file from its header; where that doesn't tell, the
-    packets are counted."""
+    """(number of frames, why DALI can't decode the file on this backend, or None), from the file's header; if that has
+    no number of frames, the packets are counted."""
     try:
         with open_video(path) as container:
             stream = video_stream(container)
@@ -232,16 +177,16 @@ def _obstacle(context, backend: str) -> str | None:
     if codec not in (CPU_CODECS if backend == "cpu" else GPU_CODECS):
         return f"DALI doesn't decode {codec} on a {'CPU' if backend == 'cpu' else 'GPU'}"
     if backend == "mixed":
-        least = GPU_CODECS[codec]
+        height, width = GPU_CODECS[codec]
         if context.pix_fmt not in GPU_FORMATS:
             return f"NVDEC doesn't decode {codec} in {context.pix_fmt}"
-        if context.height < least[0] or context.width < least[1]:
-            return f"NVDEC doesn't decode {codec} of less than {least[1]} x {least[0]} pixels"
+        if context.height < height or context.width < width:
+            return f"NVDEC doesn't decode {codec} of less than {width} x {height} pixels"
     return None
 
 
 def _reason(error: Exception) -> str:
-    """The line of DALI's message that says what was wrong."""
+    """The line of DALI's message that gives the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = lines.index("encountered:") + 1 if "encountered:" in lines[:-1] else 0
-    return f"DALI: {lines[telling]}"
+    cause = lines.index("encountered:") + 1 if "encountered:" in lines[:-1] else 0
+    return f"DALI: {lines[cause]}"

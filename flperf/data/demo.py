@@ -1,7 +1,7 @@
-"""The demo's data: a small folder in Kinetics format, written on first use, so that nothing need be downloaded.
+"""The demo's data: a small folder in Kinetics format, written on first use, so that nothing has to be downloaded.
 
-A shape moves over a drifting texture; its class says which shape and how it moves. All motion is at constant speed,
-so a few frames tell what follows. Half the clips are VP9 in WebM, half H.264 in MP4.
+A shape moves over a drifting texture; the class is the shape and its kind of motion. All motion has constant speed, so
+a few frames determine the rest. Half of the clips are VP9 in WebM, half H.264 in MP4.
 """
 
 import os
@@ -27,20 +27,20 @@ CODECS = (
 )
 
 
-def write_demo(folder: str | Path, splits: dict[str, int] = SPLITS) -> None:
-    """Write `train.csv`, `validation.csv`, `labels.csv` and `videos/`, so many clips a split. The folder appears
-    complete or not at all."""
+def write_demo(folder: str | Path, splits: dict[str, int] | None = None) -> None:
+    """Write `train.csv`, `validation.csv`, `labels.csv` and `videos/`. `splits` are the numbers of clips, by default
+    `SPLITS`. The folder appears complete or not at all. Raises `UserError` if it exists and is not a demo."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as unfinished:
         draft = Path(unfinished) / folder.name
-        _write_folder(draft, splits)
+        _write_folder(draft, splits or SPLITS)
         try:
             draft.rename(folder)
-        except OSError:  # another run was quicker, or something else lies there
+        except OSError:  # another run was quicker, or the folder holds something else
             if not (folder / "train.csv").is_file():
                 raise UserError(
-                    f"{folder}: exists but holds no demo (train.csv); remove it or point dataset.train elsewhere"
+                    f"{folder}: exists but has no train.csv of the demo; remove it or point dataset.train elsewhere"
                 ) from None
 
 
@@ -64,7 +64,7 @@ def _write_clip(folder: Path, index: int) -> str:
 
 
 def _draw_clip(index: int, label: int) -> np.ndarray:
-    """Frames uint8 `f h w c`; a pure function of the index."""
+    """Frames of one clip, uint8 `f h w c`: a pure function of the index."""
     random = np.random.default_rng((20_240, index))
     height, width = SIZES[random.integers(len(SIZES))]
     time = np.arange(random.integers(33, 41), dtype=float)
@@ -97,7 +97,7 @@ def _drifting_texture(random: np.random.Generator, time: np.ndarray, height: int
     drift = random.uniform(-1, 1, 2)
     y = (np.arange(height) - drift[0] * time[:, None])[:, :, None].astype(np.float32)
     x = (np.arange(width) - drift[1] * time[:, None])[:, None, :].astype(np.float32)
-    # Its colour is the clip's own and stays: what a context tells most easily, and the mean over clips can't know.
+    # Each clip has its own constant colour: easy to know from the context, impossible from the mean over clips.
     frames = np.tile(random.uniform(46, 146, 3).astype(np.float32), (len(time), height, width, 1))
     for _ in range(4):
         frequency = random.uniform(-0.35, 0.35, 2).astype(np.float32)

@@ -1,36 +1,61 @@
-"""Cached latents in the format of FutureLatents: a manifest CSV with a header and a column of paths, each to one
-`torch.save`d tensor `d t h w`. They replace video and encoder: what comes out is the latents' own layout `b t h w d`.
+"""A dataset of cached latents in the format of FutureLatents: a manifest CSV with a header and a column of paths, each
+to one tensor `d t h w`, written by `torch.save`. They replace video and encoder; batches are `b t h w d`.
 """
 
 import csv
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import islice
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from flperf.data.annotations import Annotations, existing_file
-from flperf.data.prefetch import Buffers, filled_buffers
-from flperf.data.samplers import Batches, ClipBatch, ClipRequest
+from flperf.config import Config
+from flperf.data.annotations import Annotations, existing_file, read_labels
+from flperf.data.dataset import Dataset, load_with, read_splits
+from flperf.data.loader import Reader
+from flperf.data.samplers import ClipRequest
 from flperf.errors import UserError, first_line
 
-LABEL_COLUMN = "label"  # of the manifest, where it has one
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what heads and kernels read
+LABEL_COLUMN = "label"  # of the manifest; optional
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that heads and kernels read
 
 
-@dataclass(frozen=True)
-class LatentFormat:
-    """What all files of a cache have in common: their shape as `t h w d` and their type."""
+def open_file_dataset(config: Config, seed: int) -> Dataset:
+    """The splits whose manifests `config.dataset` names. All files must have shape and dtype of the first training
+    clip's."""
+    dataset = config.dataset
+    splits = read_splits(dataset, lambda file, key: read_manifest(file, key, dataset.out_path_column, dataset.limit))
+    read_labels(dataset.labels, list(splits.values()))  # raises if it is incomplete
+    first = splits["train"].paths[0]
+    example = read_latents(first)
+    readers = {split: LatentFileReader(clips.paths, first, example) for split, clips in splits.items()}
+    load = load_with(lambda split, *_: readers[split], splits, dataset)
+    t, h, w, d = example.shape
+    return Dataset(splits, load, seed, latent_shape=(t, h, w, d))
 
-    shape: tuple[int, int, int, int]
-    dtype: torch.dtype
+
+class LatentFileReader(Reader):
+    """Reads latents of the shape t h w d and the dtype of `example`, which are those of the file `first`."""
+
+    field = "latents"
+
+    def __init__(self, paths: list[str], first: str, example: Tensor):
+        self.paths, self.first, self.shape, self.dtype = paths, first, tuple(example.shape), example.dtype
+
+    def read(self, request: ClipRequest, slot: Tensor) -> None:
+        path = self.paths[request.clip]
+        latents = read_latents(path)
+        if (latents.shape, latents.dtype) != (self.shape, self.dtype):
+            raise UserError(
+                f"{path}: latents t h w d are {list(latents.shape)} {latents.dtype}, but {self.first} is "
+                f"{list(self.shape)} {self.dtype}"
+            )
+        slot.copy_(latents)
 
 
 def read_manifest(file: str | None, key: str, column: str, limit: int | None) -> Annotations:
-    """Paths (relative to the manifest) and labels (0 where it has none) of its rows."""
+    """Paths (relative to the manifest) and labels (0 without a column of labels) of its rows."""
     file = existing_file(file, key, f"a manifest CSV of cached latents with a column {column}")
     with open(file, newline="", encoding="utf-8") as lines:
         reader = csv.DictReader(lines)
@@ -50,55 +75,20 @@ def read_manifest(file: str | None, key: str, column: str, limit: int | None) ->
     return Annotations([os.path.join(folder, row[column]) for row in rows], [int(label) for label in labels])
 
 
-def _format_of(latents: Tensor) -> LatentFormat:
-    t, h, w, d = latents.shape
-    return LatentFormat((t, h, w, d), latents.dtype)
-
-
-def read_format(path: str) -> LatentFormat:
-    """The format of one file, which all others must share."""
-    return _format_of(_load(path))
-
-
-def read_batches(
-    batches: Iterable[list[ClipRequest]],
-    sampler,
-    annotations: Annotations,
-    latent_format: LatentFormat,
-    threads: int,
-    prefetch: int,
-    device: torch.device,
-) -> Batches:
-    """Yield the batches with their latents `b t h w d` in host memory, pinned where `device` is CUDA."""
-
-    buffers = Buffers(latent_format.shape, latent_format.dtype, device)
-
-    def fill(draw: ClipRequest, slot: Tensor) -> None:
-        path = annotations.paths[draw.clip]
-        latents = _load(path)
-        if _format_of(latents) != latent_format:
-            first = f"{annotations.paths[0]} is {list(latent_format.shape)} {latent_format.dtype}"
-            raise UserError(f"{path}: latents t h w d are {list(latents.shape)} {latents.dtype}, but {first}")
-        slot.copy_(latents)
-
-    for draws, latents, _ in filled_buffers(batches, sampler, buffers, fill, threads, prefetch):
-        yield ClipBatch.of(draws, annotations.labels, latents=latents)
-
-
-def _load(path: str) -> Tensor:
-    """One file's latents as `t h w d`."""
+def read_latents(path: str) -> Tensor:
+    """The latents of one file as `t h w d`. Raises `UserError` if they can't be used."""
     try:
         latents = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file of cached latents, though the manifest names it") from None
-    except Exception as error:  # torch.load lets through whatever the unpickler and the archive reader raise
-        raise UserError(f"{path}: is no tensor that torch.load can read: {first_line(error)}") from None
+        raise UserError(f"{path}: does not exist, but the manifest of cached latents names it") from None
+    except Exception as error:  # torch.load passes on what the unpickler and the archive reader raise
+        raise UserError(f"{path}: is not a tensor that torch.load can read: {first_line(error)}") from None
     if not isinstance(latents, Tensor) or latents.ndim != 4 or not latents.numel():
         found = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
         raise UserError(f"{path}: cached latents must be one tensor d t h w, not {found}")
     if latents.dtype not in DTYPES:
         raise UserError(f"{path}: cached latents must be fp32, bf16 or fp16, not {latents.dtype}")
-    # which any NaN makes NaN; much quicker than a look at each
+    # A NaN makes both bounds NaN. This is much quicker than testing each element.
     if not all(bound.isfinite() for bound in latents.aminmax()):
         raise UserError(f"{path}: its latents hold NaN or infinity; encode it again")
     return rearrange(latents, "d t h w -> t h w d")

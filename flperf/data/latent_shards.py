@@ -1,56 +1,52 @@
-"""Cached latents in shards: safetensors files whose rows are clips, each read by one `pread` straight into its place
-in the batch.
+"""Cached latents in shards: safetensors files whose rows are clips.
 
 safetensors, because it is one flat block behind a JSON header: rows need no decoding and no unpickling, and every
 tool of the field opens it. A split's folder holds
 
-    shard_00000.safetensors …   latents [n, t, h, w, d], checksum [n], sum [n, d] and squares [n, d] over a clip's
-    tokens (fp32);
-                                its metadata says what was encoded and how, and of which clips (a digest)
-    encoding.json               the same, and the format: what `flperf encode` goes on with after a kill
-    manifest.csv                path, label, shard, row: written last, so it stands for a complete cache
+    shard_00000.safetensors …   latents [n, t, h, w, d], clip [n], checksum [n], and over the tokens of each clip
+                                sum [n, d] and squares [n, d] (fp32);
+                                the metadata describe encoder, preprocessing and clips
+    encoding.json               the same and the format, from which `flperf encode` continues after a kill
+    manifest.csv                path, label, shard, row; written last: the cache is complete if it exists
 
-A checksum is the sum of the row's 64-bit words modulo 2^64: any single wrong word shows, at the speed of memory. A
-shard covers fixed rows of the dataset's CSV and is renamed into place when it is on disk: after a kill the missing
-ones are encoded, by any number of processes, and no clip is lost or doubled.
+A checksum is the sum of the row's 64-bit words modulo 2^64, computed at the speed of memory; any single wrong word
+changes it. A shard covers fixed rows of the dataset's CSV and is renamed into place once it is on disk. After a kill
+any number of processes encode the missing shards, and no clip is left out or written twice.
 """
 
 import csv
 import json
 import os
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flperf.config import Config, differences
+from flperf.config import Config
 from flperf.data.annotations import Annotations, has_header
-from flperf.data.prefetch import Buffers, filled_buffers
-from flperf.data.samplers import Batches, ClipBatch, ClipRequest
 from flperf.errors import UserError
-from flperf.files import atomic_file
+from flperf.files import atomic_file, word_sum
 
 MANIFEST = "manifest.csv"
 COLUMNS = ["path", "label", "shard", "row"]
-SHARD_BYTES = 2**28  # some hundred megabytes: read at the speed of the disk, and little to lose in a kill
+SHARD_BYTES = 2**28  # large enough to be read at the speed of the disk, small enough to be encoded again after a kill
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def identity(config: Config, context_frames: int, target_frames: int) -> dict:
-    """What makes latents comparable: encoder, preprocessing, frames. Normalisation is none: latents are kept as the
-    encoder gives them."""
+    """What two caches must share to be comparable: encoder, preprocessing and frames. Latents are stored as the encoder
+    gives them, without normalisation."""
     backbone, dataset = config.backbone, config.dataset
     encoder = {
         key: getattr(backbone, key)
         for key in ("kind", "weights", "architecture", "processor", "frame_stride", "encode")
     }
     clip = {"n_frames": dataset.n_frames, "stride": dataset.stride}
-    # Encoded apart, the latents depend on where context and target meet and end.
+    # If context and target are encoded apart, the latents depend on where each begins and ends.
     model = (
         {"num_context_latents": context_frames, "num_target_latents": target_frames}
         if backbone.encode == "split"
@@ -61,63 +57,56 @@ def identity(config: Config, context_frames: int, target_frames: int) -> dict:
 
 @dataclass(frozen=True)
 class Shard:
-    """What a file says of itself, and its small tensors."""
+    """A shard's metadata and small tensors."""
 
-    identity: dict  # `identity`, and what else was encoded: the digest of the clips
+    identity: dict  # `identity`, and a digest of the clips
     shape: tuple[int, int, int, int]  # t h w d
     dtype: torch.dtype
-    offset: int  # where the rows begin, in bytes
+    offset: int  # of the first row, in bytes
     clips: Tensor  # int64 [n]: rows of the dataset's CSV
     checksums: Tensor  # int64 [n]
     sums: Tensor  # fp64 [2, d]: of values and of squares, over all tokens
 
 
-@dataclass(frozen=True)
-class Shards:
-    """One split of a cache."""
-
-    files: dict[Path, Shard]
-    rows: list[tuple[Path, int]]  # shard and row of each clip
-    shape: tuple[int, int, int, int]  # t h w d, of every shard
-    dtype: torch.dtype
-    checked: bytearray  # by clip: 1 once its checksum was right
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one clip's latents."""
-        return _row_bytes(self.shape, self.dtype)
-
-
 def is_shards(file: str | None) -> bool:
-    """Whether a CSV is the manifest of shards: its first line says so."""
+    """Whether a CSV is a manifest of shards, by its first line."""
     return has_header(file, COLUMNS)
 
 
+def row_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of one clip's latents of `shape` t h w d."""
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
 def clips_per_shard(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """How many clips of latents `shape` (t h w d) make a shard of SHARD_BYTES; at least one."""
-    return max(1, SHARD_BYTES // _row_bytes(shape, dtype))
+    """Number of clips with latents of `shape` t h w d in a shard of SHARD_BYTES; at least one."""
+    return max(1, SHARD_BYTES // row_bytes(shape, dtype))
 
 
-def checksum(latents: Tensor) -> Tensor:
-    """int64 [n] of contiguous latents [n, …]; a row shorter than a multiple of 8 bytes is summed by 2 bytes."""
-    words = latents.reshape(len(latents), -1).view(torch.int16)
-    return words.view(torch.int64).sum(1) if words.shape[1] % 4 == 0 else words.sum(1, dtype=torch.int64)
+def raw_bytes(latents: Tensor) -> np.ndarray:
+    """A view of contiguous latents `…` as uint8 [bytes]."""
+    return latents.reshape(-1).view(torch.uint8).numpy()
+
+
+def checksum(row: np.ndarray) -> int:
+    """Checksum of a row, uint8 [bytes], as the int64 that is stored."""
+    return int(np.array(word_sum(row), np.uint64).view(np.int64))
 
 
 def write_csv(path: Path, rows: list) -> None:
-    """Complete or not at all."""
+    """Write a CSV file, complete or not at all."""
     with atomic_file(path) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as lines:
         csv.writer(lines).writerows(rows)
 
 
 def write_shard(path: Path, clips: Tensor, latents: Tensor, about: dict) -> None:
-    """Write latents [n, t, h, w, d] of the dataset's rows `clips` (int64 [n]), complete or not at all; about:
-    `identity`, and more."""
+    """Write latents [n, t, h, w, d] of the dataset's rows `clips` (int64 [n]), complete or not at all. `about` is
+    `identity` and more."""
     tokens = latents.flatten(1, 3).float()
     tensors = {
         "latents": latents,
         "clip": clips,
-        "checksum": checksum(latents),
+        "checksum": torch.tensor([checksum(raw_bytes(row)) for row in latents], dtype=torch.int64),
         "sum": tokens.sum(1),
         "squares": tokens.square().sum(1),
     }
@@ -131,10 +120,10 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def write_manifest(folder: Path, annotations: Annotations, length: int) -> int:
-    """List the clips of all shards, which cover `length` rows of the dataset each; returns how many there are.
+    """List the clips of all shards, each of which covers `length` rows of the dataset; returns their number.
 
-    Raises `UserError` for a shard that can't be read or holds clips of other rows; clips that are in none could not
-    be read.
+    Clips that are in no shard could not be read. Raises `UserError` for a shard that can't be read or holds clips of
+    other rows.
     """
     rows = []
     for number, first in enumerate(range(0, len(annotations), length)):
@@ -151,7 +140,7 @@ def write_manifest(folder: Path, annotations: Annotations, length: int) -> int:
 
 
 def open_shard(path: Path) -> Shard:
-    """Read all but the latents. Raises `UserError` that names the file if it is no whole shard or its latents aren't
+    """Read everything but the latents. Raises `UserError` if the file is not a complete shard or its latents are not
     finite."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -161,12 +150,12 @@ def open_shard(path: Path) -> Shard:
             )
         shape, dtype, offset = _layout(path)
         if not isinstance(about, dict) or not isinstance(about.get("model"), dict):
-            raise ValueError("its metadata does not say what was encoded")
+            raise ValueError("its metadata does not describe the encoding")
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such shard, though the manifest names it; encode again") from None
-    except Exception as error:  # safetensors has its own exception, and the header of a foreign file may hold anything
+        raise UserError(f"{path}: does not exist, but the manifest names it; encode again") from None
+    except Exception as error:  # safetensors raises its own exceptions, and a foreign header may hold anything
         raise UserError(
-            f"{path}: is no shard of cached latents ({' '.join(str(error).split())}); remove it and encode again"
+            f"{path}: is not a shard of cached latents ({' '.join(str(error).split())}); remove it and encode again"
         ) from None
     finite = squares.isfinite().all(1)
     if not finite.all():
@@ -179,71 +168,11 @@ def open_shard(path: Path) -> Shard:
     )
 
 
-def open_shards(manifest: str, config: Config, limit: int | None) -> tuple[Shards, Annotations]:
-    """Open the first `limit` clips of a split by its manifest.
-
-    Raises `UserError` if a row or a shard can't be used, if shards differ, or if they were encoded otherwise than the
-    configuration says.
-    """
-    rows = list(islice(_manifest_rows(manifest), limit))
-    if not rows:
-        raise UserError(f"{manifest}: holds no clips")
-    places = [(shard_path(Path(manifest).parent, shard), row) for _, _, shard, row in rows]
-    files = {path: open_shard(path) for path in dict.fromkeys(path for path, _ in places)}
-    for number, (path, row) in enumerate(places, start=2):  # row 1 is the header
-        if row >= len(files[path].clips):
-            raise UserError(
-                f"{manifest}: row {number}: names row {row} of {path.name}, which has {len(files[path].clips)}; "
-                "encode again"
-            )
-    first_path, first = next(iter(files.items()))
-    _compare(manifest, first.identity, config)
-    for path, shard in files.items():
-        changed = differences(_kind(first), _kind(shard))
-        if changed:
-            raise UserError(
-                f"{path}: was encoded otherwise than {first_path.name} ({'; '.join(changed)}); encode into a folder "
-                "of its own"
-            )
-    annotations = Annotations([path for path, *_ in rows], [label for _, label, *_ in rows])
-    return Shards(files, places, first.shape, first.dtype, bytearray(len(rows))), annotations
-
-
-def channel_statistics(shards: Shards) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel over all tokens of the split, fp64 [d]; sums were taken while
-    encoding."""
-    t, h, w, _ = shards.shape
-    tokens = sum(len(shard.clips) for shard in shards.files.values()) * t * h * w
-    mean, squares = torch.stack([shard.sums for shard in shards.files.values()]).sum(0) / tokens
-    return mean, (squares - mean.square()).clamp(min=0).sqrt()
-
-
-def read_batches(
-    batches: Iterable[list[ClipRequest]],
-    sampler,
-    annotations: Annotations,
-    shards: Shards,
-    threads: int,
-    prefetch: int,
-    device: torch.device,
-) -> Batches:
-    """Yield the batches with their latents `b t h w d` in host memory, pinned where `device` is CUDA."""
-
-    buffers = Buffers(shards.shape, shards.dtype, device)
-
-    def fill(draw: ClipRequest, slot: Tensor) -> None:
-        read_row(shards, draw.clip, slot)
-
-    for draws, latents, _ in filled_buffers(batches, sampler, buffers, fill, threads, prefetch):
-        yield ClipBatch.of(draws, annotations.labels, latents=latents)
-
-
-def read_row(shards: Shards, clip: int, out: Tensor) -> None:
-    """Read one clip's latents into `out` `t h w d`; the first time this process does, check them. Raises `UserError`
-    if they are not those that were written."""
-    path, row = shards.rows[clip]
-    buffer = memoryview(out.view(torch.int8).numpy()).cast("B")
-    start, done = shards.files[path].offset + row * shards.row_bytes, 0
+def read_row(path: Path, shard: Shard, row: int, out: Tensor) -> None:
+    """Read one clip's latents into `out` t h w d, by one `pread` without a copy. Raises `UserError` if the file is
+    missing or cut short."""
+    buffer, done = memoryview(raw_bytes(out)), 0
+    start = shard.offset + row * len(buffer)
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -257,53 +186,19 @@ def read_row(shards: Shards, clip: int, out: Tensor) -> None:
             done += count
     finally:
         os.close(descriptor)
-    if not shards.checked[clip]:
-        if checksum(out[None])[0] != shards.files[path].checksums[row]:
-            raise UserError(
-                f"{path}: row {row}: does not have the checksum it was written with; remove the file and encode again"
-            )
-        shards.checked[clip] = 1
 
 
-def _row_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    return torch.Size(shape).numel() * dtype.itemsize
-
-
-def _manifest_rows(manifest: str) -> Iterator[tuple[str, int, int, int]]:
-    """(path, label, shard, row) of each clip."""
-    if not is_shards(manifest):
-        raise UserError(f"{manifest}: is no manifest of shards ({','.join(COLUMNS)}); encode both splits in one format")
-    with open(manifest, newline="", encoding="utf-8") as lines:
-        for number, cells in enumerate(islice(csv.reader(lines), 1, None), start=2):
-            if len(cells) != len(COLUMNS) or not all(cell.isdecimal() for cell in cells[1:]):
-                raise UserError(
-                    f"{manifest}: row {number}: expected {','.join(COLUMNS)}, got {','.join(cells)!r}; encode again"
-                )
-            yield cells[0], int(cells[1]), int(cells[2]), int(cells[3])
-
-
-def _compare(manifest: str, about: dict, config: Config) -> None:
-    """Refuse latents that the configuration's encoder would not give."""
-    model = config.model
-    wanted = identity(
-        config, model.num_context_latents, model.num_target_latents or about["model"].get("num_target_latents")
-    )
-    changed = differences({key: about.get(key) for key in wanted}, wanted)
-    if changed:
+def check_row(path: Path, shard: Shard, row: int, latents: Tensor) -> None:
+    """Raise `UserError` if latents t h w d, read from a row, are not those that were written."""
+    if checksum(raw_bytes(latents)) != shard.checksums[row]:
         raise UserError(
-            f"{manifest}: its latents were encoded otherwise than configured ({'; '.join(changed)}): encode again "
-            "or change the key"
+            f"{path}: row {row}: does not have the checksum it was written with; remove the file and encode again"
         )
 
 
-def _kind(shard: Shard) -> dict:
-    """What all shards of a split have in common."""
-    return shard.identity | {"latents": list(shard.shape), "dtype": shard.dtype}
-
-
 def _layout(path: Path) -> tuple[tuple[int, int, int, int], torch.dtype, int]:
-    """Shape of a row, type and offset of `latents` in a file: safetensors is a length, a JSON header, then the
-    tensors."""
+    """Shape of a row, dtype, and offset of `latents` in a file. A safetensors file is the length of its header, the
+    header in JSON, then the tensors."""
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         entry = json.loads(file.read(size))["latents"]

@@ -1,13 +1,12 @@
-"""Which clip stands where: annotation files, and the order in which training and validation read them.
+"""The order in which clips are read, and what a batch of them holds.
 
-Training is one endless stream of samples. Sample s of the stream is clip permutation(seed, s // N)[s % N], so every
-clip comes exactly once an epoch, batches straddle epochs, and resuming needs nothing but the step. A clip that can't
-be read is replaced by attempt 1, 2, … at the same place, which takes the next clips of the permutation: the same
-replacement on every machine. In validation it is not: its place is marked invalid.
+Training is one endless stream of samples. Sample s is clip permutation(seed, s // N)[s % N] of N clips: every clip
+comes once an epoch, batches straddle epochs, and resuming needs only the step. If a clip can't be read, attempt 1, 2, …
+at the same sample takes the next clip of the permutation, which is the same on every machine. Validation has no
+replacements: an unreadable clip is marked invalid.
 """
 
-import logging
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -15,13 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class BatchShare:
-    """A process among the others. `batch_size` counts the samples of one update over all processes and accumulation
-    steps."""
+    """This process's share of each global batch. `batch_size` is the number of samples of one update, over all
+    processes and accumulation steps."""
 
     rank: int
     world_size: int
@@ -30,117 +27,128 @@ class BatchShare:
 
     @property
     def accumulation_steps(self) -> int:
-        """Micro batches of one process in one update."""
+        """Micro-batches of one process in one update."""
         return self.batch_size // (self.micro_batch_size * self.world_size)
 
 
 @dataclass(frozen=True)
 class ClipRequest:
-    """What attempt `attempt` at `sample` reads: a row of the CSV, and where in the clip to start."""
+    """One clip to be read for sample `sample`: its index in the split, and where in the file to start."""
 
     sample: int
     attempt: int
     clip: int
-    uniform: float  # in [0, 1), for random starts
+    uniform: float  # in [0, 1): where a random start falls
     valid: bool
 
 
 @dataclass
 class ClipBatch:
-    """One micro batch. Either `video` or `latents` is there."""
+    """One micro-batch with either `video` or `latents`. It stays as it is for as long as it is held, unless it is
+    released."""
 
     label: Tensor  # int64 b
-    clip: Tensor  # int64 b, row in the CSV
-    sample: Tensor  # int64 b, place in the stream; in validation the row asked for
-    valid: Tensor  # bool b; False where validation is filled up or its clip could not be read, and its frames are black
+    clip: Tensor  # int64 b: index in the split
+    sample: Tensor  # int64 b: index in the training stream; in validation, the clip that was asked for
+    valid: Tensor  # bool b; False for padding and for unreadable clips of validation, whose frames are zero
     video: Tensor | None = None  # uint8 b f h w c
     latents: Tensor | None = None  # b t h w d
-    centres: Tensor | None = None  # fp32 b f 2 2: where drawn shapes are, (x, y) in pixels of their canvas
-    skipped: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of the clips that could not be read
+    centres: Tensor | None = None  # fp32 b f 2 2: centres of drawn shapes, (x, y) in pixels of the canvas
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of unreadable clips
+    on_release: Callable[[], None] | None = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, draws: list[ClipRequest], labels: list[int], **content) -> "ClipBatch":
-        """The batch of some draws; labels: of all clips of the split; content: `video` or `latents`, and `skipped`."""
+    def of(cls, requests: list[ClipRequest], labels: list[int], **content) -> "ClipBatch":
+        """The batch of some requests. `labels` are those of all clips of the split, `content` the other fields."""
         return cls(
-            label=torch.tensor([labels[draw.clip] for draw in draws]),
-            clip=torch.tensor([draw.clip for draw in draws]),
-            sample=torch.tensor([draw.sample for draw in draws]),
-            valid=torch.tensor([draw.valid for draw in draws]),
+            label=torch.tensor([labels[request.clip] for request in requests]),
+            clip=torch.tensor([request.clip for request in requests]),
+            sample=torch.tensor([request.sample for request in requests]),
+            valid=torch.tensor([request.valid for request in requests]),
             **content,
         )
+
+    def release(self) -> None:
+        """Give the memory of `video` or `latents` to a later batch; neither they nor views of them may be used any
+        more. Batches of `prefetch_to_device` are released by it."""
+        if self.on_release:
+            self.on_release()
+            self.on_release = None
 
 
 Batches = Generator[ClipBatch, None, None]  # `close()` ends the threads that read ahead
 
 
 class TrainingSampler:
-    """The endless stream of one split; a pure function of (seed, sample, attempt)."""
+    """The endless training stream of a split of `size` clips; a pure function of (seed, sample, attempt)."""
 
-    replaces = True  # a clip that can't be read, by the next attempts
+    replaces = True  # an unreadable clip is replaced by the next attempt
 
     def __init__(self, size: int, seed: int):
         self.size = size
         self.permutation = lru_cache(maxsize=2)(lambda epoch: np.random.default_rng((seed, epoch)).permutation(size))
         self.seed = seed
 
-    def draw(self, sample: int, attempt: int = 0) -> ClipRequest:
-        """What stands at a place of the stream; later attempts are replacements."""
+    def request(self, sample: int, attempt: int = 0) -> ClipRequest:
+        """The clip of a sample; attempts above 0 are replacements."""
         clip = int(self.permutation(sample // self.size)[(sample + attempt) % self.size])
-        # 1: no permutation's entropy
+        # The trailing 1 keeps these numbers apart from those of the permutations.
         return ClipRequest(sample, attempt, clip, _uniform(self.seed, sample, attempt, 1), valid=True)
 
     def batches(self, first_step: int, share: BatchShare) -> Iterator[list[ClipRequest]]:
-        """The micro batches of one rank from `first_step` on: position = a * (m * w) + r * m + i in each global
-        batch."""
+        """The micro-batches of one rank from `first_step` on. Within a global batch, sample i of micro-batch a of rank
+        r has index a * (m * w) + r * m + i, with micro-batches of m samples and w ranks."""
         stride = share.micro_batch_size * share.world_size
         step = first_step
         while True:
             for accumulation in range(share.accumulation_steps):
                 first = step * share.batch_size + accumulation * stride + share.rank * share.micro_batch_size
-                yield [self.draw(sample) for sample in range(first, first + share.micro_batch_size)]
+                yield [self.request(sample) for sample in range(first, first + share.micro_batch_size)]
             step += 1
 
 
 class ValidationSampler:
-    """Clips 0 … size-1 in file order. The last batch is filled with the last clip, marked invalid, so that shapes
-    never change and every rank has the same number of batches."""
+    """Clips 0 to size - 1 in order. The last batch is padded with the last clip, marked invalid: batches have one
+    shape, and every rank has the same number of them."""
 
     replaces = False
 
     def __init__(self, size: int):
         self.size = size
 
-    def draw(self, sample: int) -> ClipRequest:
-        """The clip of a row; rows beyond the end are invalid."""
-        row = min(sample, self.size - 1)
-        return ClipRequest(sample, 0, row, _uniform(row, 0), valid=sample < self.size)
+    def request(self, sample: int) -> ClipRequest:
+        """The clip with index `sample`; an invalid one past the end."""
+        clip = min(sample, self.size - 1)
+        return ClipRequest(sample, 0, clip, _uniform(clip, 0), valid=sample < self.size)
 
     def batches(self, share: BatchShare, batch_size: int) -> Iterator[list[ClipRequest]]:
-        """The batches of one rank, each of `batch_size` draws."""
+        """The batches of one rank, of `batch_size` requests each."""
         for first in range(0, self.size, batch_size * share.world_size):
             start = first + share.rank * batch_size
-            yield [self.draw(sample) for sample in range(start, start + batch_size)]
+            yield [self.request(sample) for sample in range(start, start + batch_size)]
 
     def chosen(self, groups: Iterable[Iterable[int]], batch_size: int) -> Iterator[list[ClipRequest]]:
-        """The clips of each group; the last batch of a group is filled up as above."""
+        """The clips of each group in batches of `batch_size`; the last batch of a group is padded."""
         for group in groups:
             clips = list(group)
             for first in range(0, len(clips), batch_size):
                 part = clips[first : first + batch_size]
-                yield [self.draw(clip) for clip in part + [self.size] * (batch_size - len(part))]
+                yield [self.request(clip) for clip in part + [self.size] * (batch_size - len(part))]
+
+
+Sampler = TrainingSampler | ValidationSampler
 
 
 @dataclass(frozen=True)
 class FrameSampling:
-    """The frames taken from a file: `n_frames` at distance `stride`, placed by `start` ("first", "random" or
-    "center")."""
+    """Which frames of a file are read: `n_frames`, `stride` apart; `start` is "first", "random" or "center"."""
 
     n_frames: int
     stride: int
     start: str
 
     def start_frame(self, length: int, uniform: float) -> int:
-        """First frame in a file of `length` frames; 0 where the file is shorter than the window."""
+        """Index of the first frame in a file of `length` frames; 0 if the file is shorter than the span."""
         span = (self.n_frames - 1) * self.stride + 1
         slack = max(length - span, 0)
         return {"first": 0, "center": slack // 2, "random": int(uniform * (slack + 1))}[self.start]
@@ -152,5 +160,5 @@ class FrameSampling:
 
 
 def _uniform(*entropy: int) -> float:
-    """A number in [0, 1) that is a pure function of its arguments."""
+    """A number in [0, 1), a pure function of its arguments."""
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 11) / 2**53

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from flperf.config import Engine, Trainer
+from flperf.data.loader import cores_per_process
 from flperf.data.samplers import BatchShare
 from flperf.engine.devices import peak_flops
 from flperf.errors import UserError
@@ -42,11 +43,7 @@ def start_process(timeout: float = Engine.timeout) -> Process:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        # torchrun's name for it, then DeepSpeed's.
-        local_world_size = int(
-            os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
-        )
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+        torch.set_num_threads(cores_per_process())
     deepspeed.utils.logger.setLevel("WARNING")
     # On a CPU DeepSpeed would first compile, for a minute or more, a shared-memory all-reduce that only its inference
     # uses.

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flperf.data.prefetch import BadClip
+from flperf.data.unreadable import BadClip
 from flperf.errors import UserError
 from flperf.evaluation.visualise import Example, write_example
 from flperf.files import atomic_file

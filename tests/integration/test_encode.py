@@ -14,6 +14,7 @@ from runs import ROOT, launch
 
 from flperf.config import load_config
 from flperf.data import latent_shards, open_dataset
+from flperf.data.shard_cache import open_shards
 from flperf.engine.compile_cache import CACHE_VARIABLES
 from flperf.errors import UserError
 
@@ -106,7 +107,7 @@ def encoded(demo):
 def test_a_kill_loses_and_doubles_no_clip(encoded):
     folder, left = encoded
     assert 2 <= len(left) < 12, "the first start was to be killed in between"
-    shards, annotations = latent_shards.open_shards(
+    shards, annotations = open_shards(
         str(folder / "latents/train/manifest.csv"), load_config(folder / "cached.yaml"), None
     )
     videos = open_dataset(load_config(folder / "video.yaml"), _preprocessing(folder), 0).splits["train"]
@@ -122,18 +123,13 @@ def test_cached_latents_are_the_encoders(encoded):
     config = load_config(folder / "video.yaml")
     dataset = open_dataset(config, _preprocessing(folder), 0)
     encoder = build_encoder(config.backbone, _preprocessing(folder), dtype=torch.float32, device=CPU, compile=False)
-    shards, _ = latent_shards.open_shards(
-        str(folder / "latents/train/manifest.csv"), load_config(folder / "cached.yaml"), None
-    )
+    cache = open_dataset(load_config(folder / "cached.yaml"), None, 0)
     batch = next(dataset.chosen_batches([[0, 1, 2, 4]], 4, "train", CPU))
     latents = torch.cat(
         encode_clip(encoder, batch.video, latent_geometry(config, *encoder.latent_shape(8)), "split"), dim=1
     )
-    # clip 3 of the cache is row 4 of the CSV
-    for row, (clip, expected) in enumerate(zip([0, 1, 2, 3], latents, strict=True)):
-        out = torch.empty(shards.shape, dtype=shards.dtype)
-        latent_shards.read_row(shards, clip, out)
-        torch.testing.assert_close(out.float(), expected, rtol=2**-8, atol=1e-5, msg=f"clip {row}")
+    cached = next(cache.chosen_batches([[0, 1, 2, 3]], 4, "train", CPU))  # clip 3 of the cache is row 4 of the CSV
+    torch.testing.assert_close(cached.latents.float(), latents, rtol=2**-8, atol=1e-5)
 
 
 def test_training_from_the_cache(encoded):

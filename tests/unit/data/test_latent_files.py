@@ -5,7 +5,7 @@ import torch
 
 from flperf.config import Config, Dataset
 from flperf.data import BatchShare, open_dataset
-from flperf.data.latent_files import _load as load
+from flperf.data.latent_files import read_latents
 from flperf.errors import UserError
 
 CPU = torch.device("cpu")
@@ -74,8 +74,8 @@ def test_an_empty_manifest_is_named(manifest):
 @pytest.mark.parametrize(
     "content,message",
     [
-        (None, "there is no such file"),
-        (b"no tensor", "no tensor that torch.load can read"),
+        (None, "does not exist"),
+        (b"no tensor", "is not a tensor that torch.load can read"),
         (torch.zeros(6, 4, 3), r"must be one tensor d t h w, not \[6, 4, 3\]"),
         (torch.zeros(6, 8, 3, 2), r"are \[8, 3, 2, 6\] .*but .*clip 0.pt is \[4, 3, 2, 6\]"),
         ({"latents": 1}, "must be one tensor"),
@@ -100,12 +100,12 @@ def test_a_bad_file_is_one_clear_line(manifest, content, message):
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_a_file_cut_anywhere_is_named(manifest, zipped):
-    """What torch.load raises depends on where it ends; some of its errors say nothing."""
+    """What torch.load raises depends on where the file ends; some of its errors have no text."""
     file = manifest.parent / "clip 3.pt"
     torch.save(torch.zeros(6, 4, 3, 2), file, _use_new_zipfile_serialization=zipped)
     whole = file.read_bytes()
     for length in range(0, len(whole) - 1, max(1, len(whole) // 60)):
         file.write_bytes(whole[:length])
-        with pytest.raises(UserError, match="clip 3.pt: is no tensor that torch.load can read: .") as caught:
-            load(str(file))
+        with pytest.raises(UserError, match="clip 3.pt: is not a tensor that torch.load can read: .") as caught:
+            read_latents(str(file))
         assert "\n" not in str(caught.value)

@@ -1,4 +1,6 @@
-"""Copies to the device: the same batches in the same order, and an end to the threads behind them."""
+"""Copies to the device: the same batches in the same order, their memory, and the end of the threads behind them."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -8,13 +10,16 @@ from flperf.data.samplers import ClipBatch
 
 
 class Source:
-    """Three batches of latents, as a generator that knows whether it was closed."""
+    """Three batches of latents, as a generator that records whether it was closed, and which batches were released."""
 
     def __init__(self, pinned: bool):
         index = torch.arange(2)
         latents = [torch.full((2, 8, 16, 16, 256), float(i), pin_memory=pinned) for i in range(3)]
-        self.batches = [ClipBatch(index, index, index + i, index >= 0, latents=x) for i, x in enumerate(latents)]
-        self.closed = False
+        self.closed, self.released = False, []
+        self.batches = [
+            ClipBatch(index, index, index + i, index >= 0, latents=x, on_release=partial(self.released.append, i))
+            for i, x in enumerate(latents)
+        ]
 
     def read(self):
         try:
@@ -23,11 +28,11 @@ class Source:
             self.closed = True
 
 
-def test_on_a_cpu_batches_pass_untouched():
+def test_on_a_cpu_batches_pass_as_they_are_and_are_released_when_the_next_is_asked_for():
     source = Source(pinned=False)
-    assert all(
-        a is b for a, b in zip(prefetch_to_device(source.read(), torch.device("cpu")), source.batches, strict=True)
-    )
+    for number, batch in enumerate(prefetch_to_device(source.read(), torch.device("cpu"))):
+        assert batch is source.batches[number] and source.released == list(range(number))
+    assert source.released == [0, 1, 2]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -33,7 +33,7 @@ def test_every_clip_comes_once_an_epoch(size, batch_size):
 
 def test_epochs_and_seeds_differ():
     def epoch(seed, number):
-        return [TrainingSampler(50, seed).draw(sample).clip for sample in range(50 * number, 50 * number + 50)]
+        return [TrainingSampler(50, seed).request(sample).clip for sample in range(50 * number, 50 * number + 50)]
 
     assert epoch(0, 0) != epoch(0, 1) != epoch(1, 1)
 
@@ -57,13 +57,13 @@ def test_resuming_needs_only_the_step():
 
 def test_attempts_take_the_next_clips_of_the_same_epoch():
     sampler = TrainingSampler(7, 0)
-    epoch = [sampler.draw(sample).clip for sample in range(7)]
-    assert [sampler.draw(5, attempt).clip for attempt in range(8)] == [epoch[(5 + a) % 7] for a in range(8)]
-    assert len({sampler.draw(5, attempt).uniform for attempt in range(8)}) == 8
+    epoch = [sampler.request(sample).clip for sample in range(7)]
+    assert [sampler.request(5, attempt).clip for attempt in range(8)] == [epoch[(5 + a) % 7] for a in range(8)]
+    assert len({sampler.request(5, attempt).uniform for attempt in range(8)}) == 8
 
 
 def test_start_numbers_are_uniform():
-    numbers = torch.tensor([TrainingSampler(10, 0).draw(sample).uniform for sample in range(4000)])
+    numbers = torch.tensor([TrainingSampler(10, 0).request(sample).uniform for sample in range(4000)])
     assert numbers.min() >= 0 and numbers.max() < 1
     assert abs(numbers.mean() - 0.5) < 4 * (1 / 12 / 4000) ** 0.5  # four standard errors
 
@@ -111,7 +111,7 @@ def test_a_clip_named_twice_is_kept_once_and_counted(tmp_path, caplog):
         1,
         0,
     ]
-    assert "a.csv: 2 rows name a clip again" in caplog.text
+    assert "a.csv: 2 rows repeat a clip" in caplog.text
 
 
 def test_a_byte_order_mark_and_spare_spaces_are_no_part_of_a_path(tmp_path):
@@ -127,9 +127,9 @@ def test_a_byte_order_mark_and_spare_spaces_are_no_part_of_a_path(tmp_path):
 )
 def test_what_is_no_utf8_is_said(tmp_path, content):
     (tmp_path / "a.csv").write_bytes(content)
-    with pytest.raises(UserError, match=r"a\.csv: is no text in UTF-8; .* dataset\.train"):
+    with pytest.raises(UserError, match=r"a\.csv: is not UTF-8 text; .* dataset\.train"):
         read_annotations(str(tmp_path / "a.csv"), "dataset.train", None)
-    with pytest.raises(UserError, match=r"a\.csv: is no text in UTF-8; .* dataset\.labels"):
+    with pytest.raises(UserError, match=r"a\.csv: is not UTF-8 text; .* dataset\.labels"):
         read_labels(str(tmp_path / "a.csv"), [Annotations([], [])])
 
 

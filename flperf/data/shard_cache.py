@@ -1,0 +1,134 @@
+"""A dataset of cached latents in the shards that `flperf encode` writes (see `latent_shards`)."""
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flperf.config import Config, differences
+from flperf.data.annotations import Annotations, existing_file, read_labels
+from flperf.data.dataset import Dataset, load_with
+from flperf.data.latent_shards import COLUMNS, Shard, check_row, identity, is_shards, open_shard, read_row, shard_path
+from flperf.data.loader import Reader
+from flperf.data.samplers import ClipRequest
+from flperf.errors import UserError
+
+
+@dataclass(frozen=True)
+class Shards:
+    """One split of a cache."""
+
+    files: dict[Path, Shard]
+    rows: list[tuple[Path, int]]  # shard and row of each clip
+    shape: tuple[int, int, int, int]  # t h w d, of every shard
+    dtype: torch.dtype
+
+
+def open_shard_dataset(config: Config, seed: int) -> Dataset:
+    """The splits whose manifests `config.dataset` names, with statistics of the training split's channels."""
+    dataset = config.dataset
+    caches = {"train": open_shards(dataset.train, config, dataset.limit)}
+    if dataset.validation:
+        manifest = existing_file(dataset.validation, "dataset.validation", "the manifest.csv that flperf encode wrote")
+        caches["validation"] = open_shards(manifest, config, dataset.limit)
+    splits = {"validation": Annotations([], [])} | {split: annotations for split, (_, annotations) in caches.items()}
+    read_labels(dataset.labels, list(splits.values()))  # raises if it is incomplete
+    readers = {split: ShardReader(shards) for split, (shards, _) in caches.items()}
+    load = load_with(lambda split, *_: readers[split], splits, dataset)
+    train = caches["train"][0]
+    return Dataset(splits, load, seed, latent_shape=train.shape, channel_statistics=channel_statistics(train))
+
+
+class ShardReader(Reader):
+    """Reads latents `t h w d`, and checks each row the first time that this process reads it."""
+
+    field = "latents"
+
+    def __init__(self, shards: Shards):
+        self.shards, self.shape, self.dtype = shards, shards.shape, shards.dtype
+        self.checked = bytearray(len(shards.rows))  # 1 once a clip's checksum was right
+
+    def read(self, request: ClipRequest, slot: Tensor) -> None:
+        path, row = self.shards.rows[request.clip]
+        shard = self.shards.files[path]
+        read_row(path, shard, row, slot)
+        if not self.checked[request.clip]:
+            check_row(path, shard, row, slot)
+            self.checked[request.clip] = 1
+
+
+def open_shards(manifest: str, config: Config, limit: int | None) -> tuple[Shards, Annotations]:
+    """Open the first `limit` clips of a split by its manifest.
+
+    Raises `UserError` if a row or a shard can't be used, if shards differ, or if their encoding is not the configured
+    one.
+    """
+    rows = list(islice(_manifest_rows(manifest), limit))
+    if not rows:
+        raise UserError(f"{manifest}: holds no clips")
+    positions = [(shard_path(Path(manifest).parent, shard), row) for _, _, shard, row in rows]
+    files = {path: open_shard(path) for path in dict.fromkeys(path for path, _ in positions)}
+    for number, (path, row) in enumerate(positions, start=2):  # row 1 is the header
+        if row >= len(files[path].clips):
+            raise UserError(
+                f"{manifest}: row {number}: names row {row} of {path.name}, which has {len(files[path].clips)}; "
+                "encode again"
+            )
+    first_path, first = next(iter(files.items()))
+    _check_identity(manifest, first.identity, config)
+    for path, shard in files.items():
+        changed = differences(_kind(first), _kind(shard))
+        if changed:
+            raise UserError(
+                f"{path}: was encoded differently from {first_path.name} ({'; '.join(changed)}); encode into a folder "
+                "of its own"
+            )
+    annotations = Annotations([path for path, *_ in rows], [label for _, label, *_ in rows])
+    return Shards(files, positions, first.shape, first.dtype), annotations
+
+
+def channel_statistics(shards: Shards) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel over all tokens of the split, fp64 [d], from the sums that were taken
+    while encoding."""
+    t, h, w, _ = shards.shape
+    tokens = sum(len(shard.clips) for shard in shards.files.values()) * t * h * w
+    mean, squares = torch.stack([shard.sums for shard in shards.files.values()]).sum(0) / tokens
+    return mean, (squares - mean.square()).clamp(min=0).sqrt()
+
+
+def _manifest_rows(manifest: str) -> Iterator[tuple[str, int, int, int]]:
+    """(path, label, shard, row) of each clip."""
+    if not is_shards(manifest):
+        raise UserError(
+            f"{manifest}: is not a manifest of shards ({','.join(COLUMNS)}); encode both splits in one format"
+        )
+    with open(manifest, newline="", encoding="utf-8") as lines:
+        for number, cells in enumerate(islice(csv.reader(lines), 1, None), start=2):
+            if len(cells) != len(COLUMNS) or not all(cell.isdecimal() for cell in cells[1:]):
+                raise UserError(
+                    f"{manifest}: row {number}: expected {','.join(COLUMNS)}, got {','.join(cells)!r}; encode again"
+                )
+            yield cells[0], int(cells[1]), int(cells[2]), int(cells[3])
+
+
+def _check_identity(manifest: str, about: dict, config: Config) -> None:
+    """Raise `UserError` for latents that the configuration's encoder would not give."""
+    model = config.model
+    wanted = identity(
+        config, model.num_context_latents, model.num_target_latents or about["model"].get("num_target_latents")
+    )
+    changed = differences({key: about.get(key) for key in wanted}, wanted)
+    if changed:
+        raise UserError(
+            f"{manifest}: its latents were encoded with another configuration ({'; '.join(changed)}): encode again or "
+            "change the key"
+        )
+
+
+def _kind(shard: Shard) -> dict:
+    """What all shards of a split have in common."""
+    return shard.identity | {"latents": list(shard.shape), "dtype": shard.dtype}

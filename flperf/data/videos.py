@@ -1,0 +1,73 @@
+"""A dataset of video files: a Kinetics CSV or an index of one. Decoders are imported when batches are asked for, since
+DALI alone takes a second to load."""
+
+from pathlib import Path
+
+import torch
+
+from flperf.config import Config
+from flperf.config import Dataset as DatasetConfig
+from flperf.data.annotations import CLIPS_FILE, LABELS_FILE, Annotations, existing_file, read_annotations, read_labels
+from flperf.data.dataset import Dataset, load_with, read_splits
+from flperf.data.loader import Reader
+from flperf.data.preprocessing import Preprocessing
+from flperf.data.samplers import FrameSampling
+
+NVDEC_PIPELINES = 4  # clips that NVDEC decodes at a time, beside PyAV; an H100 has seven decoders, an A100 five
+
+
+def open_videos(config: Config, preprocessing: Preprocessing, seed: int) -> Dataset:
+    """The splits whose CSV files `config.dataset` names."""
+    dataset = config.dataset
+    splits = read_splits(dataset, lambda file, key: _read_clips(file, key, dataset.limit))
+    read_labels(dataset.labels, list(splits.values()))  # raises if it is incomplete
+    starts = {"train": dataset.start, "validation": dataset.validation_start}
+
+    def open_split(split: str, device: torch.device, training: bool) -> Reader:
+        frame_sampling = FrameSampling(dataset.n_frames, dataset.stride, starts[split])
+        return open_reader(dataset.decoder, splits[split].paths, frame_sampling, preprocessing, device, training)
+
+    return Dataset(splits, load_with(open_split, splits, dataset), seed, frame_rate=_frame_rate)
+
+
+def check_files(dataset: DatasetConfig) -> None:
+    """Raise `UserError` if a file of annotations does not exist."""
+    existing_file(dataset.train, "dataset.train", CLIPS_FILE)
+    for key, what in (("validation", CLIPS_FILE), ("labels", LABELS_FILE)):
+        if getattr(dataset, key):
+            existing_file(getattr(dataset, key), f"dataset.{key}", what)
+
+
+def open_reader(
+    decoder: str,
+    paths: list[str],
+    frame_sampling: FrameSampling,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    training: bool,
+) -> Reader:
+    """The reader of `dataset.decoder`. "auto" is PyAV, and for training on a GPU both: which of them decodes a clip is
+    then a matter of timing, on which no other result should depend."""
+    if decoder == "dali" or (decoder == "auto" and device.type == "cuda" and training):
+        from flperf.data.dali import DaliReader
+
+        pipelines = None if decoder == "dali" else NVDEC_PIPELINES
+        return DaliReader(paths, frame_sampling, preprocessing, device, pipelines)
+    from flperf.data.pyav import PyAVReader
+
+    return PyAVReader(paths, frame_sampling, preprocessing)
+
+
+def _read_clips(file: str | None, key: str, limit: int | None) -> Annotations:
+    if file is not None and Path(file).is_file():
+        from flperf.data import index
+
+        if index.is_index(file):
+            return index.read_index(file, limit)
+    return read_annotations(file, key, limit)
+
+
+def _frame_rate(path: str) -> float:
+    from flperf.data.pyav import frame_rate
+
+    return frame_rate(path)
