@@ -100,8 +100,8 @@ def test_reading_goes_on_without_leaks_and_is_the_same_every_time(corpus):
     assert len(os.listdir("/proc/self/fd")) <= handles + 2
     skipped = [path for _, clips in seen for path, _ in clips]
     assert skipped and all("cut" in path or "flipped" in path for path in skipped)  # no undamaged file is missing
-    for batch, before in zip(read(corpus, len(corpus)), seen, strict=False):
-        assert (batch.clip.tolist(), batch.skipped) == before
+    for batch, expected in zip(read(corpus, len(corpus)), seen, strict=False):
+        assert (batch.clip.tolist(), batch.skipped) == expected
 
 
 @pytest.mark.parametrize("reader", [pyav, index])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flperf.config import Backbone, Config, Dataset
-from flperf.data import DATASETS, BatchShare, Preprocessing, demo, open_dataset, prepare_dataset
+from flperf.data import BatchShare, Preprocessing, demo, open_dataset, prepare_dataset
 from flperf.data.annotations import read_labels
 from flperf.errors import UserError
 
@@ -87,14 +87,6 @@ def test_foreign_folders_are_left_alone(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="exists but has no train.csv of the demo"):
         prepare_dataset(demo_config(tmp_path / "demo"))
     assert (tmp_path / "demo" / "thesis.txt").read_text() == "mine"
-
-
-def test_kinds_are_looked_up():
-    with pytest.raises(UserError, match="dataset.kind: 'kinetics' is none of kinetics_400, "):
-        open_dataset(Config(dataset=Dataset(kind="kinetics")), PREPROCESSING, 0)
-    for kind in DATASETS.keys() - {"bouncing_shapes"}:
-        with pytest.raises(UserError, match="dataset.train: "):
-            open_dataset(Config(dataset=Dataset(kind=kind)), PREPROCESSING, 0)
 
 
 def test_labels_must_name_every_class(folder, tmp_path):

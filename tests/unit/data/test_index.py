@@ -17,14 +17,14 @@ GOOD = ["h264.mp4", "vp9.webm", "mjpeg.avi", "h264.ts"]
 
 @pytest.fixture
 def annotated(videos, tmp_path):
-    """A CSV beside the videos' folder, naming good and broken files."""
+    """A CSV beside the videos' folder that names good and broken files."""
     file = tmp_path / "clips with spaces.csv"
     (tmp_path / "my videos").symlink_to(videos)
-    file.write_text("".join(f"my videos/{name} {place % 2}\n" for place, name in enumerate([*GOOD, *BROKEN])))
+    file.write_text("".join(f"my videos/{name} {row % 2}\n" for row, name in enumerate([*GOOD, *BROKEN])))
     return file
 
 
-def test_facts_and_faults(annotated, tmp_path, decode_all, videos):
+def test_an_index_has_the_properties_of_good_files_and_the_errors_of_others(annotated, tmp_path, decode_all, videos):
     rows = index.write_index(str(annotated), None, str(tmp_path / "out" / "index.csv"))
     assert [row.path.rpartition("/")[2] for row in rows] == [*GOOD, *BROKEN]  # in the order of the CSV
     for row in rows[: len(GOOD)]:
@@ -97,7 +97,7 @@ def test_only_files_are_opened(videos, tmp_path, monkeypatch):
     assert [row.error for row in rows] == ["", "is not a file (OSError)"]
 
 
-def test_mistaken_options_are_said(annotated, tmp_path):
+def test_mistaken_options_are_named(annotated, tmp_path):
     csv_file, good = str(annotated), str(tmp_path / "index.csv")
     text = annotated.read_text()
     for source, labels, out, threads, message in [

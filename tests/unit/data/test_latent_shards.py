@@ -122,7 +122,7 @@ def rewrite(path, about=None, **tensors):
     save_file(kept, path, metadata={"identity": json.dumps(about)})
 
 
-NO_SHARDS = {
+DAMAGES = {
     "nothing": lambda path: path.write_bytes(b""),
     "garbage": lambda path: path.write_bytes(b"nothing of the kind" * 100),
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
@@ -135,12 +135,11 @@ NO_SHARDS = {
 }
 
 
-@pytest.mark.parametrize("number", [0, 1])
-@pytest.mark.parametrize("fault", NO_SHARDS)
-def test_what_is_no_shard_is_refused(cache, number, fault):
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_shard_is_named(cache, damage):
     folder, _ = cache
-    NO_SHARDS[fault](latent_shards.shard_path(folder, number))
-    with pytest.raises(UserError, match=f"shard_0000{number}.safetensors: is not a shard of cached latents") as caught:
+    DAMAGES[damage](latent_shards.shard_path(folder, 1))
+    with pytest.raises(UserError, match="shard_00001.safetensors: is not a shard of cached latents") as caught:
         open_dataset(configuration(folder), None, 0)
     assert "\n" not in str(caught.value)
 

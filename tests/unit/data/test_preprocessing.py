@@ -1,4 +1,4 @@
-"""The rules of the Hugging Face processors, checked against their statement in transformers and against plain torch."""
+"""The preprocessing of the Hugging Face processors, compared with transformers and with plain torch."""
 
 import json
 from types import SimpleNamespace
@@ -30,19 +30,23 @@ def plain(preprocessing: Preprocessing, frames: torch.Tensor) -> torch.Tensor:
     return resized[:, :, top : top + height, left : left + width].permute(0, 2, 3, 1)
 
 
-@pytest.mark.parametrize("size", SIZES)
+def noise(frames: int, height: int, width: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (frames, height, width, 3), dtype=np.uint8))
+
+
 @pytest.mark.parametrize("backbone", RULES, ids=lambda b: f"{b.kind}{b.architecture}")
-def test_frames_are_those_of_the_plain_way_bit_for_bit(backbone, size):
+def test_frames_are_those_of_plain_torch_bit_for_bit(backbone):
     preprocessing = Preprocessing.of(backbone)
-    frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, *size, 3), dtype=np.uint8))
-    assert torch.equal(preprocessing.apply(frames), plain(preprocessing, frames))
+    for size in SIZES:
+        frames = noise(2, *size)
+        assert torch.equal(preprocessing.apply(frames), plain(preprocessing, frames)), size
 
 
 def test_random_sizes_bit_for_bit():
     random, preprocessing = np.random.default_rng(1), Preprocessing.of(Backbone(architecture={"crop_size": 56}))
     for _ in range(100):
         height, width = random.integers(20, 200, 2)
-        frames = torch.from_numpy(random.integers(0, 256, (1, height, width, 3), dtype=np.uint8))
+        frames = noise(1, height, width)
         assert torch.equal(preprocessing.apply(frames), plain(preprocessing, frames)), (height, width)
 
 
@@ -60,20 +64,20 @@ def test_sizes_and_offsets_are_those_of_transformers(size, monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("size", [(96, 130), (130, 74), (256, 340), (60, 60), (57, 133), (30, 300), (1080, 1920)])
 @pytest.mark.parametrize("backbone", [*RULES, Backbone(kind="4ds")], ids=lambda b: f"{b.kind}{b.architecture}")
-def test_what_a_gpu_computes_is_within_one_level(backbone, size, device):
-    """It resizes in fp32, in which a CPU can, too; the processor resizes bytes. At the frame's edges as well."""
+def test_a_gpus_frames_are_within_one_level(backbone, device):
+    """A GPU resizes in fp32, and so does a CPU here; the processor resizes bytes. Edges of the frame are included."""
     preprocessing = Preprocessing.of(backbone)
-    frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, *size, 3), dtype=np.uint8))
-    of_gpu = preprocessing.apply(frames.float() if device == "cpu" else frames.to(device)).cpu()
-    assert torch.equal(of_gpu, of_gpu.round())
-    assert (of_gpu - preprocessing.apply(frames)).abs().max() <= 1
+    for size in [(96, 130), (130, 74), (256, 340), (60, 60), (57, 133), (30, 300), (1080, 1920)]:
+        frames = noise(2, *size)
+        resized = preprocessing.apply(frames.float() if device == "cpu" else frames.to(device)).cpu()
+        assert torch.equal(resized, resized.round())
+        assert (resized - preprocessing.apply(frames)).abs().max() <= 1, size
 
 
 def test_dinov3_in_bytes_is_within_rounding_of_its_float_path():
     preprocessing = Preprocessing.of(Backbone(kind="dinov3"))
-    frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 256, 340, 3), dtype=np.uint8))
+    frames = noise(1, 256, 340)
     exact = F.interpolate(frames.permute(0, 3, 1, 2).float(), size=(224, 224), mode="bilinear", antialias=True)
     assert (preprocessing.apply(frames).permute(0, 3, 1, 2) - exact).abs().max() <= 1.0  # two roundings, one an axis
 
@@ -90,7 +94,7 @@ def test_the_stored_configuration_is_read(tmp_path, name):
     }
     (tmp_path / name).write_text(json.dumps({"video_processor": stored} if name == "processor_config.json" else stored))
     preprocessing = Preprocessing.of(Backbone(weights=str(tmp_path)))
-    # the processor ignores the size it is handed
+    # the processor ignores the size in its file
     assert preprocessing.crop == (384, 384) and preprocessing.resize == 438
     assert preprocessing.mean == (0.5, 0.5, 0.5) and preprocessing.std == (0.229, 0.224, 0.225)
     replaced = Preprocessing.of(Backbone(weights=str(tmp_path), processor={"crop_size": 224, "do_normalize": False}))
