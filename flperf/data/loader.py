@@ -60,18 +60,10 @@ def load_batches(
     threads += reader.extra_threads
     ahead = max(prefetch, -(-2 * threads // len(first)))
 
-    def read(slot: Tensor, request: ClipRequest) -> None:
-        with memory.writing():
-            try:
-                reader.read(request, slot)
-            except BadClip:
-                slot.zero_()
-                raise
-
     def submit(pool: ThreadPoolExecutor, batch: list[ClipRequest]):
         buffer = memory.take()
         tasks = [
-            pool.submit(read_or_replace, sampler, request, partial(read, slot))
+            pool.submit(read_or_replace, sampler, request, partial(_read, reader, memory, slot))
             for request, slot in zip(batch, buffer, strict=True)
         ]
         return buffer, tasks
@@ -84,6 +76,15 @@ def load_batches(
             unreadable.count(done, skipped)
             on_release = memory.hand_over(buffer)
             yield ClipBatch.of(done, labels, skipped=skipped, on_release=on_release, **{reader.field: buffer})
+
+
+def _read(reader: Reader, memory: "BatchMemory", slot: Tensor, request: ClipRequest) -> None:
+    with memory.writing():
+        try:
+            reader.read(request, slot)
+        except BadClip:
+            slot.zero_()
+            raise
 
 
 class BatchMemory:
