@@ -118,7 +118,9 @@ def test_decode(benchmark, record, tmp_path):
     normalise = compiled_normalisation(PREPROCESSING, torch.float32)
     beside = usual_ways | {"ours, normalised": lambda: ours(with_pyav(paths), normalise)}
     beside["ours, normalised"]()  # compiles; nothing else here has to
-    seconds = record(lambda: ours(with_pyav(paths)), "clips", BATCH * BATCHES, rounds=MIN_ROUNDS, warm=False, beside=beside)
+    seconds = record(
+        lambda: ours(with_pyav(paths)), "clips", BATCH * BATCHES, rounds=MIN_ROUNDS, warm=False, beside=beside
+    )
     benchmark.extra_info["normalised"] = record.ratios(
         {way: seconds[way] for way in ("ours, normalised", *usual_ways)}, "ours, normalised"
     )
