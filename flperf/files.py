@@ -1,5 +1,5 @@
-"""Files that are whole at any moment, whatever is killed and however full the disk; and safetensors files that say
-what they are."""
+"""Writes files atomically, so that a kill or a full disk leaves no half-written file, and reads safetensors files that
+name their format."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from flperf.errors import UserError
 
-if TYPE_CHECKING:  # commands that only look at files need not wait for torch
+if TYPE_CHECKING:  # some commands use files but not torch, which takes seconds to import
     import numpy as np
     import torch
     from torch import Tensor
@@ -19,8 +19,8 @@ if TYPE_CHECKING:  # commands that only look at files need not wait for torch
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Where to write what replaces `path` once it is on disk: complete or not at all. Raises `UserError` that names
-    the file."""
+    """Yields a path to write to. That file replaces `path` when it is on disk, or not at all. Raises `UserError` that
+    names the file."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     with writing(path):
         yield unfinished
@@ -31,13 +31,13 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file by `content`, on disk, or leave it as it was. Raises `UserError` that names the file."""
+    """Replace a file by `content`, or leave it as it was. Raises `UserError` that names the file."""
     with atomic_file(path) as unfinished:
         unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def sync_folder(folder: Path) -> None:
-    """Put a folder's names on disk."""
+    """Flush a folder's entries to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -47,13 +47,13 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an `OSError` inside into a `UserError` that names the file in question, by default `path`."""
+    """Turn an `OSError` in the context into a `UserError` that names its file, or `path` if it has none."""
     try:
         yield
     except OSError as error:
         raise UserError(
             f"{error.filename or path}: cannot be written: {error.strerror}; "
-            "mend that and start again: what was complete before is still there"
+            "fix that and start again; files that were complete before are intact"
         ) from error
 
 
@@ -68,14 +68,14 @@ def word_sum(content: "np.ndarray") -> int:
 def read_tensor_file(
     path: str | Path, file_format: str, writer: str, device: "torch.device"
 ) -> tuple[dict[str, "Tensor"], dict[str, str]]:
-    """Tensors by name and metadata of a file of `file_format`, which `writer` writes. Raises `UserError` that names
-    the file."""
+    """Tensors by name, and the metadata, of a file of format `file_format`, which `writer` writes. Raises `UserError`
+    that names the file."""
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: is not a safetensors file that can be read ({error})") from None
+        raise UserError(f"{path}: is not a readable safetensors file ({error})") from None
     if metadata.get("format") != file_format:
         raise UserError(
             f"{path}: was not written by `{writer}` (format {metadata.get('format')!r}, expected {file_format!r})"

@@ -1,9 +1,9 @@
-"""Save and resume a run, cheaply and at any number of processes and ZeRO stage.
+"""Saves a run in the background and resumes it at any number of processes and any ZeRO stage.
 
-Training is held up only while the state is copied to host memory; a thread writes that copy, one write at a time. The
-threads of all processes agree over a gloo group of their own, beside whatever training communicates, so `latest`
-moves only when every file is on disk, and a failed write is an error everywhere. Every process reads only what it
-holds.
+Training waits only while the state is copied to host memory; a thread then writes that copy, one write at a time. The
+threads of all processes communicate in a gloo group of their own, independently of training. `latest` therefore moves
+only when every file is on disk, and a write that fails on one process raises an error on all. When resuming, each
+process reads only the parts that it holds.
 """
 
 from collections.abc import Callable
@@ -14,17 +14,17 @@ from pathlib import Path
 from shutil import rmtree
 from typing import TypeVar
 
-import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
 from torch import Tensor
 from tqdm import tqdm
 
 from flperf.config import differences
 from flperf.engine import checkpoint_files as files
+from flperf.engine.deepspeed_internals import copy_masters_to_parameters, restore_counters
 from flperf.engine.sharded_state import (
     allocate_states,
-    copy_masters_to_parameters,
     held_fragments,
     optimizer_step,
     parameter_shapes,
@@ -37,41 +37,40 @@ T = TypeVar("T")
 
 
 class Checkpoints:
-    """The checkpoints of one run. All methods but `check` are called by all processes alike.
+    """The checkpoints of one run. All processes call every method, except `check`.
 
-    A write that failed in the background raises its `UserError`, which names the file, in the next call; the
-    checkpoints before it stay, and so does `latest`.
+    If a write in the background fails, the next call raises its `UserError`, which names the file. Earlier checkpoints
+    and `latest` stay as they were.
     """
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, folder: Path, keep: int):
+    def __init__(self, engine: DeepSpeedEngine, folder: Path, keep: int):
         self.engine, self.folder, self.keep = engine, folder, keep
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.group = dist.new_group(backend="gloo")
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.writing: Future | None = None
-        self.newest: int | None = None  # the step last read or completely written
-        self.host = torch.empty(0)  # the copy that is written; kept, because fresh memory costs as much as the copy
+        self.newest: int | None = None  # the step that was last read, or written completely
+        self.host = torch.empty(0)  # what the thread writes; reused, because allocating it takes as long as copying
 
     def resume(self) -> int:
-        """Load the newest undamaged checkpoint and return its step, 0 if the run has none. Raises `UserError` if all
-        are damaged."""
+        """Load the newest undamaged checkpoint and return its step, or 0 if there is no checkpoint. Raises `UserError`
+        if all are damaged."""
         problems = []
         for path in self._together(lambda: files.candidates(self.folder))[0]:
             found = [problem for problem in self._together(partial(self._problem, path)) if problem]
             if not found:
-                self._load(path, files.read_index(path))
-                return self.newest
+                return self._load(path, files.read_index(path))
             problems.append(found[0])
             if self.rank == 0:
-                print(f"{found[0]}: leaving {path.name} for the checkpoint before it", flush=True)
+                print(f"{found[0]}: skipping {path.name}, trying the checkpoint before it", flush=True)
         if problems:
             raise UserError(
-                f"no undamaged checkpoint is left ({'; '.join(problems)}): restore one, or start anew with --overwrite"
+                f"no undamaged checkpoint is left ({'; '.join(problems)}): restore one, or start over with --overwrite"
             )
         return 0
 
     def save(self, step: int) -> None:
-        """Copy the state after `step` updates to the host and write it beside training. Waits for the write before."""
+        """Copy the state after `step` updates to the host and start to write it. Waits for the previous write."""
         self.wait()
         if step == self.newest:
             return
@@ -88,25 +87,25 @@ class Checkpoints:
         self.writing = self.thread.submit(self._write, index, header)
 
     def check(self) -> None:
-        """Raise the error of a write that failed; never waits."""
+        """Raise the error of a failed write, without waiting for one in progress."""
         if self.writing is not None and self.writing.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the write in flight, if there is one."""
+        """Wait for the write in progress, if there is one."""
         writing, self.writing = self.writing, None
         if writing is not None:
             writing.result()
 
     def close(self) -> None:
-        """Wait for the write in flight and give back the thread and the group."""
+        """Wait for the write in progress, then end the thread and the process group."""
         self.wait()
         self.thread.shutdown()
         dist.destroy_process_group(self.group)
 
     def _copy_to_host(self) -> tuple[bytes, list[str]]:
-        """Fill `host` with what this process writes, in the order of the file; returns the file's header and the
-        names of the states."""
+        """Fill `host` with the fragments that this process writes, in the order of the file. Returns the header of the
+        file and the names of the states."""
         fragments = written_fragments(self.engine, self.rank, self.world_size)
         tensors = {
             f"{state}/{name}": tensor
@@ -116,15 +115,15 @@ class Checkpoints:
         lengths = {key: tensor.numel() for key, tensor in tensors.items()}
         if sum(lengths.values()) != self.host.numel():
             self.host = torch.empty(sum(lengths.values()), pin_memory=self.engine.device.type == "cuda")
-        for place, tensor in zip(self.host.split(list(lengths.values())), tensors.values(), strict=True):
-            place.copy_(tensor, non_blocking=True)
+        for target, tensor in zip(self.host.split(list(lengths.values())), tensors.values(), strict=True):
+            target.copy_(tensor, non_blocking=True)
         if self.engine.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         header = files.shard_header({name: fragment.start for name, fragment in fragments.items()}, lengths)
         return header, list(dict.fromkeys(key.partition("/")[0] for key in tensors))
 
     def _write(self, index: files.Index, header: bytes) -> None:
-        """In the thread: write `host`, and on the main process complete the checkpoint."""
+        """Runs in the thread: write `host`; on the main process also complete the checkpoint."""
         unfinished = files.unfinished_folder(self.folder, index.step)
         shard = unfinished / f"rank_{self.rank:05d}.safetensors"
         try:
@@ -134,18 +133,18 @@ class Checkpoints:
             self.newest = index.step
         except Exception:
             if self.rank == 0:
-                rmtree(unfinished, ignore_errors=True)  # a full disk is full for the logs too
+                rmtree(unfinished, ignore_errors=True)  # the logs may need the space
             raise
 
     def _on_main(self, work: Callable[[], None]) -> None:
         self._together(lambda: work() if self.rank == 0 else None)
 
     def _together(self, work: Callable[[], T]) -> list[T]:
-        """Do `work` on every process; returns the results of all, or raises on all if it raised on one."""
+        """Do `work` on every process and return the results of all. If it raises on one process, raise on all."""
         result, failure = None, None
         try:
             result = work()
-        except Exception as error:  # whatever it is: the others wait to hear of it
+        except Exception as error:  # of any kind, because the other processes wait for the result
             failure = error
         everyone: list = [None] * self.world_size
         dist.all_gather_object(everyone, (result, None if failure is None else str(failure)), group=self.group)
@@ -157,18 +156,18 @@ class Checkpoints:
         return [result for result, _ in everyone]
 
     def _problem(self, path: Path) -> str | None:
-        """What is wrong with this process's share of a checkpoint's files."""
+        """The damage in this process's share of a checkpoint's files, or None."""
         try:
             files.check(path, self.rank, self.world_size)
         except files.Damaged as damage:
             return str(damage)
         return None
 
-    def _load(self, path: Path, index: files.Index) -> None:
+    def _load(self, path: Path, index: files.Index) -> int:
         engine = self.engine
         changed = differences(index.parameters, parameter_shapes(engine))
         if changed:
-            raise UserError(f"{path}: holds another head ({changed[0]}); set name=... for a new run")
+            raise UserError(f"{path}: is of another head ({changed[0]}); set name=... for a new run")
         fragments = held_fragments(engine)
         allocate_states(engine, fragments, index.states, index.optimizer_step)
         targets = {name: state_tensors(engine, fragment) for name, fragment in fragments.items()}
@@ -183,16 +182,16 @@ class Checkpoints:
                     for state in index.states
                 )
         if filled != len(index.states) * sum(fragment.numel for fragment in fragments.values()):
-            raise UserError(f"{path}: does not hold every element of the head")
+            raise UserError(f"{path}: some elements of the head are missing")
         copy_masters_to_parameters(engine)
-        engine.global_steps, engine.skipped_steps = index.step, index.skipped_updates
-        engine.global_samples = index.step * engine.train_batch_size()
+        restore_counters(engine, index.step, index.skipped_updates)
         self.newest = index.step
+        return index.step
 
 
 def copy_overlap(source, source_start: int, target: Tensor, target_start: int) -> int:
-    """Copy those elements of a stored slice that `target` holds too; returns how many. Both begin somewhere in one
-    parameter."""
+    """Copy the elements that a stored slice and `target` have in common; returns their number. The starts are positions
+    in the same flattened parameter."""
     first = max(source_start, target_start)
     last = min(source_start + source.get_shape()[0], target_start + len(target))
     if last > first:

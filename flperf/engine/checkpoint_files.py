@@ -1,17 +1,17 @@
-"""A checkpoint on disk, and how it is known to be whole. Nothing here needs an engine or a process group.
+"""Files of a checkpoint: layout, atomic writing, and detection of damage. Needs no engine and no process group.
 
     checkpoints/
       step_00000500/
-        rank_00000.safetensors …   what each process held: flat fp32 fragments `weight/<parameter>`,
-        `exp_avg/<parameter>`, …;
-                                   the file's metadata says with which element of the parameter each begins
+        rank_00000.safetensors …   one file for each process, with flat fp32 fragments `weight/<parameter>`,
+                                   `exp_avg/<parameter>`, …; its metadata holds the position of each fragment's first
+                                   element in the flattened parameter
         checkpoint.json            step, shapes, and size and checksum of every file
-      latest                       the name of the newest
+      latest                       the name of the newest checkpoint
 
-A folder is written as `step_….unfinished` and renamed when all of it is on disk, then `latest` is replaced: a kill at
-any moment leaves the checkpoints before it as they were. Checksums (64-bit words summed modulo 2^64, which runs at
-the speed of memory) show any single wrong bit. safetensors because a reader takes the slices it needs, with no
-unpickling, at any number of processes.
+A folder is written as `step_….unfinished`, renamed when all its files are on disk, and then named in `latest`. A kill
+at any moment therefore leaves the earlier checkpoints intact. The checksum is the sum of 64-bit words modulo 2^64: it
+is as fast as memory and detects any single wrong bit. The format is safetensors because each process can read the
+slices that it needs, without unpickling.
 """
 
 import hashlib
@@ -33,35 +33,35 @@ from flperf.files import word_sum, write_atomically, writing
 
 INDEX = "checkpoint.json"
 LATEST = "latest"
-BLOCK = 2**24  # bytes summed, then written, while they are in the cache
+BLOCK = 2**24  # bytes that are summed and then written while they are in the cache
 
 
 class Damaged(UserError):
-    """A file of a checkpoint is missing or is not what was written; the text begins with its path."""
+    """A file of a checkpoint is missing or damaged; the message begins with its path."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """What a checkpoint holds."""
+    """The content of checkpoint.json."""
 
-    step: int  # updates done or skipped, hence the place in the data
+    step: int  # updates, skipped ones included; determines the position in the data
     skipped_updates: int
     optimizer_step: int
-    zero_stage: int  # of the run that wrote it; any other reads it
+    zero_stage: int  # of the run that wrote the checkpoint; all stages can read it
     world_size: int
     states: list[str]
     parameters: dict[str, list[int]]  # shapes
-    files: dict[str, dict[str, int]] = field(default_factory=dict)  # by name: bytes and checksum
+    files: dict[str, dict[str, int]] = field(default_factory=dict)  # by file name: bytes and checksum
 
 
 def unfinished_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is written; `commit` gives it its name."""
+    """The folder in which the checkpoint of `step` is written; `commit` renames it."""
     return folder / f"step_{step:08d}.unfinished"
 
 
 def shard_header(starts: dict[str, int], lengths: dict[str, int]) -> bytes:
-    """The head of a safetensors file of flat fp32 tensors, one after another: `lengths` by tensor, `starts` by
-    parameter."""
+    """The header of a safetensors file of flat fp32 tensors. lengths: elements by tensor, in the order of the file.
+    starts: by parameter, the position of the fragment's first element."""
     entries: dict = {"__metadata__": {"start": json.dumps(starts)}}
     offset = 0
     for key, numel in lengths.items():
@@ -73,8 +73,10 @@ def shard_header(starts: dict[str, int], lengths: dict[str, int]) -> bytes:
 
 
 def write_shard(path: Path, header: bytes, data: Tensor) -> dict[str, int]:
-    """Write `data` (fp32 [n] on the host) behind its header, down to the disk; returns size and checksum. Like all
-    that writes here, it raises `UserError` that names the file."""
+    """Write `header` and `data` (fp32 [n] on the host) and wait until they are on disk. Returns size and checksum.
+
+    Raises `UserError` that names the file, like all functions here that write.
+    """
     content, total = data.numpy().view(np.uint8), 0
     with writing(path), open(path, "wb") as file:
         blocks = (content[start : start + BLOCK] for start in range(0, len(content), BLOCK))
@@ -92,7 +94,7 @@ def index_text(index: Index) -> str:
 
 
 def read_index(folder: Path) -> Index:
-    """Raises `Damaged` unless the file is, to the letter, what was written."""
+    """Read checkpoint.json. Raises `Damaged` unless every byte is as it was written."""
     path = folder / INDEX
     try:
         text = path.read_text(encoding="utf-8")
@@ -109,8 +111,8 @@ def read_index(folder: Path) -> Index:
 
 
 def check(folder: Path, part: int = 0, parts: int = 1) -> Index:
-    """Read the index and every `parts`-th file from the `part`-th on. Raises `Damaged` at the first that isn't what
-    was written."""
+    """Read the index and check every `parts`-th file, beginning with number `part`. Raises `Damaged` for the first
+    file that is not as it was written."""
     index = read_index(folder)
     for name in list(index.files)[part::parts]:
         _check_file(folder / name, **index.files[name])
@@ -133,19 +135,19 @@ def _check_file(path: Path, bytes: int, checksum: int) -> None:
 
 
 def begin(unfinished: Path) -> None:
-    """Make the folder to write into, in place of what interrupted writes left."""
+    """Make the folder to write into, and remove what interrupted writes have left."""
     with writing(unfinished):
-        for left in unfinished.parent.glob("step_*.*"):
-            shutil.rmtree(left)
+        for leftover in unfinished.parent.glob("step_*.*"):
+            shutil.rmtree(leftover)
         unfinished.mkdir(parents=True)
 
 
 def commit(unfinished: Path, index: Index, keep: int) -> None:
-    """Make a folder whose shards are on disk the newest checkpoint, and drop all but the `keep` newest."""
+    """Make a folder whose shards are on disk the newest checkpoint, and remove all but the `keep` newest."""
     folder, final = unfinished.parent, unfinished.with_suffix("")
     write_atomically(unfinished / INDEX, index_text(index))
     with writing(unfinished):
-        if final.exists():  # damaged, so that the run went back, or killed before `latest` named it
+        if final.exists():  # a damaged checkpoint, or one whose writer was killed before it updated `latest`
             _remove(final)
         os.rename(unfinished, final)
         write_atomically(folder / LATEST, final.name)
@@ -154,28 +156,28 @@ def commit(unfinished: Path, index: Index, keep: int) -> None:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Under another name first: a kill must not leave half a folder that looks like a checkpoint."""
+    """Remove a checkpoint. It is renamed first, so that a kill cannot leave a half-removed folder that looks like a
+    checkpoint."""
     dropped = checkpoint.with_suffix(".dropped")
     os.rename(checkpoint, dropped)
     shutil.rmtree(dropped)
 
 
 def candidates(folder: Path) -> list[Path]:
-    """The checkpoint that `latest` names and those before it, newest first; all of them if `latest` is lost or what
-    it names is."""
+    """The checkpoint that `latest` names and earlier ones, newest first. All checkpoints if `latest` or the checkpoint
+    that it names is missing."""
     steps = [path.name for path in folder.glob("step_*") if _is_tag(path.name)]
     latest = folder / LATEST
     named = latest.read_text(errors="replace").strip() if latest.exists() else ""
     if named in steps:
         steps = [step for step in steps if step <= named]
     elif _is_tag(named):
-        steps.append(named)  # whoever reads it learns that it is missing
+        steps.append(named)  # reading it reports that it is missing
     return [folder / step for step in sorted(steps, reverse=True)]
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in a run's `checkpoints` folder that is complete and undamaged, or None. Reads all of its
-    files."""
+    """The newest complete and undamaged checkpoint in a run's `checkpoints` folder, or None. Reads all of its files."""
     for checkpoint in candidates(folder):
         try:
             check(checkpoint)
@@ -186,8 +188,8 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def stored_fragments(folder: Path, index: Index) -> Iterator[tuple[str, int, dict]]:
-    """Every stored fragment as parameter, first element, and by state a slice [numel] that reads what is taken from
-    it."""
+    """Every stored fragment: the parameter's name, the position of its first element, and by state a slice [numel],
+    which reads only the elements that are taken from it."""
     for file in index.files:
         with safe_open(folder / file, framework="pt") as shard:
             for name, start in json.loads(shard.metadata()["start"]).items():
@@ -195,9 +197,10 @@ def stored_fragments(folder: Path, index: Index) -> Iterator[tuple[str, int, dic
 
 
 def read_weights(checkpoint: Path, average: bool) -> dict[str, Tensor]:
-    """The head's full fp32 weights by parameter name, or their moving average (before the first update: the weights).
+    """Full fp32 weights of the head by parameter name, or their moving average. Before the first update there is no
+    average, and the weights are returned.
 
-    Raises `Damaged`, and `UserError` if the run kept no average.
+    Raises `Damaged`, or `UserError` if the run kept no average.
     """
     index = check(checkpoint)
     state = "ema" if average and index.optimizer_step else "weight"

@@ -1,9 +1,9 @@
-"""Compile once for all starts: Inductor's, AOT autograd's and Triton's caches beside the runs.
+"""Keeps compiled code between starts: the caches of Inductor, AOT autograd and Triton.
 
-The folder is `<experiment>/compile_cache`, shared by all runs of the experiment and by all processes: entries are
-addressed by their content (graph, options, versions, device), so runs of one model that differ in data or learning
-rate share them. It lies on the file system of the checkpoints, since a requeued job finds its checkpoints there but
-not what another node left in /tmp.
+The folder `<experiment>/compile_cache` is shared by all runs of the experiment and by all processes. The key of an
+entry is its content (graph, options, versions, device), so that runs which differ in data or learning rate share
+entries. The folder is on the file system of the checkpoints because a requeued job may start on another node, whose
+/tmp is empty.
 """
 
 import os
@@ -13,14 +13,14 @@ CACHE_VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "t
 
 
 def use_compile_cache(experiment: str) -> None:
-    """Name the folder to torch and Triton, unless the user has named one. To be called before torch is imported."""
+    """Set the folder for torch and Triton, unless the user has set one. Call it before torch is imported."""
     for variable, folder in CACHE_VARIABLES.items():
         os.environ.setdefault(variable, str(Path(experiment, "compile_cache", folder).absolute()))
 
 
 def compile_cache_state() -> str:
-    """What this process found so far: "warm" if every graph was there, "cold" if any was compiled, "unused" if there
-    was none."""
+    """The cache as this process found it: "warm" if every graph was in it, "cold" if any had to be compiled, "unused"
+    if there was no graph."""
     from torch._dynamo.utils import counters
 
     keys = {"aot_autograd": "autograd_cache", "inductor": "fxgraph_cache"}

@@ -1,5 +1,4 @@
-"""What devices can do: one table of facts with their sources, and the peaks of a device at hand, measured on the
-spot."""
+"""Performance of devices: a table of data-sheet values with their sources, and measurements of the device in use."""
 
 import resource
 import time
@@ -12,21 +11,21 @@ import torch
 
 from flperf.errors import UserError
 
-LONGEST_PRODUCT = 0.1  # seconds of one product that is measured on a CPU
-MEASURING_TIME = 0.2  # seconds over which the best is sought: longer than other processes keep a core at a time
+MAX_PRODUCT_SECONDS = 0.1  # of one matrix product that is timed on a CPU
+MIN_TIMING_SECONDS = 0.2  # of all repetitions together: longer than another process keeps a core at a time
 
 
 @dataclass(frozen=True)
 class Device:
-    """Per device; rates a second, dense (without sparsity), one direction of a link. None: the vendor states
-    nothing."""
+    """Data of one device. Rates are per second: dense FLOPs (without sparsity), one direction of a link. None:
+    unknown or not applicable."""
 
     name: str
     peaks: dict[torch.dtype, float]  # FLOP/s of matrix products
     memory: float  # bytes
-    bandwidth: float  # bytes/s, read and written
+    bandwidth: float  # bytes/s of memory, read and written
     link: float | None  # bytes/s to the other devices of the node
-    network: float | None  # bytes/s to other nodes. Assumed: one adapter a device, as in the vendor's own systems
+    network: float | None  # bytes/s to other nodes; assumes one adapter per device, as in the vendor's systems
     devices_per_node: int
     decoders: int  # NVDEC engines
     decode_rate: float | None  # H.264 frames of 1920 x 1080 a second, all engines together
@@ -94,7 +93,8 @@ DEVICES = {
 
 
 def find_device(name: str) -> Device:
-    """A device of the table by its key; "cpu" is this machine's, measured now. Raises `UserError` for any other."""
+    """A device of the table by its key; "cpu" measures this machine's processor. Raises `UserError` for any other
+    name."""
     if name == "cpu":
         return measured_cpu()
     if name not in DEVICES:
@@ -103,7 +103,7 @@ def find_device(name: str) -> Device:
 
 
 def measured_cpu() -> Device:
-    """This machine's processor as one device, with as many threads as PyTorch has now."""
+    """This machine's processor as one device, with PyTorch's current number of threads."""
     cpu = torch.device("cpu")
     return Device(
         name=f"this CPU, threads: {torch.get_num_threads()}",
@@ -120,7 +120,7 @@ def measured_cpu() -> Device:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the device: the table's where it is in it, else measured now."""
+    """Peak FLOP/s: the table's value if it has one for this device and dtype, else a measurement."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for key, known in DEVICES.items():
@@ -129,38 +129,40 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return measured_flops(device, dtype)
 
 
-@cache  # a start asks for it twice: which precision is faster, and what MFU is a share of
+@cache  # used twice at a start: to choose the precision, and for MFU
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a matrix product, the best of a few. On a CPU of growing ones, the last of which takes less than
-    `LONGEST_PRODUCT`: one that emulates bf16 multiplies it a hundred times slower than fp32."""
+    """FLOP/s of the fastest of a few matrix products. On a CPU their size grows while the next one would take less than
+    about `MAX_PRODUCT_SECONDS`, because emulated bf16 is a hundred times slower than fp32."""
     rate = 0.0
     for size in (8192,) if device.type == "cuda" else (256, 512, 1024):
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))  # a GPU multiplies ones faster
+        a, b = (
+            torch.randn(size, size, device=device).to(dtype) for _ in range(2)
+        )  # random, because GPUs are faster on constants
         seconds = best_seconds(lambda: a @ b, device)  # noqa: B023
         rate = max(rate, 2 * size**3 / seconds)
-        if 8 * seconds > LONGEST_PRODUCT:
+        if 8 * seconds > MAX_PRODUCT_SECONDS:
             break
     return rate
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes/s of a copy, read and written."""
+    """Bytes/s of a copy, counting bytes read and bytes written."""
     source = torch.zeros(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / best_seconds(lambda: target.copy_(source), device)
 
 
 def best_seconds(function: Callable[[], object], device: torch.device) -> float:
-    """The shortest of six calls, or of as many as `MEASURING_TIME` has room for: six short ones would all meet the
-    same disturbance."""
-    taken: list[float] = []
-    while len(taken) < 6 or sum(taken) < MEASURING_TIME:
+    """The shortest of at least six calls, which together take at least `MIN_TIMING_SECONDS`: another process could slow
+    down all of six short calls."""
+    durations: list[float] = []
+    while len(durations) < 6 or sum(durations) < MIN_TIMING_SECONDS:
         start = time.perf_counter()
         function()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+        durations.append(time.perf_counter() - start)
+    return min(durations)
 
 
 def memory_gb(device: torch.device) -> float:

@@ -22,7 +22,8 @@ from torch import Tensor
 from flperf.config import parse_config
 from flperf.engine.checkpoint import Checkpoints
 from flperf.engine.checkpoint_files import candidates, read_index, read_weights, stored_fragments
-from flperf.engine.engine import build_engine, head_weights, unsharded_masters
+from flperf.engine.deepspeed_internals import unsharded_masters
+from flperf.engine.engine import build_engine, head_weights
 from flperf.engine.optimizer import set_schedule
 from flperf.engine.process import batch_share, start_process
 from flperf.engine.sharded_state import held_fragments, state_tensors
