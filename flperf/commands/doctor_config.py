@@ -42,7 +42,7 @@ def memory_check(config: Config) -> Iterator[Finding]:
 
     from flperf.engine.devices import DEVICES
     from flperf.engine.process import compute_dtype
-    from flperf.estimate.plan import plan
+    from flperf.estimate.workload import build_workload
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
@@ -52,7 +52,7 @@ def memory_check(config: Config) -> Iterator[Finding]:
     )
     processes = processes_here()
     try:
-        workload = plan(config, compute_dtype(config.engine.precision, device), processes)
+        workload = build_workload(config, compute_dtype(config.engine.precision, device), processes)
     except UserError as error:
         yield Finding("memory", f"not estimated: {error}")
         return
@@ -62,12 +62,12 @@ def memory_check(config: Config) -> Iterator[Finding]:
 def memory_finding(workload, device, processes: int) -> Finding:
     """Compare the estimated memory with the device's. If it does not fit, the fix lists single changes that make it
     fit."""
-    from flperf.estimate.plan import memory
+    from flperf.estimate.memory import device_memory
 
     config, limit = workload.config, device.memory
     mode, stage = config.model.activation_checkpointing, config.engine.zero_stage
     micro = workload.share.micro_batch_size
-    held = {number: memory(workload, device, number, processes) for number in range(4)}
+    held = {number: device_memory(workload, device, number, processes) for number in range(4)}
     totals = ", ".join(f"{number}: {held[number].total(mode) / 1e9:.1f}" for number in held)
     text = (
         f"{held[stage].total(mode) / 1e9:.1f} of {limit / 1e9:.1f} GB estimated at {micro} clips per process; "

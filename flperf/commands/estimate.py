@@ -40,11 +40,12 @@ def estimate(arguments: list[str]) -> None:
 
     # Imported late, so that mistakes in the configuration are reported before torch is loaded.
     from flperf.engine.devices import find_device
-    from flperf.estimate.plan import dtype_on, plan
     from flperf.estimate.report import report
+    from flperf.estimate.workload import build_workload, dtype_on
 
     device = find_device(options.device)
     per_node = positive(options.devices_per_node or str(device.devices_per_node), "--devices-per-node")
     if not device.is_gpu and (nodes != [1] or per_node != 1):
         raise UserError("--device cpu: is this machine as one device; omit --nodes and --devices-per-node")
-    print(report(plan(config, dtype_on(device, config), nodes[0] * per_node), device, nodes, per_node))
+    workload = build_workload(config, dtype_on(device, config), nodes[0] * per_node)
+    print(report(workload, device, nodes, per_node))

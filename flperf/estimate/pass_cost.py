@@ -1,7 +1,7 @@
-"""What a pass over a batch moves and holds in memory, counted without computing it.
+"""Counts the memory traffic and the peak memory of a pass over a batch, without computing it.
 
-PyTorch's fake tensors run the shapes of every operator as on a CPU, whose attention, like the GPU's, never writes its
-n x n scores down. (On the meta device attention is made of plain products, which do.)
+PyTorch's fake tensors propagate shapes through every operator as on a CPU. Attention on a CPU, like on a GPU, does not
+write its n x n scores to memory; on the meta device it would.
 """
 
 import weakref
@@ -27,36 +27,36 @@ UNFUSED = KEPT | {
 
 @dataclass(frozen=True)
 class PassCost:
-    """Bytes. eager: every operator reads its inputs and writes its outputs. fused: what stands between two products
-    (matrix products, attention) is one kernel, so each operand of a product is written or read once more. peak: held
-    at most, weights and inputs apart."""
+    """Bytes. eager: traffic if every operator reads its inputs and writes its outputs. fused: traffic if the operators
+    between two products (matrix products, attention) are one kernel, so that each operand of a product is written or
+    read once more. peak: most memory in use, without weights and inputs."""
 
     eager: int
     fused: int
     peak: int
 
 
-class Memory(TorchDispatchMode):
-    """Adds up what the operators that run under it read and write, and follows what is alive of what they make."""
+class MemoryCounter(TorchDispatchMode):
+    """Adds up the bytes that operators in its context read and write, and tracks the memory that they allocate."""
 
     def __init__(self):
         super().__init__()
-        self.moved = self.products = self.alive = self.peak = 0
+        self.traffic = self.products = self.alive = self.peak = 0
         self.known = weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         inputs, outputs = _tensors((args, kwargs)), _tensors(result)
-        self.known.update(tensor.untyped_storage() for tensor in inputs)  # made elsewhere: weights, inputs
+        self.known.update(tensor.untyped_storage() for tensor in inputs)  # allocated before: weights, inputs
         if not func.is_view:
-            moved = sum(map(_bytes, inputs + outputs))
-            self.moved += moved
-            self.products += moved if func.overloadpacket in UNFUSED else 0
+            traffic = sum(map(_bytes, inputs + outputs))
+            self.traffic += traffic
+            self.products += traffic if func.overloadpacket in UNFUSED else 0
         for tensor in outputs:
-            self._follow(tensor.untyped_storage())
+            self._track(tensor.untyped_storage())
         return result
 
-    def _follow(self, storage: torch.UntypedStorage) -> None:
+    def _track(self, storage: torch.UntypedStorage) -> None:
         if storage in self.known:
             return
         self.known.add(storage)
@@ -68,28 +68,30 @@ class Memory(TorchDispatchMode):
         self.alive -= count
 
     def cost(self) -> PassCost:
-        return PassCost(self.moved, 2 * self.products, self.peak)
+        """The counts so far."""
+        return PassCost(self.traffic, 2 * self.products, self.peak)
 
 
 def encoding_cost(encoder: Encoder, geometry: LatentGeometry, mode: str, clips: int, dtype: torch.dtype) -> PassCost:
-    """Of encoding `clips` clips at once. The encoder may be on the meta device; it is not usable afterwards."""
+    """The cost of encoding `clips` clips at once. The encoder may be on the meta device; it is not usable
+    afterwards."""
     frames = (geometry.context_frames + geometry.target_frames) * encoder.frames_per_latent
     with FakeTensorMode():
-        _imagine(encoder, dtype)
+        _make_fake(encoder, dtype)
         video = torch.empty(clips, frames, *encoder.resolution, 3, dtype=torch.uint8)
-        with Memory() as memory:
+        with MemoryCounter() as counter:
             encode_clip(encoder, video, geometry, mode)
-    return memory.cost()
+    return counter.cost()
 
 
 def training_cost(
     head: nn.Module, geometry: LatentGeometry, clips: int, dtype: torch.dtype, flow_matching: bool
 ) -> PassCost:
-    """Of the forward and backward pass of `clips` clips at once, each gradient of a parameter leaving as soon as it
-    is complete. The head may be on the meta device; it is not usable afterwards."""
+    """The cost of the forward and backward pass of `clips` clips at once. The gradient of a parameter is freed as soon
+    as it is complete. The head may be on the meta device; it is not usable afterwards."""
     grid = (geometry.height, geometry.width, geometry.dim)
     with FakeTensorMode():
-        _imagine(head, dtype)
+        _make_fake(head, dtype)
         for parameter in head.parameters():
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
         context = torch.empty(clips, geometry.context_frames, *grid, dtype=dtype)
@@ -98,14 +100,14 @@ def training_cost(
             if flow_matching
             else []
         )
-        with Memory() as memory:
+        with MemoryCounter() as counter:
             head(context, *inputs).float().square().mean().backward()
-    return memory.cost()
+    return counter.cost()
 
 
-def _imagine(module: nn.Module, dtype: torch.dtype) -> None:
-    """Replace parameters by fake ones in `dtype`, buffers by fake ones of their own, in place: checkpointed forwards
-    are bound to it."""
+def _make_fake(module: nn.Module, dtype: torch.dtype) -> None:
+    """Replace parameters by fake ones in `dtype`, and buffers by fake ones in their own. In place, because checkpointed
+    forwards are bound to the module."""
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             part._parameters[name] = nn.Parameter(
@@ -124,5 +126,5 @@ def _tensors(tree) -> list[Tensor]:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Of memory behind a tensor: an expanded one has less than it has elements."""
+    """Bytes of the memory of a tensor. An expanded tensor has less memory than elements."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())

@@ -1,26 +1,36 @@
-"""An estimate as text: sizes, memory by ZeRO stage, time of an update by number of nodes, and what all of it
-assumes."""
+"""Formats an estimate as text: sizes, memory by ZeRO stage, time of an update by number of nodes, and assumptions."""
 
 from collections.abc import Iterator
 
 from flperf.engine.devices import Device
-from flperf.estimate import plan as estimation
-from flperf.estimate.plan import SOURCE_SIZE, STATED_SIZE, Memory, Step, Workload, decode_rate, memory, step
+from flperf.estimate.memory import device_memory
+from flperf.estimate.step_time import (
+    COMPUTE_EFFICIENCY,
+    MEMORY_EFFICIENCY,
+    NETWORK_EFFICIENCY,
+    SMALLEST_PICTURE,
+    SOURCE_SIZE,
+    STATED_SIZE,
+    StepTime,
+    decode_rate,
+    step_time,
+)
+from flperf.estimate.workload import KEYFRAME_INTERVAL, Workload
 from flperf.estimate.zero import collectives
 
 STAGES = (0, 1, 2, 3)
 
 
 def report(workload: Workload, device: Device, nodes: list[int], per_node: int) -> str:
-    """Everything, several sections of lines. nodes: `work` is the share of one process among the first of them."""
-    places = [(count, stage) for count in nodes for stage in STAGES]
-    first = step(workload, device, workload.config.engine.zero_stage, nodes[0], per_node)
+    """All sections. `workload` is that of one process among the first number of `nodes`."""
+    cases = [(count, stage) for count in nodes for stage in STAGES]
+    first = step_time(workload, device, workload.config.engine.zero_stage, nodes[0], per_node)
     stars = (
         "* the configured stage; activations by checkpointing, in all: "
         f"{workload.config.model.activation_checkpointing}"
     )
-    memories = [_place(workload, *place) | _memory_row(workload, device, *place, per_node) for place in places]
-    steps = [_place(workload, *place) | _step_row(workload, device, *place, per_node) for place in places]
+    memories = [_case(workload, *case) | _memory_row(workload, device, *case, per_node) for case in cases]
+    steps = [_case(workload, *case) | _step_row(workload, device, *case, per_node) for case in cases]
     sections = (
         [f"An ESTIMATE of {workload.config.name} on {device.name}: computed from the sizes below, no step was taken"],
         _sizes(workload, nodes[0] * per_node),
@@ -50,25 +60,24 @@ def _sizes(workload: Workload, processes: int) -> Iterator[str]:
         "and backward"
     )
     yield (
-        f"bytes     a process and update: {workload.moved / 1e9:.2f} GB read and written in memory, the optimizer apart"
+        f"bytes     a process and update: {workload.memory_traffic / 1e9:.2f} GB read and written in memory, without "
+        "the optimizer"
     )
     shared = f"{share.micro_batch_size} x {share.accumulation_steps} accumulation x {processes} processes"
-    yield (
-        f"batch     {share.batch_size} = {shared}, {str(workload.dtype).removeprefix('torch.')}; it grows "
-        "with the nodes"
-    )
+    dtype = str(workload.dtype).removeprefix("torch.")
+    yield f"batch     {share.batch_size} = {shared}, {dtype}; it grows with the nodes"
 
 
 def _flops(count: float) -> str:
     return f"{count / 1e12:.3g} T" if count >= 1e11 else f"{count / 1e9:.3g} G"
 
 
-def _place(workload: Workload, nodes: int, stage: int) -> dict[str, str]:
+def _case(workload: Workload, nodes: int, stage: int) -> dict[str, str]:
     return {"nodes": str(nodes), "ZeRO": f"{stage}{'*' if stage == workload.config.engine.zero_stage else ' '}"}
 
 
 def _memory_row(workload: Workload, device: Device, nodes: int, stage: int, per_node: int) -> dict[str, str]:
-    held: Memory = memory(workload, device, stage, nodes * per_node)
+    held = device_memory(workload, device, stage, nodes * per_node)
     states, mode = held.states, workload.config.model.activation_checkpointing
     row = {
         "weights": states.weights + states.gathered,
@@ -88,7 +97,7 @@ def _memory_row(workload: Workload, device: Device, nodes: int, stage: int, per_
 
 
 def _step_row(workload: Workload, device: Device, nodes: int, stage: int, per_node: int) -> dict[str, str]:
-    result = step(workload, device, stage, nodes, per_node)
+    result = step_time(workload, device, stage, nodes, per_node)
     volumes = collectives(workload.head_parameters, stage, workload.dtype.itemsize, workload.share.accumulation_steps)
     row = {
         "sending ms": result.hidden + result.exposed,
@@ -113,22 +122,22 @@ def _table(rows: list[dict[str, str]]) -> Iterator[str]:
         yield "  ".join(f"{value:>{widths[name]}}" for name, value in row.items())
 
 
-def _input(workload: Workload, device: Device, result: Step) -> str:
-    """What has to be read or decoded for a device to compute as fast as it can."""
-    computed = workload.clips / max(result.arithmetic, result.memory)
+def _input(workload: Workload, device: Device, first: StepTime) -> str:
+    """The rate of reading or decoding that keeps a device busy."""
+    computed = workload.clips / max(first.arithmetic, first.memory)
     needed = f"input     a device computes {computed:.1f} clips/s, which takes"
     if not workload.encoder_parameters:
         return f"{needed} {computed * workload.clip_bytes / 1e9:.2g} GB/s of cached latents"
     if not workload.frames:
-        return f"{needed} as many drawn; drawing is not estimated"
+        return f"{needed} as many drawn clips; drawing is not estimated"
     needed = f"{needed} {computed * workload.frames:.0f} decoded frames/s"
     if not device.decode_rate:
-        return f"{needed}; what this machine decodes is not estimated"
+        return f"{needed}; decoding on a CPU is not estimated"
     rates = (
         f"{decode_rate(device):.0f} of {_size(SOURCE_SIZE)} (assumed), {device.decode_rate:.0f} of "
         f"{_size(STATED_SIZE)} (stated)"
     )
-    return f"{needed}; {device.decoders} NVDEC engines give {rates}"
+    return f"{needed}; {device.decoders} NVDEC engines decode {rates}"
 
 
 def _size(size: tuple[int, int]) -> str:
@@ -136,32 +145,35 @@ def _size(size: tuple[int, int]) -> str:
 
 
 def _assumptions(workload: Workload, device: Device) -> Iterator[str]:
-    peak, small = device.peaks[workload.dtype] / 1e12, estimation.SMALLEST_PICTURE
+    peak = device.peaks[workload.dtype] / 1e12
     yield "Assumed"
     yield (
-        f"- {estimation.COMPUTE_EFFICIENCY:.0%} of the peak of {peak:.4g} TFLOP/s, "
-        f"{estimation.MEMORY_EFFICIENCY:.0%} of {device.bandwidth / 1e12:.3g} TB/s"
+        f"- {COMPUTE_EFFICIENCY:.0%} of the peak of {peak:.4g} TFLOP/s, "
+        f"{MEMORY_EFFICIENCY:.0%} of {device.bandwidth / 1e12:.3g} TB/s"
     )
     if workload.config.engine.compile:
-        yield "- compiled: what stands between two products (matrix products, attention) is one kernel"
+        yield "- compiled: the operators between two products (matrix products, attention) are one kernel"
     else:
         yield "- eager: every operator reads and writes memory"
     yield (
-        "- bounds overlap one another, but for collectives that nothing hides; each process keeps its clips "
+        "- bounds overlap one another, except collectives that are not hidden; each process keeps its number of clips "
         "as nodes are added"
     )
     if device.is_gpu:
         links = f"{device.link / 1e9:.0f} GB/s in a node, {device.network / 1e9:.0f} GB/s a device between nodes"
-        yield f"- {estimation.NETWORK_EFFICIENCY:.0%} of links of {links}; rings, without latency and stragglers"
+        yield f"- {NETWORK_EFFICIENCY:.0%} of links of {links}; rings, without latency and stragglers"
     if workload.frames and device.decode_rate:
-        yield f"- H.264 of {_size(SOURCE_SIZE)}, a keyframe every {estimation.KEYFRAME_INTERVAL} frames"
-        yield f"- a small picture takes a decoder at least {small:.0%} of the time of one of {_size(STATED_SIZE)}"
+        yield f"- H.264 of {_size(SOURCE_SIZE)}, a keyframe every {KEYFRAME_INTERVAL} frames"
         yield (
-            "- engines as busy as can be; an H100's, by DALI, were not (benchmarks/NOTES.md), and the CPU's "
-            "cores decode beside them"
+            f"- a small picture takes a decoder at least {SMALLEST_PICTURE:.0%} of the time of one of "
+            f"{_size(STATED_SIZE)}"
+        )
+        yield (
+            "- all decoding engines are busy; an H100's were not with DALI (benchmarks/NOTES.md), and the CPU's cores "
+            "decode, too"
         )
     yield (
-        "- activations of eager operators (compiled ones keep less); no CUDA context, no NCCL buffers, no "
-        "fragments of memory"
+        "- activations of eager operators (compiled ones keep less); no CUDA context, NCCL buffers or memory "
+        "fragmentation"
     )
-    yield f"- facts of the device: {device.source}"
+    yield f"- data of the device: {device.source}"

@@ -1,30 +1,30 @@
-"""What ZeRO costs: the bytes that a process holds and those it sends for one update, by stage.
+"""Formulas for ZeRO by stage: the bytes that a process holds, and the bytes that it sends for one update.
 
-Formulas, not measurements, of what DeepSpeed 0.19 does with flperf's options; `tests/integration/test_zero_stages.py`
-holds them against both counted in real runs. That is not everywhere the textbook (Rajbhandari et al.,
-arXiv:1910.02054, section 7: 2 Psi at stages 0 to 2, 3 Psi at 3, for Psi parameters and many processes):
-- Stages 1 and 2 all-reduce gradients where a reduce-scatter would do, so they send 3 Psi:
-  `use_multi_rank_bucket_allreduce`, on by default.
-- Stage 3 keeps weights from the forward to the backward pass unless it holds more than 1e9 elements, so it gathers
-  once: 2 Psi.
+They describe DeepSpeed 0.19 with flperf's options; `tests/integration/test_zero_stages.py` compares them with real
+runs. They differ from Rajbhandari et al. (arXiv:1910.02054, section 7: 2 Psi at stages 0 to 2, 3 Psi at stage 3, for
+Psi parameters and many processes) in two points:
+- Stages 1 and 2 send 3 Psi, because they all-reduce the gradients instead of reduce-scattering them
+  (`use_multi_rank_bucket_allreduce`, on by default).
+- Stage 3 sends 2 Psi, because it keeps the gathered weights from the forward to the backward pass unless they have more
+  than 1e9 elements.
 """
 
 from dataclasses import dataclass
 
 from flperf.engine.engine import REDUCE_BUCKET
 
-LIVE_PARAMETERS = 1_000_000_000  # elements of gathered weights that stage 3 keeps, its default
-MASTER = 4  # bytes of an fp32 element: master weights, each moment, the moving average, gradients that accumulate
+LIVE_PARAMETERS = 1_000_000_000  # elements of gathered weights that stage 3 keeps, DeepSpeed's default
+MASTER = 4  # bytes of an fp32 element: master weights, each moment, the moving average, accumulated gradients
 
 
 @dataclass(frozen=True)
 class States:
-    """Bytes held by one process for the head in training. Padding (some elements a tensor) is left out."""
+    """Bytes of model states on one process, without padding (some elements per tensor)."""
 
     weights: float
     gathered: float  # whole weights while stage 3 computes
-    gradients: float  # as the optimizer steps, where they are most
-    buckets: float  # in which gradients are collected during the backward pass
+    gradients: float  # when the optimizer steps, which is their peak
+    buckets: float  # buffers that collect gradients during the backward pass
     master: float
     moments: float
     average: float
@@ -35,7 +35,7 @@ class States:
 
     @property
     def optimizer(self) -> float:
-        """What ZeRO shards from stage 1 on: falls as 1 / processes."""
+        """The states that ZeRO shards from stage 1 on: proportional to 1 / processes."""
         return self.master + self.moments + self.average
 
 
@@ -49,12 +49,12 @@ def model_states(
     accumulates: bool = False,
     overlaps: bool = True,
 ) -> States:
-    """element_bytes: of the compute dtype. average: whether a moving average is kept. accumulates: more than one
-    micro-batch an update. overlaps: gradients are sent during the backward pass (two buckets in turn), as flperf asks
-    for on GPUs."""
+    """element_bytes: of the compute dtype. average: a moving average is kept. accumulates: an update has several
+    micro-batches. overlaps: gradients are sent during the backward pass, from two buckets in turn; flperf does so on
+    GPUs."""
     shard = parameters / (processes if stage > 0 else 1)
-    bare = stage == 0 and element_bytes == MASTER  # the optimizer updates the weights themselves
-    # DeepSpeed's BF16_Optimizer, which has no such buckets
+    bare = stage == 0 and element_bytes == MASTER  # the weights are their own master weights
+    # DeepSpeed then uses its BF16_Optimizer, which has no buckets.
     wrapped = stage == 1 and accumulates and element_bytes < MASTER
     return States(
         weights=element_bytes * (shard if stage == 3 else parameters),
@@ -73,28 +73,28 @@ def _gradients(parameters: int, shard: float, stage: int, element_bytes: int, ac
     low = element_bytes < MASTER
     if stage == 0 or (stage == 1 and accumulates and low):
         return parameters * (element_bytes + (MASTER if low else 0))
-    if stage == 2 and accumulates and low:  # accumulated in fp32, and stepped from there
+    if stage == 2 and accumulates and low:  # the optimizer steps with the fp32 sums
         return shard * MASTER
     return shard * ((MASTER if accumulates else element_bytes) + MASTER)
 
 
 @dataclass(frozen=True)
 class Collective:
-    """message: bytes of the whole tensor. hidden: sent while something is computed (`overlap_comm`), so that it need
-    not cost time."""
+    """message: bytes of the whole tensor. hidden: sent during computation (`overlap_comm`)."""
 
     kind: str
     message: float
     hidden: bool
 
     def sent(self, processes: int) -> float:
-        """Bytes that each process sends in a ring; an all-reduce goes around twice (Patarasuk and Yuan, 2009)."""
+        """Bytes that each process sends in a ring. An all-reduce passes it twice (Patarasuk and Yuan, 2009)."""
         rounds = 2 if self.kind == "all_reduce" else 1
         return rounds * self.message * (processes - 1) / processes
 
 
 def collectives(parameters: int, stage: int, element_bytes: int, accumulation_steps: int = 1) -> list[Collective]:
-    """What one update sends, in the compute dtype. Left out, a few dozen bytes each: norms, overflow flags, padding."""
+    """The collectives of one update, in the compute dtype, without norms, overflow flags and padding (a few dozen bytes
+    each)."""
     message = parameters * element_bytes
     if stage == 0:
         return [Collective("all_reduce", message, hidden=False)]
@@ -104,7 +104,7 @@ def collectives(parameters: int, stage: int, element_bytes: int, accumulation_st
             Collective("all_gather", message * accumulation_steps * (2 if gathered_twice else 1), hidden=True),
             Collective("reduce_scatter", message * accumulation_steps, hidden=True),
         ]
-    once = stage == 1  # stage 2 keeps a shard of the gradients only, so it reduces those of every micro-batch
+    once = stage == 1  # stage 2 keeps only a shard of the gradients, so it reduces those of every micro-batch
     wrapped = once and accumulation_steps > 1 and element_bytes < MASTER
     return [
         Collective("all_reduce", message * (1 if once else accumulation_steps), hidden=not wrapped),

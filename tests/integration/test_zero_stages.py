@@ -11,7 +11,8 @@ from worlds import run_world
 
 from flperf.config import load_config
 from flperf.engine.devices import DEVICES
-from flperf.estimate.plan import memory, plan
+from flperf.estimate.memory import device_memory
+from flperf.estimate.workload import build_workload
 from flperf.estimate.zero import Collective, collectives, model_states
 
 BYTES = {"bf16": 2, "fp32": 4}
@@ -198,8 +199,8 @@ def test_bytes_held(measured, kind, stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_estimate_says_what_two_processes_hold(measured, tiny, stage):
     """Of a configuration, without a process; to the padding, and what ZeRO 3 holds whole."""
-    work = plan(load_config(tiny, WIDE), torch.bfloat16, 2)
-    expected = memory(work, DEVICES["h100"], stage, 2).states
+    work = build_workload(load_config(tiny, WIDE), torch.bfloat16, 2)
+    expected = device_memory(work, DEVICES["h100"], stage, 2).states
     for rank in measured[2][f"bf16-{stage}"]:
         held, whole = rank["held"], 2 * rank["small"] if stage == 3 else 0
         assert rank["parameters"] == work.head_parameters

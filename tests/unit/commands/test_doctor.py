@@ -14,7 +14,8 @@ from flperf.commands import doctor, doctor_config, doctor_machine
 from flperf.config import load_config
 from flperf.engine.devices import DEVICES
 from flperf.errors import UserError
-from flperf.estimate.plan import memory, plan
+from flperf.estimate.memory import device_memory
+from flperf.estimate.workload import build_workload
 
 REFERENCE = ROOT / "configs/references/vjepa2_kinetics_400.yaml"
 
@@ -166,10 +167,10 @@ def test_gated_weights_need_a_token(monkeypatch):
 def test_a_run_that_does_not_fit_fails_the_check_with_changes_that_fit(tiny):
     def planned(*overrides: str):
         overrides = ("engine.zero_stage=0", "trainer.batch_size=8", "model.depth=3", "model.hidden_dim=96", *overrides)
-        return plan(load_config(tiny, list(overrides)), torch.float32, 1)
+        return build_workload(load_config(tiny, list(overrides)), torch.float32, 1)
 
     work = planned()
-    held = memory(work, DEVICES["h100"], 0, 1)
+    held = device_memory(work, DEVICES["h100"], 0, 1)
     for mode in ("selective", "full"):
         finding = doctor_config.memory_finding(work, replace(DEVICES["h100"], memory=held.total(mode) * 1.01), 1)
         assert f"model.activation_checkpointing={mode}" in finding.fix
@@ -185,7 +186,7 @@ def test_a_run_that_does_not_fit_fails_the_check_with_changes_that_fit(tiny):
 
 
 def test_zero_advice_is_the_lowest_stage_that_fits(tiny):
-    work = plan(load_config(tiny, ["engine.zero_stage=3"]), torch.float32, 4)
+    work = build_workload(load_config(tiny, ["engine.zero_stage=3"]), torch.float32, 4)
     assert "engine.zero_stage=1 is enough" in doctor_config.memory_finding(work, DEVICES["h100"], 4).text
 
 

@@ -19,9 +19,11 @@ from flperf.data.preprocessing import Preprocessing
 from flperf.engine.devices import DEVICES, find_device
 from flperf.engine.process import start_process
 from flperf.errors import UserError
+from flperf.estimate.memory import device_memory
 from flperf.estimate.pass_cost import training_cost
-from flperf.estimate.plan import Workload, backbone_without_weights, memory, plan, step
 from flperf.estimate.report import report
+from flperf.estimate.step_time import step_time
+from flperf.estimate.workload import Workload, backbone_without_weights, build_workload
 from flperf.models.encoder import Encoder, build_encoder, encode_clip
 from flperf.models.flops import encoder_flops
 from flperf.models.heads import build_head
@@ -57,7 +59,7 @@ def counted_flops(counter: FlopCounterMode) -> tuple[int, int]:
 @pytest.mark.parametrize("encode", ["split", "joint"])
 def test_encoder_flops_are_those_counted_in_a_forward_pass(tiny, encode):
     config = load_config(tiny, [*MEDIUM, f"backbone.encode={encode}"])
-    workload, preprocessing = plan(config, torch.float32, 1), Preprocessing.of(config.backbone)
+    workload, preprocessing = build_workload(config, torch.float32, 1), Preprocessing.of(config.backbone)
     encoder = build_encoder(config.backbone, preprocessing, dtype=torch.float32, device=CPU, compile=False)
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         encode_clip(encoder, torch.zeros(1, 16, 96, 96, 3, dtype=torch.uint8), workload.geometry, encode)
@@ -70,7 +72,7 @@ def test_head_flops_are_those_counted_in_a_forward_and_backward_pass(tiny, regim
     forward pass's 2 again, where a model's FLOPs have 4; and latents want no gradient, so the layers that read them
     multiply once less."""
     config = load_config(tiny, [*MEDIUM, *REGIMES[regime]])
-    workload = plan(config, torch.float32, 1)
+    workload = build_workload(config, torch.float32, 1)
     geometry, flow_matching = workload.geometry, regime == "flow_matching"
     head = build_head(config.model, geometry, seed=0, compile=False)
     context, target = (torch.randn(1, 4, geometry.height, geometry.width, geometry.dim) for _ in range(2))
@@ -100,7 +102,7 @@ def test_flops_of_vit_l_at_64_frames(encode, flops):
 def test_activations_are_what_a_pass_holds(tiny, mode):
     """Against PyTorch's record of every piece of memory that a real pass takes and gives back."""
     config = load_config(tiny, [*MEDIUM, f"model.activation_checkpointing={mode}"])
-    geometry = plan(config, torch.float32, 1).geometry
+    geometry = build_workload(config, torch.float32, 1).geometry
     head = build_head(config.model, geometry, seed=0, compile=False)
     context = torch.randn(4, geometry.context_frames, geometry.height, geometry.width, geometry.dim)
     head(context).square().mean().backward()  # gradients are there from here on
@@ -124,12 +126,13 @@ def test_the_step_of_this_cpu(tiny, tmp_path, monkeypatch):
     ]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(len(os.sched_getaffinity(0))))  # one thread
     start_process()
-    workload, before = plan(load_config(tiny, overrides), torch.float32, 1), find_device("cpu")
+    workload, before = build_workload(load_config(tiny, overrides), torch.float32, 1), find_device("cpu")
     train(["--config", str(tiny), *overrides])
     metrics = [json.loads(line) for line in (tmp_path / "tiny/metrics.jsonl").read_text().splitlines()]
     measured = statistics.median(line["step_ms"] for line in metrics[2:] if "step_ms" in line) / 1e3
     estimated = min(
-        (step(workload, device, 0, 1, 1) for device in (before, find_device("cpu"))), key=lambda bounds: bounds.seconds
+        (step_time(workload, device, 0, 1, 1) for device in (before, find_device("cpu"))),
+        key=lambda bounds: bounds.seconds,
     )
     ratio = measured / estimated.seconds
     print(
@@ -144,8 +147,8 @@ def test_a_local_folder_needs_no_weights(tiny, tmp_path):
     architecture = {"crop_size": 32, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
     VJEPA2Config(**architecture).save_pretrained(tmp_path)
     (tmp_path / "video_preprocessor_config.json").write_text('{"crop_size": {"height": 32, "width": 32}}')
-    from_folder = plan(load_config(tiny, [f"backbone.weights={tmp_path}"]), torch.float32, 1)
-    written = plan(
+    from_folder = build_workload(load_config(tiny, [f"backbone.weights={tmp_path}"]), torch.float32, 1)
+    written = build_workload(
         load_config(tiny, [f"backbone.architecture.{key}={value}" for key, value in architecture.items()]),
         torch.float32,
         1,
@@ -158,14 +161,14 @@ def test_a_local_folder_needs_no_weights(tiny, tmp_path):
     "name", ["4ds_kinetics_400_deterministic", "dinov3_kinetics_400_deterministic", "vjepa2_kinetics_400_cached"]
 )
 def test_reference_configurations_can_be_estimated_without_weights(name):
-    workload = plan(load_config(ROOT / f"configs/references/{name}.yaml"), torch.bfloat16, 8)
+    workload = build_workload(load_config(ROOT / f"configs/references/{name}.yaml"), torch.bfloat16, 8)
     assert (workload.encoder_flops == 0) == name.endswith("cached")
-    assert step(workload, DEVICES["b200"], 1, 4, 8).seconds > 0
+    assert step_time(workload, DEVICES["b200"], 1, 4, 8).seconds > 0
 
 
 @pytest.fixture(scope="module")
 def workload() -> Workload:
-    return plan(load_config(REFERENCE), torch.bfloat16, 8)
+    return build_workload(load_config(REFERENCE), torch.bfloat16, 8)
 
 
 def test_a_step_is_bound_by_what_is_slowest(workload):
@@ -173,7 +176,7 @@ def test_a_step_is_bound_by_what_is_slowest(workload):
     slow = {"arithmetic": h100, "memory": replace(h100, bandwidth=1e10), "collectives": replace(h100, network=1e6)}
     slow["decode"] = replace(h100, decode_rate=100.0)
     for bound, device in slow.items():
-        one, many = (step(workload, device, 1, nodes, 8) for nodes in (1, 16))
+        one, many = (step_time(workload, device, 1, nodes, 8) for nodes in (1, 16))
         assert many.bound == bound
         assert many.clips == 16 * one.clips
         assert (many.efficiency < 0.5) == (bound == "collectives")
@@ -182,7 +185,8 @@ def test_a_step_is_bound_by_what_is_slowest(workload):
 
 def test_the_more_processes_the_less_each_holds(workload):
     totals = {
-        stage: [memory(workload, DEVICES["h100"], stage, n).states.optimizer for n in (8, 512)] for stage in range(4)
+        stage: [device_memory(workload, DEVICES["h100"], stage, n).states.optimizer for n in (8, 512)]
+        for stage in range(4)
     }
     assert totals[0][0] == totals[0][1]
     assert all(totals[stage][0] == pytest.approx(64 * totals[stage][1]) for stage in (1, 2, 3))
