@@ -17,10 +17,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.sizes import BATCH, configuration
 from flperf.engine.optimizer import set_schedule
-from flperf.engine.process import Process, start_process
+from flperf.engine.process import Process, batch_share, start_process
 from flperf.models.latents import Normaliser
-from flperf.run import build_run
-from flperf.training.loop import StepMeter, train_step
+from flperf.run import TrainingRun, build_components, build_training_engine
+from flperf.training.loop import train_step
+from flperf.training.step_meter import StepMeter
 
 
 def seconds_of(profiler: profile, name: str) -> float:
@@ -37,12 +38,11 @@ class Stage:
     def __init__(self, stage: str, process: Process):
         keys = [f"trainer.batch_size={BATCH * process.world_size}", f"engine.zero_stage={stage}"]
         config = configuration("dit", "vjepa2", *keys, "engine.compile=false", "latents.embedding_norm=none")
-        self.run = build_run(config, process)
-        self.run.normaliser = Normaliser("none", self.run.dtype)
-        self.batches, self.meter = (
-            self.run.dataset.train_batches(0, self.run.share, process.device),
-            StepMeter(self.run),
-        )
+        components = build_components(config, process, batch_share(config.trainer, process))
+        normaliser, engine = Normaliser("none", components.dtype), build_training_engine(components)
+        self.run = TrainingRun(**vars(components), normaliser=normaliser, baselines=None, engine=engine)
+        self.batches = self.run.dataset.train_batches(0, self.run.share, process.device)
+        self.meter = StepMeter(self.run)
         set_schedule(self.run.engine, 100, config.trainer, 1000)
 
     def update(self) -> None:

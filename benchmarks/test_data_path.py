@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.recording import MIN_ROUNDS
 from benchmarks.sizes import QUICK
+from benchmarks.training_step import training_run
 from flperf.commands.latent_writer import encode_dataset
 from flperf.config import Config, load_config
 from flperf.data import BatchShare, latent_shards
@@ -28,10 +29,10 @@ from flperf.data.prefetch import prefetch_to_device
 from flperf.data.samplers import Batches, TrainingSampler
 from flperf.data.shard_cache import ShardReader, Shards, open_shards
 from flperf.engine.optimizer import set_schedule
-from flperf.engine.process import start_process
-from flperf.models.baselines import LatentSample
-from flperf.run import build_run, flops_per_clip
+from flperf.engine.process import batch_share, start_process
+from flperf.run import build_components, flops_per_clip
 from flperf.training import loop
+from flperf.training.step_meter import StepMeter
 
 DEMO = Path(__file__).parents[1] / "configs/demo.yaml"
 STEPS = 1 if QUICK else 10
@@ -61,15 +62,15 @@ class Steps:
 
     def __init__(self, folder: Path, source: str):
         config = configuration(folder, "cache" if source == "cached latents" else "video")
-        self.run = build_run(config, start_process())
-        device = self.run.process.device
-        latents = LatentSample("standardize", self.run.geometry, device)
-        self.stream = prefetch_to_device(self.run.dataset.train_batches(0, self.run.share, device), device)
+        process = start_process()
+        components = build_components(config, process, batch_share(config.trainer, process))
+        self.stream = prefetch_to_device(
+            components.dataset.train_batches(0, components.share, process.device), process.device
+        )
         batch = next(self.stream)
-        latents.add(*self.run.raw_latents(batch), batch.sample)
-        self.run.use_statistics(*latents.result())
+        self.run = training_run(components, batch)
         self.batches = itertools.repeat(batch) if source == "video, decoded before" else self.stream
-        self.meter = loop.StepMeter(self.run)
+        self.meter = StepMeter(self.run)
 
     def __call__(self) -> None:
         for step in range(STEPS):

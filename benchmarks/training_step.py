@@ -13,11 +13,13 @@ from benchmarks.memory import peak_memory_bytes
 from benchmarks.usual_way import UsualStep, latent_batches
 from flperf.commands.latent_writer import encode_dataset
 from flperf.config import Config
+from flperf.data.samplers import ClipBatch
 from flperf.engine.optimizer import set_schedule
-from flperf.engine.process import start_process
+from flperf.engine.process import batch_share, start_process
 from flperf.models.baselines import LatentSample
-from flperf.run import Run, build_run
+from flperf.run import Components, TrainingRun, build_components, build_training_engine, evaluation_share
 from flperf.training import loop
+from flperf.training.step_meter import StepMeter
 
 Step = Callable[[], object]
 USUAL = {"usual, fp32": False, "usual, bf16 autocast": True}  # name -> autocast
@@ -57,16 +59,23 @@ def write_cache(folder: Path) -> None:
         encode_dataset(config, process, folder / name, as_files=as_files)
 
 
+def training_run(components: Components, batch: ClipBatch) -> TrainingRun:
+    """The run of these components with the statistics of one batch, and an engine."""
+    latents = LatentSample("standardize", components.geometry, components.process.device)
+    latents.add(*components.raw_latents(batch), batch.sample)
+    run = components.with_statistics(*latents.result(components.dataset.channel_statistics))
+    return TrainingRun(**vars(run), engine=build_training_engine(components))
+
+
 class OurStep:
     """A run as `flperf train` builds it; calling it takes one of its steps."""
 
     def __init__(self, config: Config):
-        self.run = build_run(config, start_process())
-        self.meter = loop.StepMeter(self.run)
-        self.batches = self.run.dataset.train_batches(0, self.run.share, self.run.process.device)
-        latents, batch = LatentSample("standardize", self.run.geometry, self.run.process.device), next(self.batches)
-        latents.add(*self.run.raw_latents(batch), batch.sample)
-        self.run.use_statistics(*latents.result(self.run.dataset.channel_statistics))
+        process = start_process()
+        components = build_components(config, process, batch_share(config.trainer, process))
+        self.batches = components.dataset.train_batches(0, components.share, process.device)
+        self.run = training_run(components, next(self.batches))
+        self.meter = StepMeter(self.run)
         set_schedule(self.run.engine, 0, config.trainer, config.trainer.max_steps)
 
     def __call__(self) -> None:
@@ -77,7 +86,7 @@ def ours(regime: str, source: str, mode: str, folder: Path, *overrides: str) -> 
     return OurStep(configuration(regime, source, mode, folder, *overrides))
 
 
-def usual(run: Run, source: str, folder: Path, autocast: bool) -> UsualStep:
+def usual(run: Components, source: str, folder: Path, autocast: bool) -> UsualStep:
     """The usual way on the clips of a run and from the same source."""
     device = run.process.device
     if source == "cache":
@@ -91,8 +100,9 @@ def usual(run: Run, source: str, folder: Path, autocast: bool) -> UsualStep:
 
 def build(regime: str, source: str, variant: str, folder: Path) -> Step:
     if variant in USUAL:
-        run = build_run(configuration(regime, source, "joint", folder), start_process(), training=False)
-        return usual(run, source, folder, USUAL[variant])
+        config, process = configuration(regime, source, "joint", folder), start_process()
+        components = build_components(config, process, evaluation_share(config, process))
+        return usual(components, source, folder, USUAL[variant])
     return ours(regime, source, variant.removeprefix("ours, "), folder)
 
 

@@ -1,8 +1,8 @@
-"""A trained head outside training: read from a run, from one of its checkpoints or from an exported file; and put to
-use in Python.
+"""Reads a trained head from a run, a checkpoint or an exported file, and forecasts with it in Python.
 
-An export is one safetensors file: the head's weights (`head.*`) and the statistics of its latents (`statistics.*`),
-with the resolved configuration and the step in the metadata. It holds no encoder, which the configuration names.
+An export is one safetensors file with the head's weights (`head.*`) and the statistics of its latents (`statistics.*`).
+Its metadata contains the resolved configuration and the step. The encoder is not part of it: the configuration names
+the encoder's weights.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Trained:
-    """What training leaves: weights fp32 by parameter name, statistics, and the configuration as YAML text."""
+    """The result of training: fp32 weights by parameter name, statistics, and the configuration as YAML text."""
 
     source: str
     config: str
@@ -42,18 +42,18 @@ class Trained:
     baselines: Baselines
 
     def resolved(self, overrides: Sequence[str] = ()) -> Config:
-        """The configuration it was trained with, with `section.key=value` overrides."""
+        """The configuration of the training, with `section.key=value` overrides."""
         return parse_config(self.config, f"{self.source}: config.yaml", overrides)
 
     def geometry(self, config: Config) -> LatentGeometry:
-        """The geometry of its forecasts."""
+        """The geometry of the head's forecasts."""
         frames, height, width, dim = self.baselines.position_mean.shape
         return LatentGeometry(config.model.num_context_latents, frames, height, width, dim)
 
 
 def read_trained(path: str | Path, *, average: bool = True) -> Trained:
-    """From an exported file, a run's folder (its newest checkpoint) or one checkpoint's folder; its averaged weights
-    if it keeps any.
+    """Read an exported file, the newest checkpoint in a run's folder, or the folder of one checkpoint. average: read
+    the averaged weights, if the run keeps any.
 
     Raises `UserError` that names what is missing.
     """
@@ -75,7 +75,7 @@ def read_trained(path: str | Path, *, average: bool = True) -> Trained:
 
 
 def write_export(trained: Trained, path: str | Path) -> None:
-    """One safetensors file; a file of this name is replaced only once the new one is complete."""
+    """Write one safetensors file. It replaces a file of this name when it is complete."""
     path = Path(path)
     statistics = {**vars(trained.statistics), **vars(trained.baselines)}
     tensors = {f"head.{name}": tensor for name, tensor in trained.weights.items()}
@@ -101,8 +101,8 @@ class Forecaster:
         forecaster = load_forecaster("forecaster.safetensors")
         latents = forecaster.forecast(video)  # video: uint8 f h w c, any size
 
-    `context_frames` is how many video frames it looks at; `config`, `geometry` and `statistics` say what it was
-    trained with.
+    `context_frames` is the number of video frames that it uses; `config`, `geometry` and `statistics` are those of the
+    training.
     """
 
     def __init__(self, trained: Trained, device: torch.device, overrides: list[str], compile: bool):
@@ -124,8 +124,8 @@ class Forecaster:
 
     @torch.no_grad()
     def context(self, video: Tensor) -> Tensor:
-        """Normalised latents `1 t h w d` of the last `context_frames` frames of a video, uint8 `f h w c`, at the
-        stride of training."""
+        """Normalised latents `1 t h w d` of the last `context_frames` frames of a video, uint8 `f h w c`, at the stride
+        of the training. Raises `ValueError` for a video of another dtype or shape, or a shorter one."""
         stride = self.config.dataset.stride
         frames = video[-1 - (self.context_frames - 1) * stride :: stride]
         if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[-1] != 3 or len(frames) < self.context_frames:
@@ -140,8 +140,8 @@ class Forecaster:
     def forecast(self, video: Tensor, frames: int | None = None, seed: int = 0) -> Tensor:
         """fp32 `k t h w d`: samples (one in regression) of the normalised latents that follow a video, uint8 `f h w c`.
 
-        frames: how many latent frames (default: those of training; more are rolled out). Raises `ValueError` for a
-        video of another shape, or too short.
+        frames: number of latent frames (default: as in training; more are rolled out). Raises `ValueError` as `context`
+        does.
         """
         sample = torch.tensor([seed], device=self.device)
         return forecast(self.objective, self.head, self.context(video), sample, frames)[0]
@@ -150,6 +150,7 @@ class Forecaster:
 def load_forecaster(
     path: str | Path, *, device: str | torch.device | None = None, overrides: Sequence[str] = (), compile: bool = False
 ) -> Forecaster:
-    """The forecaster of a run, a checkpoint or an export. `overrides`: such as `["backbone.weights=/data/vjepa2"]`."""
+    """The forecaster of a run, a checkpoint or an export. overrides: for example
+    `["backbone.weights=/data/vjepa2"]`."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Forecaster(read_trained(path), device, list(overrides), compile)

@@ -1,4 +1,4 @@
-"""Train a head: `deepspeed flperf/train.py --config FILE [section.key=value …] [--debug] [--overwrite] [--dry-run]`."""
+"""`flperf train`, also started as `deepspeed flperf/train.py`: trains a head."""
 
 import argparse
 import time
@@ -20,20 +20,20 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the file")
-    parser.add_argument("--overwrite", action="store_true", help="put an earlier run of this name aside and start anew")
+    parser.add_argument("--overwrite", action="store_true", help="rename an earlier run of this name and start over")
     parser.add_argument(
-        "--dry-run", action="store_true", help="build everything, say its sizes, take no step, write no run"
+        "--dry-run", action="store_true", help="build everything and print its sizes; take no step, write no run"
     )
     parser.add_argument(
-        "--profile", action="store_true", help="watch a few steps: where their time goes, as a table and a trace"
+        "--profile", action="store_true", help="profile a few steps: a table of where the time goes, and a trace"
     )
-    # the launcher passes it; the environment says the same
+    # Passed by the launcher, which also sets it in the environment.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(arguments)
 
 
 def shrink(config: Config) -> None:
-    """--debug: tiny subsets and budgets, nothing leaves the machine."""
+    """For --debug: tiny subsets and budgets, and no dashboards."""
     config.dataset.limit = min(config.dataset.limit or 32, 32)
     config.trainer.max_steps, config.trainer.max_epochs, config.trainer.warmup_steps = 10, None, 2
     config.latents.statistics_clips = min(config.latents.statistics_clips, 16)
@@ -50,9 +50,10 @@ def train(arguments: list[str]) -> None:
 
     # Imported late, so that a mistake in the configuration shows at once.
     from flperf.engine.preemption import catch_stop_signals
-    from flperf.engine.process import start_process
+    from flperf.engine.process import batch_share, start_process
     from flperf.engine.watchdog import Watchdog
-    from flperf.run import build_run, describe
+    from flperf.estimate.describe import describe
+    from flperf.run import build_components, build_training_engine
     from flperf.training import loop
     from flperf.training.dashboards import check_dashboards
     from flperf.training.run_folder import RunFolder
@@ -65,13 +66,14 @@ def train(arguments: list[str]) -> None:
         folder = RunFolder(config, options.debug)
         if not (options.overwrite or options.dry_run):
             folder.check(config)
-        run = build_run(config, process)
+        components = build_components(config, process, batch_share(config.trainer, process))
+        engine = build_training_engine(components)
         if process.is_main:
-            print((dump_config(config) if options.dry_run else "") + describe(run), flush=True)
+            print((dump_config(config) if options.dry_run else "") + describe(components), flush=True)
         if options.dry_run:
             return
-        folder.open(config, process, run.dataset, overwrite=options.overwrite)
-        loop.train(run, folder, profiled=options.profile)
+        folder.open(config, process, components.dataset, overwrite=options.overwrite)
+        loop.train(components, engine, folder, profiled=options.profile)
     if process.is_main:
         print(f"  {time.perf_counter() - started:.0f} s in all")
 

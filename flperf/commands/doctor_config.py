@@ -117,10 +117,11 @@ def gated_weights(config: Config) -> Iterator[Finding]:
 def run_check(config: Config) -> Iterator[Finding]:
     """The sizes of a run on all devices of this machine, and whether the clips of each split can be read."""
     from flperf.engine.process import batch_share, start_process
-    from flperf.run import build_run, describe
+    from flperf.estimate.describe import describe
+    from flperf.run import build_components, evaluation_share
 
     process = start_process()
-    run = build_run(config, process, training=False)
+    run = build_components(config, process, evaluation_share(config, process))
     run.share = batch_share(config.trainer, replace(process, world_size=max(process.world_size, processes_here())))
     yield from (Finding("run", line) for line in describe(run).splitlines())
     for split in ("train", "validation"):

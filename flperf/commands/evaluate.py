@@ -65,9 +65,9 @@ def _metrics_file(source: str) -> Path | None:
 
 
 def _append(path: Path, result: dict) -> None:
-    from flperf.training.tracking import cut_torn_line, json_line
+    from flperf.training.tracking import drop_incomplete_line, json_line
 
     with writing(path):
-        cut_torn_line(path)
+        drop_incomplete_line(path)
         with path.open("a") as lines:
             lines.write(json_line(result))

@@ -49,21 +49,22 @@ def trained_run(options: argparse.Namespace) -> tuple["Trained", "Run"]:
     from flperf.engine.engine import load_weights
     from flperf.engine.process import start_process
     from flperf.forecaster import read_trained
-    from flperf.run import build_run
+    from flperf.run import build_components, evaluation_share
 
     trained = read_trained(options.checkpoint, average=options.weights == "average")
     config = trained.resolved(options.overrides)
     if options.config:
         config = _other_configuration(config, options)
     process = start_process()
-    run = build_run(config, process, training=False)
-    if run.geometry != trained.geometry(config):
+    components = build_components(config, process, evaluation_share(config, process))
+    if components.geometry != trained.geometry(config):
         raise UserError(
-            f"{trained.source}: forecasts {trained.geometry(config)}, but this configuration gives {run.geometry}"
+            f"{trained.source}: forecasts {trained.geometry(config)}, "
+            f"but this configuration gives {components.geometry}"
         )
-    load_weights(run.forecaster, trained.weights, run.dtype)
-    run.use_statistics(trained.statistics.to(process.device), trained.baselines.to(process.device))
-    return trained, run
+    load_weights(components.forecaster, trained.weights, components.dtype)
+    statistics, baselines = trained.statistics.to(process.device), trained.baselines.to(process.device)
+    return trained, components.with_statistics(statistics, baselines)
 
 
 def _use_compile_cache_of(checkpoint: str) -> None:

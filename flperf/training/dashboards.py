@@ -1,7 +1,6 @@
-"""Where a run can be watched: W&B and TensorBoard, behind one small interface.
+"""W&B and TensorBoard behind one interface: numbers, tables and pictures of a step.
 
-A dashboard takes numbers by name, tables and pictures of one step. Both keep to the run's folder, so that a resumed
-run goes on where it stopped; only the main process ever opens one.
+Both write into the run's folder, so that a resumed run continues its curves. Only the main process opens them.
 """
 
 import importlib.util
@@ -18,26 +17,28 @@ Rows = Sequence[Sequence[str | float]]
 
 
 class Dashboard(Protocol):
+    """`step` is the number of updates that the values belong to."""
+
     def numbers(self, values: dict[str, float], step: int) -> None:
-        """Values by name, such as `train/loss`, after `step` updates."""
+        """Log values by name, such as `train/loss`."""
 
     def table(self, name: str, columns: Sequence[str], rows: Rows, step: int) -> None: ...
 
     def picture(self, name: str, path: Path, step: int) -> None:
-        """A PNG file."""
+        """Log a PNG file."""
 
     def close(self) -> str | None:
-        """Write what is pending; returns what the user may want to do next."""
+        """Write what is pending. Returns the command to view or upload the data, if one is needed."""
 
 
 def check_dashboards(config: Config) -> None:
-    """Raise `UserError` if a dashboard that is asked for is not installed."""
+    """Raise `UserError` if a configured dashboard is not installed."""
     if config.tracking.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("tracking.tensorboard: the package is not installed: pip install tensorboard")
 
 
 def open_dashboards(config: Config, folder: Path, run_id: str, first_step: int) -> list[Dashboard]:
-    """Those that the configuration asks for. A run of the same `run_id` is continued after `first_step` updates."""
+    """The configured dashboards. A run with the same `run_id` continues after `first_step` updates."""
     dashboards: list[Dashboard] = []
     if config.tracking.wandb != "none":
         dashboards.append(WandB(config, folder, run_id))
@@ -47,8 +48,8 @@ def open_dashboards(config: Config, folder: Path, run_id: str, first_step: int) 
 
 
 class WandB:
-    """Each start of a run adds to one W&B run, whose id is `run_id`. Where the server can't be reached, it is written
-    to `folder/wandb`."""
+    """All starts of a run add to one W&B run with the id `run_id`. If the server is unreachable, this start is logged
+    offline in `folder/wandb`."""
 
     def __init__(self, config: Config, folder: Path, run_id: str):
         import wandb
@@ -71,7 +72,7 @@ class WandB:
             self.run = start()
         except wandb.errors.CommError as error:
             print(f"W&B can't be reached, so this start is logged offline: {' '.join(str(error).split())}", flush=True)
-            wandb.teardown()  # else the id counts as in use
+            wandb.teardown()  # otherwise the id counts as in use
             self.mode = "offline"
             self.run = start()
 
@@ -90,12 +91,13 @@ class WandB:
 
     def close(self) -> str | None:
         self.run.finish()
-        # With --id all starts of an interrupted run are uploaded, in their order, into one.
+        # With --id all starts of an interrupted run are uploaded into one, in their order.
         return f"wandb sync --id {self.run.id} {self.folder}/wandb/offline-run-*" if self.mode == "offline" else None
 
 
 class TensorBoard:
-    """Event files in a folder. What an earlier start logged beyond `first_step`, where this one goes on, is hidden."""
+    """Event files in a folder. Values that an earlier start logged after `first_step` are hidden, because this start
+    logs those steps again."""
 
     def __init__(self, config: Config, folder: Path, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -131,8 +133,8 @@ Mode = Literal["online", "offline", "disabled", "shared"]
 
 
 def wandb_mode_and_project(tracking: Tracking) -> tuple[Mode, str]:
-    """What wandb itself is told (WANDB_MODE, WANDB_PROJECT, its settings files) wins over `auto` and the default
-    project; `auto` is offline where no login has left a key for the server in use."""
+    """The settings of wandb itself (WANDB_MODE, WANDB_PROJECT, its settings files) replace `auto` and the default
+    project. `auto` is offline if there is no key for the server in use."""
     import wandb
 
     settings = wandb.setup(wandb.Settings(silent=True)).settings

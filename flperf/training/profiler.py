@@ -1,7 +1,7 @@
-"""`--profile`: where the time of a step goes, as a trace for chrome://tracing or Perfetto and as a table.
+"""`--profile`: shows where the time of a step goes, as a table and as a trace for Perfetto or chrome://tracing.
 
-Stages are timed as in every run (on CUDA by events); what happens inside them (copies, collectives, an idle device)
-comes from PyTorch's profiler, which watches a few steps after the first ones have compiled.
+Stages are timed as in every run (on CUDA by events). Copies, collectives and idle time come from PyTorch's profiler,
+which records a few steps after the first ones have compiled.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from flperf.engine.process import Process
 from flperf.training.timing import StageTimer
 
-WAITED, WARM_UP, WATCHED = 3, 1, 5  # steps
-PROFILED_STEPS = WAITED + WARM_UP + WATCHED
+WAIT, WARM_UP, RECORDED = 3, 1, 5  # steps
+PROFILED_STEPS = WAIT + WARM_UP + RECORDED
 STAGES = {
     "data": "wait for data",
     "encode": "encoder",
@@ -30,18 +30,13 @@ COPIES = ("Memcpy HtoD",)
 
 
 class StepProfile:
-    """A context; call `step` after every step. Every process watches itself, the main one writes."""
+    """A context manager; call `step` after every step. Every process profiles itself, only the main one writes."""
 
     def __init__(self, folder: Path, process: Process):
-        self.folder, self.process, self.timer, self.table, self.steps = (
-            folder,
-            process,
-            StageTimer(process.device),
-            "",
-            0,
-        )
+        self.folder, self.process, self.timer = folder, process, StageTimer(process.device)
+        self.table, self.steps = "", 0
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (process.device.type == "cuda")
-        steps = schedule(wait=WAITED, warmup=WARM_UP, active=WATCHED, repeat=1)
+        steps = schedule(wait=WAIT, warmup=WARM_UP, active=RECORDED, repeat=1)
         self.profiler = profile(activities=activities, schedule=steps, on_trace_ready=self._write, acc_events=True)
 
     def __enter__(self) -> "StepProfile":
@@ -53,19 +48,20 @@ class StepProfile:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        """Time a stage, and mark it in the trace."""
         with torch.profiler.record_function(f"flperf {name}"), self.timer.stage(name, host=name == "data"):
             yield
 
     def step(self) -> bool:
-        """Whether this was the last step to be watched: `table` is there now."""
+        """Whether this was the last recorded step, so that `table` is now complete."""
         self.steps += 1
-        if self.steps == WAITED + WARM_UP:
+        if self.steps == WAIT + WARM_UP:
             self.timer.spans.clear()
-        self.profiler.step()  # calls `_write` after the last one
+        self.profiler.step()  # calls `_write` after the last recorded step
         return self.steps == PROFILED_STEPS
 
     def _write(self, profiler: profile) -> None:
-        self.table = stage_table(self.timer.read(WATCHED), profiler.events(), self.process.device.type == "cuda")
+        self.table = stage_table(self.timer.read(RECORDED), profiler.events(), self.process.device.type == "cuda")
         if self.process.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(self.folder / "trace.json.gz"))
@@ -73,29 +69,25 @@ class StepProfile:
 
 
 def stage_table(stages: dict[str, float], events: Iterable[FunctionEvent], on_gpu: bool) -> str:
-    """Milliseconds a step and its share, as text. stages: `StageTimer`'s; events: those of a profile of `WATCHED`
-    steps."""
-    # Of a GPU only what ran on it: a kernel's time stands again at the operator that launched it and in every range
-    # around it.
-    worked = (
+    """Milliseconds per step and share of the step, as text. stages: from `StageTimer`; events: from a profile of
+    `RECORDED` steps."""
+    # On a GPU count only events of the device: the operators and ranges around a kernel contain its time again.
+    active = (
         [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
         if on_gpu
         else events
     )
 
     def milliseconds(parts: tuple[str, ...]) -> float:
-        """Of the events with one of these in their name, without what they called."""
-        chosen = [event for event in worked if any(part in event.name for part in parts)]
-        return (
-            sum(event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in chosen)
-            / 1e3
-            / WATCHED
-        )
+        """Time of the events with one of `parts` in their name, without the events that they called."""
+        chosen = [event for event in active if any(part in event.name for part in parts)]
+        times = (event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in chosen)
+        return sum(times) / 1e3 / RECORDED
 
-    step = sum(event.cpu_time_total for event in events if event.name.startswith("ProfilerStep")) / 1e3 / WATCHED
+    step = sum(event.cpu_time_total for event in events if event.name.startswith("ProfilerStep")) / 1e3 / RECORDED
     rows = {label: stages[f"{name}_ms"] for name, label in STAGES.items()}
-    # A CPU is idle in no stage; a GPU while nothing runs on any of its streams.
-    idle = step - (busy(worked) / 1e3 / WATCHED if on_gpu else sum(rows.values()))
+    # A CPU is idle outside the stages, a GPU while no event runs on any of its streams.
+    idle = step - (busy(active) / 1e3 / RECORDED if on_gpu else sum(rows.values()))
     rows |= {
         "of it copies": milliseconds(COPIES),
         "of it collectives": milliseconds(COLLECTIVES),
@@ -106,7 +98,7 @@ def stage_table(stages: dict[str, float], events: Iterable[FunctionEvent], on_gp
 
 
 def busy(events: Iterable[FunctionEvent]) -> float:
-    """Microseconds in which at least one of the events ran."""
+    """Microseconds during which at least one of the events ran."""
     total = reached = 0.0
     for start, end in sorted((event.time_range.start, event.time_range.end) for event in events):
         total += max(0.0, end - max(start, reached))

@@ -1,4 +1,8 @@
-"""The folder of a run: resumed by a run of the same configuration, never silently reused."""
+"""The folder of a run.
+
+A run resumes the earlier one of the same name if both have the same training clips and the same configuration in all
+that shapes the result. Otherwise it stops with an error that lists the differences.
+"""
 
 import hashlib
 import json
@@ -23,9 +27,8 @@ from flperf.files import write_atomically, writing
 
 PACKAGES = ("torch", "deepspeed", "xformers", "transformers", "nvidia-dali-cuda130", "triton", "av", "numpy")
 
-# Keys that may change when a run is resumed: none of them alters what is learnt.
+# Keys that may change when a run is resumed, because they do not alter what is learnt.
 FREE_SECTIONS = {"engine", "evaluation", "checkpoint", "tracking"}
-
 FREE_KEYS = {
     "dataset.decoder",
     "dataset.threads",
@@ -38,11 +41,11 @@ FREE_KEYS = {
     "model.fused_adaln",
 }
 
-START_ANEW = "set name=... for a new run, or --overwrite to put the old one aside and start anew"
+START_OVER = "set name=... for a new run, or --overwrite to rename the old one and start over"
 
 
 class RunFolder:
-    """`experiment/<name>`; debugging runs share `experiment/debug/<name>`, which each of them replaces."""
+    """`experiment/<name>`, or `experiment/debug/<name>`, which every debugging run replaces."""
 
     def __init__(self, config: Config, debug: bool):
         self.debug = debug
@@ -60,20 +63,20 @@ class RunFolder:
             earlier = yaml.safe_load(path.read_text())
         except (yaml.YAMLError, UnicodeDecodeError):
             earlier = None
-        now = yaml.safe_load(dump_config(config))
-        # what is cut off after a section is YAML still
-        if not isinstance(earlier, dict) or now.keys() - earlier.keys():
+        current = yaml.safe_load(dump_config(config))
+        # A file that was cut off after a section is still valid YAML.
+        if not isinstance(earlier, dict) or current.keys() - earlier.keys():
             raise UserError(
-                f"{path}: is damaged; remove it to go on with the run as it is configured now, or start anew with "
+                f"{path}: is damaged; remove it to resume with the current configuration, or start over with "
                 "--overwrite"
             )
-        changed = [line for line in differences(earlier, now) if not _is_free(line.split(":")[0])]
+        changed = [line for line in differences(earlier, current) if not _is_free(line.split(":")[0])]
         if changed:
-            raise UserError(f"{path}: is that of a run with another configuration ({'; '.join(changed)}); {START_ANEW}")
+            raise UserError(f"{path}: that run has another configuration ({'; '.join(changed)}); {START_OVER}")
 
     def open(self, config: Config, process: Process, dataset: Dataset, *, overwrite: bool) -> None:
-        """Make the folder and describe the run in it; with `overwrite`, put an earlier run aside under another name.
-        Raises `UserError` if an earlier run of this name had other training clips."""
+        """Make the folder and write `config.yaml` and `run.json`. With `overwrite`, an earlier run of this name is
+        renamed. Raises `UserError` if an earlier run of this name had other training clips. A collective."""
         clips = training_clips(dataset)
         if not (self.debug or overwrite):
             self._check_clips(clips)
@@ -94,17 +97,15 @@ class RunFolder:
         if earlier["order"] != clips["order"]:
             raise UserError(
                 f"dataset.train: names other clips ({clips['clips']}), or in another order, than the run in "
-                f"{self.path} was trained on "
-                f"({earlier['clips']}); {START_ANEW}"
+                f"{self.path} was trained on ({earlier['clips']}); {START_OVER}"
             )
 
     def describe(self, **facts) -> None:
-        """Write facts about this launch into `run.json`, beside or in place of those that stand there."""
+        """Add facts about this start to `run.json`; they replace older values of the same name."""
         write_atomically(self.path / "run.json", json.dumps(self._described() | facts, indent=2) + "\n")
 
     def run_id(self) -> str:
-        """What dashboards know the run by: drawn at its first start and kept, so that every later start goes on with
-        the same one."""
+        """The identifier of this run on dashboards, which all starts of the run have in common."""
         if "run_id" not in self._described():
             self.describe(run_id=uuid.uuid4().hex[:8])
         return self._described()["run_id"]
@@ -112,7 +113,7 @@ class RunFolder:
     def _described(self) -> dict:
         try:
             return json.loads((self.path / "run.json").read_text())
-        except (OSError, ValueError):  # not there yet, or damaged: the run goes on without what it said
+        except (OSError, ValueError):  # does not exist yet, or is damaged; the run does not depend on it
             return {}
 
 
@@ -121,13 +122,13 @@ def _is_free(key: str) -> bool:
 
 
 def training_clips(dataset: Dataset) -> dict:
-    """How many training clips there are, and a digest of their order, on which every sample of a run depends."""
+    """The number of training clips and a digest of their order, on which every sample of a run depends."""
     paths = dataset.splits["train"].paths
     return {"clips": len(paths), "order": hashlib.sha256("\n".join(paths).encode()).hexdigest()}
 
 
 def describe_run(process: Process) -> dict:
-    """Versions, commit, devices and command: what is needed to say later what ran."""
+    """Versions, commit, device and command, to document the run."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     name = (

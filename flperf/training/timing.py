@@ -1,4 +1,4 @@
-"""What a step costs: stage timers without host synchronisation, FLOP counts, memory."""
+"""Times the stages of a step without synchronising host and device."""
 
 import time
 from collections import defaultdict
@@ -9,8 +9,7 @@ import torch
 
 
 class StageTimer:
-    """Milliseconds a step spends in each stage. On CUDA by events, which are read only when the numbers are asked
-    for."""
+    """Measures the milliseconds that a step spends in each stage. On CUDA it records events, which `read` reads."""
 
     def __init__(self, device: torch.device):
         self.on_gpu = device.type == "cuda"
@@ -18,13 +17,13 @@ class StageTimer:
 
     @contextmanager
     def stage(self, name: str, host: bool = False):
-        """host=True times the host's wait even on CUDA (data: the GPU is idle then)."""
+        """Time a stage. host: use the host's clock even on CUDA, for stages in which the GPU is idle."""
         start = self._mark(host)
         yield
         self.spans[name].append((start, self._mark(host)))
 
     def read(self, steps: int) -> dict[str, float]:
-        """Mean milliseconds a step since the last reading, by stage."""
+        """Milliseconds by stage since the last call, the mean of `steps` steps."""
         if self.on_gpu:
             torch.cuda.synchronize()
         result = {f"{name}_ms": sum(map(_milliseconds, spans)) / steps for name, spans in self.spans.items()}
@@ -45,5 +44,5 @@ def _milliseconds(span) -> float:
 
 
 def process_seconds() -> float:
-    """Seconds since this process was started, imports included."""
+    """Seconds since this process started, imports included."""
     return time.time() - psutil.Process().create_time()

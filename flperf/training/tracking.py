@@ -1,9 +1,4 @@
-"""Where a run leaves its traces: the run's folder, `metrics.jsonl`, dashboards, a progress bar. Only the main process
-writes.
-
-A folder is never silently reused: a run resumes the earlier one of the same name if its configuration is the same in
-all that shapes the result, and stops with the differences otherwise.
-"""
+"""Writes a run's metrics to `metrics.jsonl` and to dashboards, and shows its progress."""
 
 import json
 import math
@@ -20,11 +15,11 @@ from flperf.files import writing
 from flperf.training.dashboards import Dashboard, Rows, open_dashboards
 from flperf.training.run_folder import RunFolder
 
-PROGRESS_SECONDS = 10  # at least, between two lines of progress where there is no terminal
+PROGRESS_SECONDS = 10  # shortest time between two lines of progress without a terminal
 
 
 class Tracker:
-    """Writes metrics on the main process; on the others every method does nothing."""
+    """Writes on the main process; on the others every method does nothing."""
 
     def __init__(self, config: Config, folder: RunFolder, is_main: bool, first_step: int, total_steps: int):
         self.active = is_main
@@ -33,18 +28,20 @@ class Tracker:
             return
         self.dashboards: list[Dashboard] = open_dashboards(config, folder.path, folder.run_id(), first_step)
         with writing(folder.metrics):
-            cut_torn_line(folder.metrics)
+            drop_incomplete_line(folder.metrics)
             self.file = folder.metrics.open("a")
         self.bar = tqdm(
             total=total_steps, initial=first_step, desc=config.name, unit="step", dynamic_ncols=True, disable=None
         )
-        self.said = -math.inf
+        self.last_shown = -math.inf
 
     def step(self) -> None:
+        """Advance the progress bar by a step."""
         if self.active:
             self.bar.update()
 
     def log(self, metrics: dict) -> None:
+        """Add a line to `metrics.jsonl`, and its numbers to the dashboards. Metrics of training have no "split"."""
         if not self.active:
             return
         with writing(self.folder.metrics):
@@ -56,48 +53,50 @@ class Tracker:
             self._show(metrics)
 
     def _show(self, metrics: dict) -> None:
-        """Progress beside the bar; where there is no terminal, hence no bar, in a line of its own now and then."""
+        """Show progress beside the bar. Without a terminal there is no bar, but a line from time to time."""
         self.bar.set_postfix_str(progress_text(metrics))
-        if self.bar.disable and time.monotonic() - self.said >= PROGRESS_SECONDS:
+        if self.bar.disable and time.monotonic() - self.last_shown >= PROGRESS_SECONDS:
             text = f"{progress_text(metrics)}, waited {metrics['data_ms']:.0f} of {metrics['step_ms']:.0f} ms for data"
             print(f"step {metrics['step']} of {self.bar.total}: {text}", flush=True)
-            self.said = time.monotonic()
+            self.last_shown = time.monotonic()
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
+        """Print lines without disturbing the progress bar."""
         if self.active:
             tqdm.write(text)
 
     def table(self, name: str, columns: Sequence[str], rows: Rows, step: int) -> None:
-        """A table to the dashboards."""
+        """Show a table on the dashboards."""
         if self.active:
             for dashboard in self.dashboards:
                 dashboard.table(name, columns, rows, step)
 
     def picture(self, name: str, path: Path, step: int) -> None:
-        """A PNG of the run's folder to the dashboards."""
+        """Show a PNG file on the dashboards."""
         if self.active:
             for dashboard in self.dashboards:
                 dashboard.picture(name, path, step)
 
     def describe(self, **facts) -> None:
-        """Into `run.json`."""
+        """Write facts into `run.json`."""
         if self.active:
             self.folder.describe(**facts)
 
     def close(self) -> None:
+        """Write what is pending, and print how to view the dashboards."""
         if not self.active:
             return
         self.bar.close()
         for dashboard in self.dashboards:
             hint = dashboard.close()
             if hint:
-                print(f"to look at it: {hint}")
+                print(f"to view it: {hint}")
         with writing(self.folder.metrics):
             self.file.close()
 
 
-def cut_torn_line(path: Path) -> None:
-    """Drop the half line that a full disk or a kill has left at the end, lest the next one be written behind it."""
+def drop_incomplete_line(path: Path) -> None:
+    """Remove the incomplete last line that a full disk or a kill may have left, so that the next line is valid."""
     if path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
@@ -108,7 +107,7 @@ def json_line(metrics: dict) -> str:
 
 
 def without_nan(value: Any) -> Any:
-    """NaN and infinity as None: JSON has no such numbers."""
+    """Replace NaN and infinity, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -117,22 +116,22 @@ def without_nan(value: Any) -> Any:
 
 
 def scalars(metrics: dict) -> dict[str, float]:
-    """Numbers under `train/` or `val/`; those of each latent frame ahead, lists in metrics.jsonl, under
-    `val/horizon_01/` and so on."""
+    """Numbers by name for dashboards, under `train/` or `val/`. The lists over latent frames become `val/horizon_01/…`,
+    `val/horizon_02/…` and so on."""
     split = metrics.get("split", "train")
     values = {f"{split}/{key}": value for key, value in metrics.items() if isinstance(value, int | float)}
-    for key, ahead in metrics.get("horizon", {}).items():
-        values |= {f"{split}/horizon_{frame:02d}/{key}": value for frame, value in enumerate(ahead, start=1)}
+    for key, frames in metrics.get("horizon", {}).items():
+        values |= {f"{split}/horizon_{frame:02d}/{key}": value for frame, value in enumerate(frames, start=1)}
     return values
 
 
 def progress_text(metrics: dict) -> str:
-    """Loss, clips a second, and the stage that takes most of the step."""
+    """Loss, clips per second, and the slowest stage with its share of the step."""
     stages = {
         key.removesuffix("_ms"): metrics[key]
         for key in ("data_ms", "encode_ms", "head_ms", "optim_ms")
         if key in metrics
     }
-    slowest = max(stages, key=stages.get)
+    slowest = max(stages, key=stages.__getitem__)
     share = stages[slowest] / max(metrics["step_ms"], 1e-9)
     return f"loss {metrics['loss']:.4f}, {metrics['clips_per_s']:.1f} clips/s, {slowest} {share:.0%}"

@@ -1,12 +1,13 @@
 """Several short training runs in one group of processes, and what was logged and seen in each."""
 
 import json
+from unittest import mock
 
 import torch.distributed as dist
 
 from flperf.config import load_config
-from flperf.engine.process import start_process
-from flperf.run import build_run
+from flperf.engine.process import batch_share, start_process
+from flperf.run import TrainingRun, build_components, build_training_engine
 from flperf.training import loop
 from flperf.training.run_folder import RunFolder
 
@@ -14,18 +15,18 @@ from flperf.training.run_folder import RunFolder
 def curve(config_path: str, name: str, overrides: list[str], process) -> dict:
     """Losses and gradient norms by step, evaluations, and the (sample, clip) pairs that all ranks saw in each step."""
     config = load_config(config_path, [f"name={name}", *overrides])
-    run = build_run(config, process)
+    components = build_components(config, process, batch_share(config.trainer, process))
     seen = []
-    training_latents = run.training_latents
+    training_latents = TrainingRun.training_latents
 
-    def spy(batch):
+    def spy(run, batch):
         seen.append([[int(s), int(c)] for s, c in zip(batch.sample, batch.clip, strict=True)])
-        return training_latents(batch)
+        return training_latents(run, batch)
 
-    run.training_latents = spy
     folder = RunFolder(config, debug=False)
-    folder.open(config, process, run.dataset, overwrite=False)
-    loop.train(run, folder)
+    folder.open(config, process, components.dataset, overwrite=False)
+    with mock.patch.object(TrainingRun, "training_latents", spy):
+        loop.train(components, build_training_engine(components), folder)
     everyone: list = [None] * process.world_size
     dist.all_gather_object(everyone, seen)
     lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]

@@ -7,7 +7,7 @@ import pytest
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import EventList, FunctionEvent
 
-from flperf.training.profiler import STAGES, WATCHED, stage_table
+from flperf.training.profiler import RECORDED, STAGES, stage_table
 
 
 def gpu_events() -> EventList:
@@ -19,7 +19,7 @@ def gpu_events() -> EventList:
         events.append(FunctionEvent(len(events), name, 0, start, end, device_type=device, use_device="cuda", **options))
         return events[-1]
 
-    for step in range(WATCHED):
+    for step in range(RECORDED):
         t = 10_000 * step
         add(f"ProfilerStep#{step}", t, t + 10_000, DeviceType.CPU)
         add("aten::mm", t + 10, t + 20, DeviceType.CPU).append_kernel("gemm", 0, 4000)

@@ -8,34 +8,35 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backwa
 
 from flperf.config import Model, parse_config
 from flperf.data.preprocessing import Preprocessing
-from flperf.engine.process import start_process
+from flperf.engine.process import batch_share, start_process
 from flperf.models.encoder import build_encoder, encode_clip
 from flperf.models.flops import encoder_flops, head_flops
 from flperf.models.heads import build_head
 from flperf.models.latents import LatentGeometry
-from flperf.run import build_run, flops_per_clip
+from flperf.run import Components, build_components, flops_per_clip
 
 # Wide enough that what is not three times its forward weighs little: the first layers' inputs need no gradient.
 WIDER = ["model.depth=8", "model.hidden_dim=96", "trainer.batch_size=2", "trainer.ema_decay=null"]
 
 
-def counted_step(run) -> dict[str, int]:
+def counted_step(components: Components, head: torch.nn.Module) -> dict[str, int]:
     """FLOPs a clip of encoding, and of the head's forward and backward pass, as they are run."""
     video = torch.randint(0, 256, (2, 8, 32, 32, 3), dtype=torch.uint8)
     with sdpa_kernel(SDPBackend.MATH):  # CPU attention is no operator that PyTorch counts; as matrix products it is
         with FlopCounterMode(display=False) as encode:
-            latents = run.encoder(video[:, :4]), run.encoder(video[:, 4:])
+            latents = components.encoder(video[:, :4]), components.encoder(video[:, 4:])
         with FlopCounterMode(display=False) as train:
-            run.objective.loss(run.engine.module, *latents, torch.arange(2)).backward()
+            components.objective.loss(head, *latents, torch.arange(2)).backward()
     return {"encoder": encode.get_total_flops() / 2, "head": train.get_total_flops() / 2}
 
 
 @pytest.mark.parametrize("regime", REGIMES)
 def test_logged_flops_are_those_of_a_training_step(tmp_path, regime):
     config = parse_config(TINY.format(folder=tmp_path), "tiny", [*REGIMES[regime], *WIDER, "name=tiny"])
-    run = build_run(config, start_process())
-    expected = counted_step(run)
-    assert flops_per_clip(run) == pytest.approx(expected, rel=0.01)
+    process = start_process()
+    components = build_components(config, process, batch_share(config.trainer, process))
+    head = build_head(config.model, components.geometry, seed=0, compile=False)
+    assert flops_per_clip(components) == pytest.approx(counted_step(components, head), rel=0.01)
 
 
 @pytest.mark.parametrize("mode", ["split", "joint"])
