@@ -75,7 +75,7 @@ def read_tensor_file(
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: is not a readable safetensors file ({error})") from None
+        raise UserError(f"{path}: is not a safetensors file that can be read ({error})") from None
     if metadata.get("format") != file_format:
         raise UserError(
             f"{path}: was not written by `{writer}` (format {metadata.get('format')!r}, expected {file_format!r})"

@@ -1,5 +1,6 @@
-"""Where W&B's data goes: what the user has told wandb itself is obeyed, and a server out of reach ends no training."""
+"""Which dashboards a run opens: the user's own settings of wandb apply, and training goes on without a server."""
 
+import importlib.util
 import socket
 
 import pytest
@@ -7,14 +8,16 @@ import wandb
 from wandb.sdk.lib import wbauth
 
 from flperf.config import Config, Tracking
+from flperf.errors import UserError
+from flperf.train import train
 from flperf.training.dashboards import WandB, wandb_mode_and_project
 
 KEY = "x" * 40
 
 
 @pytest.fixture(autouse=True)
-def nobody_logged_in(monkeypatch, tmp_path):
-    """A home without any of wandb's files, and wandb as if it had just been imported."""
+def no_login(monkeypatch, tmp_path):
+    """No files of wandb in the home folder, and wandb as if it had just been imported."""
     for variable in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "WANDB_BASE_URL"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -28,7 +31,7 @@ def nobody_logged_in(monkeypatch, tmp_path):
 
 
 def log_in(tmp_path, server: str) -> None:
-    """What `wandb login` leaves."""
+    """Write the file that `wandb login` writes."""
     (tmp_path / "netrc").write_text(f"machine {server.split('//')[1]} login user password {KEY}\n")
     (tmp_path / "netrc").chmod(0o600)
 
@@ -49,44 +52,51 @@ def test_a_login_is_found_for_the_server_in_use(server, monkeypatch, tmp_path):
     assert mode() == "online"
 
 
-def test_a_login_to_another_server_is_none(monkeypatch, tmp_path):
+def test_a_login_to_another_server_does_not_count(monkeypatch, tmp_path):
     log_in(tmp_path, "http://wandb.my-company.com:8080")
     assert mode() == "offline"
 
 
-@pytest.mark.parametrize("told", ["offline", "disabled"])
-def test_what_wandb_is_told_wins_over_auto(told, monkeypatch):
+@pytest.mark.parametrize("setting", ["offline", "disabled"])
+def test_the_mode_that_wandb_is_set_to_replaces_auto(setting, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert mode() == "online"
     wandb.teardown()
-    monkeypatch.setenv("WANDB_MODE", told)
-    assert mode() == told
+    monkeypatch.setenv("WANDB_MODE", setting)
+    assert mode() == setting
 
 
-def test_the_project_that_wandb_is_told_wins_over_the_default_one(monkeypatch):
-    monkeypatch.setenv("WANDB_PROJECT", "told")
-    assert [wandb_mode_and_project(Tracking(project=project))[1] for project in (Tracking.project, "chosen")] == [
-        "told",
-        "chosen",
-    ]
+def test_the_project_that_wandb_is_set_to_replaces_the_default_one(monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "set")
+    projects = [wandb_mode_and_project(Tracking(project=project))[1] for project in (Tracking.project, "configured")]
+    assert projects == ["set", "configured"]
 
 
-def test_a_disabled_run_leaves_nothing(monkeypatch, tmp_path):
+def test_a_disabled_dashboard_writes_nothing(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     dashboard = WandB(Config(name="run"), tmp_path, "identity")
     dashboard.numbers({"train/loss": 1.0}, 1)
     assert dashboard.close() is None and not list(tmp_path.iterdir())
 
 
-def test_a_server_out_of_reach_is_said_in_a_line_and_the_run_goes_on_offline(monkeypatch, tmp_path, capsys):
+def test_an_unreachable_server_is_reported_in_a_line_and_the_run_goes_on_offline(monkeypatch, tmp_path, capsys):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")  # nothing listens there
+        monkeypatch.setenv(
+            "WANDB_BASE_URL", f"http://127.0.0.1:{listener.getsockname()[1]}"
+        )  # bound, but not listening
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
         dashboard = WandB(Config(name="run"), tmp_path, "identity")
-    said = capsys.readouterr().out
-    assert said.startswith("W&B can't be reached") and said.count("\n") == 1
+    output = capsys.readouterr().out
+    assert output.startswith("W&B can't be reached") and output.count("\n") == 1
     dashboard.numbers({"train/loss": 1.0}, 1)
     assert dashboard.close() == f"wandb sync --id identity {tmp_path}/wandb/offline-run-*"
     assert list(tmp_path.glob("wandb/offline-run-*-identity/*.wandb"))
+
+
+def test_a_missing_tensorboard_is_reported_before_the_run_starts(tiny, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        train(["--config", str(tiny), "name=board", "tracking.tensorboard=true"])
+    assert not (tiny.parent / "experiment/board").exists()

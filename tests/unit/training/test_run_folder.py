@@ -1,0 +1,76 @@
+"""The folder of a run: it is resumed by the same run only, and survives damaged files."""
+
+from pathlib import Path
+
+import pytest
+
+from flperf.config import Config
+from flperf.data import Dataset
+from flperf.data.annotations import Annotations
+from flperf.engine.process import start_process
+from flperf.errors import UserError
+from flperf.training.run_folder import RunFolder
+
+
+def test_a_run_keeps_its_id_and_a_new_run_gets_another(tmp_path):
+    def run_id(name: str) -> str:
+        folder = RunFolder(Config(name=name, experiment=str(tmp_path)), debug=False)
+        folder.path.mkdir(exist_ok=True)
+        return folder.run_id()
+
+    assert run_id("first") == run_id("first") != run_id("second")
+
+
+def opened(experiment: Path, *clips: str, overwrite: bool = False) -> RunFolder:
+    """Open the folder of a run with these training clips."""
+    config = Config(name="run", experiment=str(experiment))
+    folder = RunFolder(config, debug=False)
+    folder.open(
+        config,
+        start_process(),
+        Dataset({"train": Annotations(list(clips), [0] * len(clips))}, [], None, 0),
+        overwrite=overwrite,
+    )
+    return folder
+
+
+def test_other_training_clips_are_another_run(tmp_path):
+    """Added or reordered clips would change the order of samples."""
+    opened(tmp_path, "a.mp4", "b.mp4")
+    opened(tmp_path, "a.mp4", "b.mp4")
+    for clips in (["b.mp4", "a.mp4"], ["a.mp4", "b.mp4", "c.mp4"]):
+        with pytest.raises(UserError, match=r"dataset\.train: names other clips .* --overwrite"):
+            opened(tmp_path, *clips)
+    opened(tmp_path, "b.mp4", "a.mp4", overwrite=True)
+    opened(tmp_path, "b.mp4", "a.mp4")
+
+
+@pytest.mark.parametrize("share", [0, 0.5], ids=["empty", "halved"])
+def test_a_damaged_configuration_is_named_and_damaged_facts_are_replaced(tmp_path, share):
+    folder = opened(tmp_path, "a.mp4")
+    for name in ("config.yaml", "run.json"):
+        path = folder.path / name
+        path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(UserError, match=f"{folder.path}/config.yaml: is damaged; remove it"):
+        folder.check(Config(name="run", experiment=str(tmp_path)))
+    assert opened(tmp_path, "a.mp4").run_id()
+    folder.check(Config(name="run", experiment=str(tmp_path)))
+
+
+def test_a_configuration_cut_after_any_line_is_damaged(tmp_path):
+    folder, config = opened(tmp_path, "a.mp4"), Config(name="run", experiment=str(tmp_path))
+    path = folder.path / "config.yaml"
+    lines = path.read_text().splitlines(keepends=True)
+    last = max(number for number, line in enumerate(lines) if not line.startswith((" ", "-")))
+    for length in range(last + 1):
+        path.write_text("".join(lines[:length]))
+        with pytest.raises(UserError, match="config.yaml: is damaged; remove it"):
+            folder.check(config)
+    path.write_text("".join(lines))
+    folder.check(config)
+
+
+def test_an_experiment_that_cannot_be_a_folder_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"{tmp_path}/file/experiment.*: cannot be written: Not a directory"):
+        opened(tmp_path / "file/experiment", "a.mp4")
