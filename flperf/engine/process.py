@@ -85,15 +85,14 @@ def batch_share(trainer: Trainer, process: Process) -> BatchShare:
     share, rest = divmod(trainer.batch_size, process.world_size)
     if rest or not share:
         raise UserError(
-            f"trainer.batch_size: {trainer.batch_size} clips cannot be shared out evenly among "
-            f"{process.world_size} processes; "
-            "start a number of processes that divides it"
+            f"trainer.batch_size: {trainer.batch_size} clips cannot be divided evenly among "
+            f"{process.world_size} processes; start a number of processes that divides it"
         )
     wanted = trainer.micro_batch_size or share
     micro = max(size for size in range(1, min(wanted, share) + 1) if share % size == 0)
     if micro != wanted and process.is_main:
         print(
-            f"trainer.micro_batch_size: {wanted} does not divide the {share} clips of a process: {micro} x "
-            f"{share // micro} instead"
+            f"trainer.micro_batch_size: {wanted} does not divide the {share} clips of a process; "
+            f"using {micro} x {share // micro}"
         )
     return BatchShare(process.rank, process.world_size, micro, trainer.batch_size)

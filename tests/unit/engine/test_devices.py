@@ -1,4 +1,4 @@
-"""Peaks: the vendor's, which MFU is a share of, and what a device here was measured to do."""
+"""Peak rates of devices: stated by the vendor, or measured."""
 
 import time
 
@@ -9,8 +9,8 @@ from flperf.engine import devices
 
 
 @pytest.fixture(autouse=True)
-def measured_anew():
-    """Nothing that was measured before counts in these tests, and nothing of theirs after them."""
+def no_cached_measurements():
+    """Neither in these tests nor after them."""
     devices.measured_flops.cache_clear()
     yield
     devices.measured_flops.cache_clear()
@@ -23,14 +23,13 @@ def test_a_known_gpu_has_its_stated_peak_and_a_measured_one(monkeypatch):
     monkeypatch.setattr(devices, "best_seconds", lambda function, device: 2e-3)
     assert devices.peak_flops(gpu, torch.bfloat16) == 989e12
     assert devices.measured_flops(gpu, torch.bfloat16) == 2 * 8192**3 / 2e-3
-    # which the table does not state
+    # The table has no fp32 peak.
     assert devices.peak_flops(gpu, torch.float32) == devices.measured_flops(gpu, torch.float32)
 
 
 @pytest.mark.parametrize(("rate", "largest"), [(1e9, 256), (5e9, 512), (1e12, 1024)])
-def test_a_peak_is_measured_on_products_that_do_not_take_long(monkeypatch, rate, largest):
-    """A CPU that has to emulate bf16 does 1 GFLOP/s: the largest product would take it two seconds, and it is timed
-    several times."""
+def test_a_slow_device_is_measured_on_small_products(monkeypatch, rate, largest):
+    """A CPU that emulates bf16 has 1 GFLOP/s: it would take two seconds for the largest product, which is repeated."""
     multiplied = []
     monkeypatch.setattr(
         torch, "randn", lambda *size, **options: multiplied.append(size[0]) or torch.empty(size, device="meta")
@@ -40,8 +39,8 @@ def test_a_peak_is_measured_on_products_that_do_not_take_long(monkeypatch, rate,
     assert multiplied[-1] == largest
 
 
-def test_a_disturbance_of_a_tenth_of_a_second_is_not_measured(monkeypatch):
-    """Another process that takes a core makes each short product wait for it, sixteen times its own time."""
+def test_a_disturbance_of_a_tenth_of_a_second_does_not_change_the_measurement(monkeypatch):
+    """Another process that keeps a core makes each short product wait, sixteen times as long as the product takes."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 

@@ -43,6 +43,6 @@ def test_the_batch_size_is_the_same_at_any_world_size(capsys, world_size, micro_
 @pytest.mark.parametrize("world_size", [5, 16, 48])
 def test_a_batch_that_cannot_be_divided_is_refused(world_size):
     with pytest.raises(
-        UserError, match=f"trainer.batch_size: 24 clips cannot be shared out evenly among {world_size} processes"
+        UserError, match=f"trainer.batch_size: 24 clips cannot be divided evenly among {world_size} processes"
     ):
         share_of(world_size, 24, 8)

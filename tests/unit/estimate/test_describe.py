@@ -11,7 +11,7 @@ from flperf.engine.devices import DEVICES
 from flperf.engine.process import batch_share, start_process
 from flperf.estimate.describe import describe
 from flperf.estimate.workload import Workload, build_workload
-from flperf.run import Components, build_components
+from flperf.run import Components, build_components, flops_per_clip
 
 PROCESSES = 2
 CPU = replace(DEVICES["h100"], link=None)
@@ -37,3 +37,8 @@ def test_a_dry_run_and_an_estimate_show_the_same_model_states(built, stage, dtyp
     estimated = replace(workload, config=config, dtype=dtype, share=share).states(stage, PROCESSES, CPU).total
     assert estimated > 10e6  # three digits of GB tell the stages apart
     assert f" {estimated / 1e9:.3f} GB of model states a process at ZeRO {stage};" in text
+
+
+def test_an_estimate_counts_the_flops_that_a_run_logs(built):
+    components, workload = built
+    assert workload.flops == sum(flops_per_clip(components).values()) > 0
