@@ -1,12 +1,12 @@
-"""How the cost of a training step grows with clips, frames, tokens, depth and processes: a table, a picture, and the
-fitted exponents.
+"""Measures how the time of a training step grows with clips, frames, tokens, depth and processes: a table, a picture
+and fitted exponents.
 
     python -m benchmarks.growth --picture growth.png
 
-One size is doubled at a time while the others stay; the exponent is the slope of log(time) over log(size), fitted to
-the larger half of the points, where constant costs weigh little. Times are CPU seconds of one thread (seconds on a
-GPU), least of a few. Processes take as many clips each, so their time should stay; it is that on the clock, of a
-whole update with one thread each, and they share this CPU's cores.
+One size grows at a time. The exponent is the slope of log(time) over log(size), fitted to the larger half of the
+points, where constant costs count little. Times are CPU seconds of one thread (seconds on a GPU), the least of a few.
+With more processes each takes the same number of clips, so that the time should be constant; it is the wall time of a
+whole update, with one thread for each process on this CPU's cores.
 """
 
 import argparse
@@ -30,33 +30,23 @@ SWEEPS = {
     "depth": (2, 4, 8, 16),
 }
 PROCESSES = (1, 2)
-# What the operations say. Attention is quadratic in tokens, so frames and tokens lie between 1 and 2.
+# By the number of operations. Attention is quadratic in tokens, so frames and tokens are between 1 and 2.
 EXPECTED = {"clips": "1", "frames": "1 to 2", "tokens a frame": "1 to 2", "depth": "1", "processes": "0"}
 ROUNDS = 5
 
 
 def step(clips: int, frames: int, tokens: int, depth: int):
-    """A function that encodes clips, and runs the head on their latents forward and backward; eager, so that nothing
-    compiles anew."""
-    architecture = {
-        "crop_size": 16 * round(tokens**0.5),
-        "hidden_size": 192,
-        "num_hidden_layers": depth,
-        "num_attention_heads": 3,
-    }
-    model = [
-        "model.hidden_dim=192",
-        f"model.depth={depth}",
-        "model.num_heads=3",
-        f"model.num_context_latents={frames // 4}",
-    ]
+    """A function that encodes clips and runs the head forward and backward on their latents; eager, so that no size is
+    compiled."""
+    crop_size = 16 * round(tokens**0.5)
+    architecture = {"crop_size": crop_size, "hidden_size": 192, "num_hidden_layers": depth, "num_attention_heads": 3}
+    model = ["model.hidden_dim=192", f"model.depth={depth}", "model.num_heads=3"]
+    model.append(f"model.num_context_latents={frames // 4}")
     config = sizes.configuration("predictor", size={"frames": frames, "vjepa2": architecture, "model": model})
     encoder = sizes.encoder_of(config, sizes.DTYPE, False)
     geometry = sizes.geometry_of(config, encoder)
-    head, video = (
-        sizes.head_of(config, geometry, sizes.DTYPE, False),
-        sizes.video_of(config)[:1].repeat(clips, 1, 1, 1, 1),
-    )
+    head = sizes.head_of(config, geometry, sizes.DTYPE, False)
+    video = sizes.video_of(config)[:1].repeat(clips, 1, 1, 1, 1)
 
     def run() -> None:
         context, target = encode_clip(encoder, video, geometry, "split")
@@ -66,7 +56,7 @@ def step(clips: int, frames: int, tokens: int, depth: int):
 
 
 def seconds(function) -> float:
-    """The least of a few calls."""
+    """The least time of a few calls."""
     if sizes.ON_GPU:
         torch.cuda.synchronize()
     clock, best = time.perf_counter if sizes.ON_GPU else time.process_time, float("inf")
@@ -80,17 +70,19 @@ def seconds(function) -> float:
 
 
 def exponent(values: list[int], times: list[float]) -> float:
+    """The fitted exponent of time over size."""
     half = min(len(values) // 2, len(values) - 2)
     return float(np.polyfit(np.log(values[half:]), np.log(times[half:]), 1)[0])
 
 
 def update_seconds(processes: int) -> float:
-    """Of an update by so many processes together, the least of a few."""
+    """The least time of a few updates by this number of processes together."""
     with workers(processes) as group:
         return min(timeit.repeat(group.update, number=1, repeat=ROUNDS)) / UPDATES
 
 
 def measure() -> dict[str, tuple[list[int], list[float]]]:
+    """Sizes and times by the name of the size; prints a line for each."""
     curves = {}
     for name, values in SWEEPS.items():
         curves[name] = (list(values), [seconds(step(*(START | {name: value}).values())) for value in values])

@@ -1,11 +1,11 @@
-"""What each lever gives the training step: ours against ours without it, in turns in one process.
+"""Measures what each optimisation gains: the training step with and without it, in turns in one process.
 
     python -m benchmarks.levers                 # all, about ten minutes on two cores
-    python -m benchmarks.levers fp32 threads    # those whose names hold one of these words
+    python -m benchmarks.levers fp32 threads    # those with one of these words in their names
 
-The step is that of the predictor at the size of whole steps (sizes.STEP_SIZE: on a CPU the middle one), batch 4,
-clips drawn, encoded `joint`. Each row is a median of rounds, its ratio the median of the rounds' ratios; above 1,
-ours is the faster one. Milliseconds are those of 4 clips.
+The step is that of the predictor at sizes.STEP_SIZE, with batch 4, drawn clips and `encode: joint`. Times are medians
+over the rounds, in milliseconds for 4 clips. The ratio is the median of the ratios of all rounds; above 1, ours is
+faster.
 """
 
 import argparse
@@ -31,8 +31,8 @@ Build = Callable[..., OurStep]  # of overrides
 
 
 def inductor(**options: object) -> Callable:
-    """Compile with options of Inductor: as arguments, since only those keep the graphs of two ways apart in one
-    process."""
+    """Compile with options of Inductor. They are arguments of `torch.compile`, because global options would not
+    separate the compiled graphs of two variants in one process."""
     return patch.object(
         torch,
         "compile",
@@ -67,7 +67,7 @@ def compiled_with(build: Build, **options: object) -> OurStep:
     return step
 
 
-# What ours does without the lever, or what could be added to it.
+# Ours without an optimisation, or with one that it does not use.
 VARIANTS: dict[str, Callable[[Build], OurStep]] = {
     "nothing (the noise)": lambda build: build(),
     "not compiled": lambda build: build("engine.compile=false"),
@@ -84,28 +84,29 @@ VARIANTS: dict[str, Callable[[Build], OurStep]] = {
 
 
 def row(name: str, ours: OurStep, build: Build) -> str:
-    """Time a variant in turns with ours."""
-    surroundings = partial(threads, 1) if name == "one thread" else nullcontext
-    with surroundings():
+    """Time a variant in turns with ours; returns its row of the table."""
+    setting = partial(threads, 1) if name == "one thread" else nullcontext
+    with setting():
         other = VARIANTS[name](build)
         other()
     share = BATCH / other.run.share.batch_size
     pairs = []
     for _ in range(ROUNDS + 1):
         own = seconds_of(ours)
-        with surroundings():
+        with setting():
             pairs.append((own, share * seconds_of(other)))
     other.batches.close()
-    own, without = (1e3 * statistics.median(times) for times in zip(*pairs[1:], strict=True))  # the first turn warms up
+    # the first round warms up
+    own, without = (1e3 * statistics.median(times) for times in zip(*pairs[1:], strict=True))
     ratio = statistics.median(b / a for a, b in pairs[1:])
     return f"| {name} | {own:.0f} | {without:.0f} | {ratio:.2f} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", help="of the names of variants: " + "; ".join(VARIANTS))
+    parser.add_argument("words", nargs="*", help="words in the names of variants: " + "; ".join(VARIANTS))
     words = parser.parse_args().words
-    torch._dynamo.config.recompile_limit = 64  # frozen weights make every block a graph of its own
+    torch._dynamo.config.recompile_limit = 64  # with frozen weights every block is compiled separately
     with tempfile.TemporaryDirectory() as folder:
 
         def build(*overrides: str) -> OurStep:

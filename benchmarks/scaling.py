@@ -1,4 +1,4 @@
-"""Groups of processes that train together on this machine, a thread each, and take updates when they are told to."""
+"""Starts groups of processes that train together on this machine, one thread each, and take updates on request."""
 
 import json
 import os
@@ -11,14 +11,14 @@ from pathlib import Path
 from tests.runs import free_port
 
 ROOT = Path(__file__).parents[1]
-UPDATES = 2  # an order
+UPDATES = 2  # per request
 
 
 class Workers:
-    """A group of processes that train together, at each of some ZeRO stages."""
+    """A group of processes that can train at each of the given ZeRO stages."""
 
     def __init__(self, count: int, stages: tuple[int, ...]):
-        # As many processes as cores on a machine get one thread each, so that is what they are told.
+        # Each process computes with its share of the cores: with this local world size, one thread.
         common = {
             "WORLD_SIZE": count,
             "LOCAL_WORLD_SIZE": os.cpu_count(),
@@ -36,7 +36,7 @@ class Workers:
         ]  # fmt: skip
 
     def update(self, stage: int = 1, *, profiled: bool = False) -> dict[str, float]:
-        """Take some updates: clips a second and, if they were profiled (which slows them), the share of
+        """Take `UPDATES` updates. Returns clips per second and, if profiled (which is slower), the share of
         communication."""
         first = self.processes[0]
         print(stage, UPDATES, int(profiled), file=first.stdin, flush=True)
@@ -50,11 +50,11 @@ class Workers:
 
 @contextmanager
 def workers(count: int, stages: tuple[int, ...] = (1,)) -> Iterator[Workers]:
-    """The stage that is the default, or others."""
+    """A group of `count` processes, ready to take updates. stages: the default one, or others."""
     group = Workers(count, stages)
     try:
         for stage in stages:
-            group.update(stage)  # the first ones allocate
+            group.update(stage)  # the first updates allocate memory
         yield group
         group.stop()
     finally:

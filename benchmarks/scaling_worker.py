@@ -1,8 +1,8 @@
-"""One of the processes of benchmarks/scaling.py: builds a run for each ZeRO stage that it is given and takes updates
-when its first process is told to.
+"""A process of benchmarks/scaling.py: builds a run for each ZeRO stage among its arguments and takes updates on
+request.
 
-Each line on the standard input of rank 0 is a stage, a number of updates, 0 for the end, and whether to profile them
-(0 or 1); the answer is one line of JSON.
+A request is a line on the standard input of rank 0: the stage, the number of updates (0 ends the process), and whether
+to profile them (0 or 1). The reply is one line of JSON.
 """
 
 import json
@@ -25,7 +25,7 @@ from flperf.training.step_meter import StepMeter
 
 
 def seconds_of(profiler: profile, name: str) -> float:
-    """During which at least one event whose name begins like this was going on."""
+    """Seconds during which at least one event whose name begins with `name` was in progress."""
     spans = [event.time_range for event in profiler.events() if event.name.startswith(name)]
     spans.sort(key=lambda span: span.start)
     ends = [0.0, *accumulate((span.end for span in spans), max)]
@@ -33,7 +33,7 @@ def seconds_of(profiler: profile, name: str) -> float:
 
 
 class Stage:
-    """A run at a ZeRO stage, and its batches."""
+    """A run at one ZeRO stage, and its batches."""
 
     def __init__(self, stage: str, process: Process):
         keys = [f"trainer.batch_size={BATCH * process.world_size}", f"engine.zero_stage={stage}"]
@@ -52,12 +52,12 @@ class Stage:
 def main() -> None:
     process = start_process()
     stages = {int(stage): Stage(stage, process) for stage in sys.argv[1:]}
-    order = torch.zeros(3, dtype=torch.int64)
+    request = torch.zeros(3, dtype=torch.int64)
     while True:
         if process.is_main:
-            order.copy_(torch.tensor([int(word) for word in sys.stdin.readline().split()]))
-        dist.broadcast(order, src=0)
-        number, updates, profiled = order.tolist()
+            request.copy_(torch.tensor([int(word) for word in sys.stdin.readline().split()]))
+        dist.broadcast(request, src=0)
+        number, updates, profiled = request.tolist()
         if not updates:
             break
         start = time.perf_counter()

@@ -1,10 +1,10 @@
-"""Compile time of the repeated block against that of the whole model, at the reference depth and small widths.
+"""Compares the compile time of one repeated block with that of the whole model, at the reference depth and small
+widths.
 
     python -m benchmarks.startup                # 24 encoder and 12 head layers of width 64
 
-Each way compiles from nothing in a process of its own (an empty cache), encoder forward and head forward and
-backward. Seconds are the process's CPU time, its compiler workers' included, so that other work on the machine counts
-little.
+Each way compiles the encoder's forward pass and the head's forward and backward pass, in its own process with an empty
+cache. Seconds are CPU time of the process and its compiler workers, which other work on the machine changes little.
 """
 
 import argparse
@@ -24,14 +24,14 @@ WAYS = ("per block", "whole model")
 
 
 def cpu_seconds() -> float:
-    """Of this process and of its children that have ended."""
+    """CPU time of this process and of its children that have ended."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
 
 def compile_once(way: str, encoder_layers: int, head_layers: int) -> None:
     """Print CPU seconds and wall seconds of the first calls."""
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # in this process, where its time is counted
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # compile in this process, whose time is measured
     model = ["model.hidden_dim=64", f"model.depth={head_layers}", "model.num_heads=2", "model.num_context_latents=2"]
     size = {"frames": 8, "vjepa2": ARCHITECTURE | {"num_hidden_layers": encoder_layers}, "model": model}
     config = sizes.configuration("predictor", size=size)
@@ -48,16 +48,9 @@ def compile_once(way: str, encoder_layers: int, head_layers: int) -> None:
 
 
 def measure(way: str, encoder_layers: int, head_layers: int) -> tuple[float, float]:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.startup",
-        "--way",
-        way,
-        "--layers",
-        str(encoder_layers),
-        str(head_layers),
-    ]
+    """CPU seconds and wall seconds of one way, in a new process."""
+    layers = ["--layers", str(encoder_layers), str(head_layers)]
+    command = [sys.executable, "-m", "benchmarks.startup", "--way", way, *layers]
     with tempfile.TemporaryDirectory() as cache:
         output = subprocess.check_output(command, text=True, env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache})
     cpu, wall = map(float, output.split()[-2:])
@@ -67,7 +60,7 @@ def measure(way: str, encoder_layers: int, head_layers: int) -> tuple[float, flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs=2, default=(24, 12), metavar=("ENCODER", "HEAD"))
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # how this program starts itself
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # used when this program starts itself
     options = parser.parse_args()
     if options.way:
         compile_once(options.way, *options.layers)

@@ -1,10 +1,9 @@
-"""How long a checkpoint holds training up, copied and written beside it, against waiting for the write and
-DeepSpeed's; and its loading.
+"""Measures how long training waits for a checkpoint that is written in the background, compared with waiting for the
+write and with DeepSpeed's checkpoint; and how long loading takes.
 
     python -m pytest benchmarks/test_checkpoint.py
 
-All save the same state. DeepSpeed's own files are left in the page cache; ours are on disk (fsync) when they count as
-written.
+All save the same state. Ours is written when it is on disk (fsync), DeepSpeed's when it is in the page cache.
 """
 
 from itertools import count
@@ -34,7 +33,7 @@ SIZE = [
 
 @pytest.fixture(scope="module")
 def engine():
-    """A predictor of about 20 M parameters after one update, at ZeRO 1 in fp32: 16 bytes of state a parameter."""
+    """A predictor of about 20 M parameters after one update, at ZeRO 1 in fp32: 16 bytes of state per parameter."""
     process = start_process()
     config = load_config(DEMO, [*SIZE, "engine.zero_stage=1"])
     geometry = latent_geometry(config, 8, 4, 4, 64)
@@ -66,15 +65,15 @@ def test_save(record, engine, checkpoints, tmp_path):
     def save() -> None:
         checkpoints.save(next(steps))
 
-    def wait_for() -> None:
+    def save_and_wait() -> None:
         save()
         checkpoints.wait()
 
     beside = {
-        "waiting for the write": wait_for,
+        "waiting for the write": save_and_wait,
         "DeepSpeed": lambda: engine.save_checkpoint(str(tmp_path / "deepspeed"), tag="last"),
     }
-    # The write of the round before is not the copy's.
+    # The write of the previous round does not count.
     record(
         save,
         "GB",
@@ -87,7 +86,7 @@ def test_save(record, engine, checkpoints, tmp_path):
 
 @pytest.mark.benchmark(group="loading a checkpoint")
 def test_load(record, engine, checkpoints, tmp_path):
-    """Ours with its checksums."""
+    """Ours verifies the checksums, too."""
     checkpoints.save(1)
     checkpoints.wait()
     engine.save_checkpoint(str(tmp_path / "deepspeed"), tag="last")

@@ -1,10 +1,9 @@
-"""One update of the head's parameters by ours, which keeps the moving average too; against PyTorch's loop over
-tensors and fused AdamW.
+"""Compares one update by our optimizer, moving average included, with PyTorch's loop over tensors and its fused AdamW.
 
     python -m pytest benchmarks/test_optimizer.py
 
-An update is bound by memory: bytes are weights, gradients and moments, read and written once (and the average's read
-and write).
+An update is bound by memory bandwidth: bytes are the reads and writes of weights, moments and average, and the reads of
+gradients.
 """
 
 from collections.abc import Callable

@@ -1,11 +1,11 @@
-"""Weak scaling from one process to two on this machine, one thread each, and the share of an update that goes into
-communication.
+"""Measures weak scaling from one process to two on this machine, one thread each, and the share of communication.
 
     python -m pytest benchmarks/test_scaling.py
 
-An update is a whole one: clips drawn, encoder, head, backward, optimizer. One process and two take turns, so that
-what else the machine does touches both. The efficiency is the time of one over that of two, which take twice the
-clips; communication is the time in which a collective is under way, waiting for the other process included.
+An update is complete: clips are drawn and encoded, then forward, backward and optimizer. One process and two take
+turns, so that other work on the machine affects both. The efficiency is the time of one process over that of two,
+which take twice the clips. Communication is the time during which a collective is in progress, waiting for the other
+process included.
 """
 
 from functools import partial
@@ -17,12 +17,12 @@ from benchmarks.scaling import UPDATES, workers
 from benchmarks.sizes import BATCH, DTYPE, ON_GPU, configuration, encoder_of, geometry_of, head_of
 from flperf.models.flops import encoder_flops, head_flops
 
-STAGES = 1, 3  # the default, and the one that communicates most
+STAGES = 1, 3  # the default stage, and the one with most collectives
 
 
 @pytest.fixture(scope="module")
 def flops() -> int:
-    """Of a clip."""
+    """FLOPs of one clip."""
     config = configuration("dit")
     encoder = encoder_of(config, DTYPE, False)
     geometry = geometry_of(config, encoder)
@@ -33,7 +33,7 @@ def flops() -> int:
 
 @pytest.fixture(scope="module")
 def one():
-    """One process, at the default stage: by itself it has nothing to divide or to gather."""
+    """One process at the default stage; alone, all stages are the same."""
     with workers(1) as group:
         yield group
 
@@ -44,7 +44,7 @@ def two():
         yield group
 
 
-@pytest.mark.skipif(ON_GPU, reason="two processes share the cores of a CPU; GPUs need one each")
+@pytest.mark.skipif(ON_GPU, reason="two processes can share a CPU but need a GPU each")
 @pytest.mark.benchmark(group="weak scaling, two processes")
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_processes(benchmark, record, flops, one, two, stage):

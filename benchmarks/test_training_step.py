@@ -1,13 +1,12 @@
-"""Whole training steps, encoder to optimizer, against the usual way on the same clips: eager in fp32, and in bf16
-under autocast.
+"""Compares whole training steps, from encoder to optimizer, with the usual way on the same clips: eager in fp32, and in
+bf16 under autocast.
 
     python -m pytest benchmarks/test_training_step.py
 
-On a CPU: V-JEPA 2 of 384 x 12, 16 frames of 128 x 128, heads of 384 x 6, batch 4, and batch 8 for the predictor.
-`split`, which is timed, encodes context and target apart, as training does by default; `joint`, of the predictor,
-does the arithmetic of the usual way. All are timed in turns in one run, and ratios are medians over these turns.
-Where fp32 is faster, ours is in fp32; where bf16 is only emulated, at a tenth of the rate of fp32 or less, autocast
-is left out.
+On a CPU: V-JEPA 2 of 384 x 12, 16 frames of 128 x 128, heads of 384 x 6, batch 4, and batch 8 for the predictor. Ours
+encodes context and target separately (`split`, the default). For the predictor `joint` is timed, too, which has the
+arithmetic of the usual way. All ways take turns in one run; ratios are medians over the rounds. Ours computes in fp32
+where that is faster. Autocast is left out where bf16 is emulated, at a tenth of fp32's rate or less.
 """
 
 import statistics
@@ -25,7 +24,7 @@ from flperf.data.demo import write_demo
 from flperf.run import flops_per_clip
 from flperf.training import loop
 
-EMULATED = 0.1  # the rate of bf16 to that of fp32
+EMULATED = 0.1  # largest rate of emulated bf16, relative to fp32
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +36,7 @@ def folder(tmp_path_factory):
 
 
 def fractions_of_peak(step: OurStep, rounds: int, peak: float) -> dict[str, float]:
-    """Of the last rounds: the milliseconds of each stage, and what part of the peak encoder and head reach while they
-    run."""
+    """In the last rounds: the milliseconds of each stage, and the fraction of the peak that encoder and head reach."""
     timer, flops, clips = step.meter.timer, flops_per_clip(step.run), step.run.share.batch_size
     for name, spans in timer.spans.items():
         timer.spans[name] = spans[-rounds:]
@@ -53,16 +51,16 @@ def fractions_of_peak(step: OurStep, rounds: int, peak: float) -> dict[str, floa
 
 
 def settle(way: Step) -> None:
-    """Each way loads its next batch during its own turn: what is left of that must not take cores from the turn of
-    another. Nor must a GPU's memory, which all ways together may exceed, be found during a turn."""
+    """Prepare the turn of a way. The previous way may still load its next batch, which would take cores. On a GPU the
+    memory that other ways cache is freed, and this way allocates its own before it is timed."""
     if sizes.ON_GPU:
         torch.cuda.empty_cache()
         way()
     time.sleep(0.1)
 
 
-def that_fit(ways: dict[str, Step]) -> dict[str, Step]:
-    """Those whose step fits the device's memory."""
+def fitting(ways: dict[str, Step]) -> dict[str, Step]:
+    """The ways whose step fits into the device's memory."""
     fit = {}
     for name, way in ways.items():
         try:
@@ -79,7 +77,7 @@ def flops_of(step: OurStep) -> int:
 
 @pytest.fixture
 def ways(peaks) -> dict[str, bool]:
-    """The usual ways: name -> autocast."""
+    """The usual ways on this device: whether they use autocast, by name."""
     return {
         name: autocast for name, autocast in USUAL.items() if not autocast or peaks["bf16"] > EMULATED * peaks["fp32"]
     }
@@ -98,7 +96,7 @@ def test_step(benchmark, record, folder, ways, regime, source, batch):
         if (regime, source) == ("predictor", "drawn")
         else {}
     )
-    beside = that_fit({name: usual(step.run, source, folder, autocast) for name, autocast in ways.items()})
+    beside = fitting({name: usual(step.run, source, folder, autocast) for name, autocast in ways.items()})
     seconds = record(
         step,
         "clips",
@@ -123,7 +121,7 @@ def test_step(benchmark, record, folder, ways, regime, source, batch):
 
 @pytest.mark.parametrize("regime", sizes.HEADS)
 def test_step_from_video(benchmark, record, folder, regime):
-    """Against the same step on clips that were decoded before."""
+    """Compared with the same step on a batch that has been decoded before."""
     benchmark.group = f"training step, {regime}, video"
     step = ours(regime, "video", "split", folder)
     batch = next(step.batches)
@@ -149,8 +147,8 @@ def test_step_from_video(benchmark, record, folder, regime):
 @pytest.mark.benchmark(group="two steps in a process of their own")
 @pytest.mark.parametrize("variant", [*USUAL, "ours, joint", "ours, split"])
 def test_memory(benchmark, ways, variant, tmp_path):
-    """Of interest is `peak_memory_bytes`; the time is that of starting, compiling from the cache and two steps: the
-    second has all that a step keeps."""
+    """`peak_memory_bytes` after two steps; the second one has all the memory that a step keeps. The time, which
+    includes the start and compiling, is not of interest."""
     if variant in USUAL and variant not in ways:
         pytest.skip("bf16 is emulated here")
     command = [sys.executable, "-m", "benchmarks.training_step", "predictor", "drawn", variant, str(tmp_path)]

@@ -1,4 +1,4 @@
-"""Whole training steps, ours and the usual way, to be timed or to be asked for the memory they take.
+"""Builds whole training steps, ours and the usual way, for benchmarks of their time and memory.
 
 python -m benchmarks.training_step predictor drawn "ours, split"     # peak memory of this process, in bytes
 """
@@ -23,14 +23,14 @@ from flperf.training.step_meter import StepMeter
 
 Step = Callable[[], object]
 USUAL = {"usual, fp32": False, "usual, bf16 autocast": True}  # name -> autocast
-CLIPS = 16  # of the cache
+CLIPS = 16  # in the cache of latents
 
 
 def configuration(regime: str, source: str, mode: str, folder: Path, *overrides: str) -> Config:
-    """`source`: "drawn" (clips of moving shapes, encoded in the step), "video" (the demo's files, written on first
-    use) or "cache" (latents that `write_cache` wrote to the folder).
+    """A configuration for `source`: "drawn" (clips of moving shapes, encoded in the step), "video" (the demo's files,
+    written on first use) or "cache" (latents that `write_cache` has written to the folder).
 
-    No moving average, which the usual way doesn't keep either.
+    It keeps no moving average, because the usual way does not.
     """
     clips = [
         f"dataset.shapes.train_clips={CLIPS}",
@@ -52,7 +52,8 @@ def configuration(regime: str, source: str, mode: str, folder: Path, *overrides:
 
 
 def write_cache(folder: Path) -> None:
-    """The drawn clips' latents as shards, encoded apart, and jointly encoded as FutureLatents' files."""
+    """Write the latents of the drawn clips: as shards with `encode: split`, and as FutureLatents' files with
+    `encode: joint`."""
     process = start_process()
     for mode, name, as_files in (("split", "split", False), ("joint", "files", True)):
         config = configuration("predictor", "drawn", mode, folder, "engine.compile=false")
@@ -68,7 +69,7 @@ def training_run(components: Components, batch: ClipBatch) -> TrainingRun:
 
 
 class OurStep:
-    """A run as `flperf train` builds it; calling it takes one of its steps."""
+    """A run as `flperf train` builds it. Calling it takes one step."""
 
     def __init__(self, config: Config):
         process = start_process()
@@ -87,7 +88,7 @@ def ours(regime: str, source: str, mode: str, folder: Path, *overrides: str) -> 
 
 
 def usual(run: Components, source: str, folder: Path, autocast: bool) -> UsualStep:
-    """The usual way on the clips of a run and from the same source."""
+    """The usual way, with clips from the same source."""
     device = run.process.device
     if source == "cache":
         batches = latent_batches(
