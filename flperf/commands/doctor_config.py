@@ -10,7 +10,7 @@ from flperf.config import Config, load_config
 from flperf.errors import UserError
 
 if TYPE_CHECKING:  # torch is loaded by the checks that need it
-    from flperf.run import Run
+    from flperf.run import Components
 
 CLIPS = 10
 FIX_AND_REPEAT = "fix what this line names, then run the same command again"
@@ -132,7 +132,7 @@ def run_check(config: Config) -> Iterator[Finding]:
             yield clips_check(run, split, clips)
 
 
-def clips_check(run: "Run", split: str, clips: list[int]) -> Finding:
+def clips_check(run: "Components", split: str, clips: list[int]) -> Finding:
     """Whether the given clips of a split can be read."""
     skipped, read = [], 0
     for batch in run.dataset.chosen_batches([clips], CLIPS, split, run.process.device):

@@ -8,7 +8,7 @@ from flperf.commands.import_weights import import_weights
 from flperf.config import load_config
 from flperf.engine.process import start_process
 from flperf.errors import UserError
-from flperf.run import build_run
+from flperf.run import build_components, build_training_engine, evaluation_share
 
 DIT = ["model.head=dit", "objective.kind=flow_matching"]
 
@@ -22,6 +22,11 @@ def old(tmp_path):
     return tmp_path / "old.pt"
 
 
+def new_engine(config):
+    process = start_process()
+    return build_training_engine(build_components(config, process, evaluation_share(config, process)))
+
+
 def test_a_run_starts_from_the_imported_weights_or_refuses_them(tiny, old, tmp_path, capsys):
     file = tmp_path / "new/head.safetensors"
     import_weights([str(old), "--config", str(tiny), "--out", str(file), *DIT])
@@ -30,13 +35,11 @@ def test_a_run_starts_from_the_imported_weights_or_refuses_them(tiny, old, tmp_p
     assert "has no counterpart in FutureLatents" in printed
     weights = load_file(file)
     assert weights.keys() == {"out.weight", "out.bias"}
-    process = start_process()
-    run = build_run(load_config(tiny, [*DIT, f"model.initial_weights={file}"]), process)
-    parameters = dict(run.engine.module.named_parameters())
+    parameters = dict(new_engine(load_config(tiny, [*DIT, f"model.initial_weights={file}"])).module.named_parameters())
     assert all(torch.equal(parameters[name].float(), tensor) for name, tensor in weights.items())
     (tmp_path / "other.yaml").write_text(f"inherits: [{tiny}]\nmodel: {{initial_weights: {file}, hidden_dim: 64}}")
     with pytest.raises(UserError, match=r"model.initial_weights: .* this head has \[24, 64\]"):
-        build_run(load_config(tmp_path / "other.yaml"), process)
+        new_engine(load_config(tmp_path / "other.yaml"))
 
 
 def test_a_checkpoint_of_another_head_is_named_and_nothing_written(tiny, old, tmp_path):

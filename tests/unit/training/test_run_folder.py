@@ -28,7 +28,7 @@ def opened(experiment: Path, *clips: str, overwrite: bool = False) -> RunFolder:
     folder.open(
         config,
         start_process(),
-        Dataset({"train": Annotations(list(clips), [0] * len(clips))}, [], None, 0),
+        Dataset({"train": Annotations(list(clips), [0] * len(clips))}, None, 0),
         overwrite=overwrite,
     )
     return folder

@@ -1,5 +1,7 @@
 """When a run ends, and after which steps a save or a validation is due."""
 
+import math
+
 import pytest
 
 from flperf.config import Trainer
@@ -38,3 +40,12 @@ def test_dumps_of_one_epoch_have_different_names():
         "epoch_01_step_000004",
         "epoch_02",
     ]
+
+
+@pytest.mark.parametrize("clips", [1, 4, 10, 12])
+def test_each_evaluation_has_a_dump_folder_of_its_own(clips):
+    schedule = Schedule(Trainer(batch_size=4, max_steps=30), train_size=clips, first_step=0)
+    names = [schedule.dump_name(step) for step in range(31)]
+    assert len(set(names)) == 31
+    ends = {math.ceil(epoch * clips / 4) for epoch in range(4 * 31)}  # the last steps of epochs
+    assert {step for step, name in enumerate(names) if "step" not in name} == ends & set(range(31))
