@@ -54,7 +54,7 @@ def test_guidance_inside_its_interval_only():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("guidance=2", "needs a head trained with objective.context_dropout"),
+        ("guidance=2", "needs objective.context_dropout above 0 in training"),
         ("guidance_interval=[0.5,0.1]", "must be two ascending numbers"),
         ("shift=0", "must be above 0"),
         ("solver=rk4", "evaluation.sampling.solver"),
