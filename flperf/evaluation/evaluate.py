@@ -118,3 +118,4 @@ def _on_device(batches: Iterable[ClipBatch], device: torch.device) -> Iterator[C
     for batch in batches:
         batch.sample, batch.valid = batch.sample.to(device), batch.valid.to(device)
         yield batch
+        batch.release()  # nothing is kept of its pixels or raw latents
