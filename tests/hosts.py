@@ -1,7 +1,7 @@
 """Two hosts on this machine: two network namespaces joined by a veth pair, each with its own name, address and half
 of the cores.
 
-They lie in a user namespace of their own, so that no rights are needed where the kernel lets users make one.
+They are in a user namespace of their own, which needs no privileges where the kernel lets users create one.
 """
 
 import contextlib
@@ -12,15 +12,15 @@ import subprocess
 import psutil
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
-INTERFACE = "eth0"  # of both; gloo can't find it by the host's name, which nobody resolves here
+INTERFACE = "eth0"  # on both; gloo can't find it by the host's name, which nothing resolves here
 
 
 class NotPermitted(Exception):
-    """Namespaces can't be made here; the text says why."""
+    """Namespaces can't be created here; the text is the reason."""
 
 
 class TwoHosts:
-    """Context manager; raises `NotPermitted` on entry. What still runs on the hosts at the end is killed."""
+    """Context manager; entering it may raise `NotPermitted`. All processes left on the hosts at the end are killed."""
 
     def __enter__(self) -> "TwoHosts":
         self.sleepers: list[subprocess.Popen] = []  # one holds each namespace open
@@ -63,14 +63,14 @@ class TwoHosts:
         return [*enter, "taskset", "--cpu-list", own, *command]
 
     def processes(self, host: int) -> list[psutil.Process]:
-        """What runs on a host."""
+        """All processes on a host."""
         sleeper, network = self.sleepers[host].pid, self.networks[host]
         return [
             process for process in psutil.process_iter() if process.pid != sleeper and _network(process.pid) == network
         ]
 
     def rank(self, rank: int) -> psutil.Process:
-        """The training process of a rank, one of which runs on each host."""
+        """The training process of a rank; each host runs one."""
         for process in self.processes(rank):
             if process.environ().get("RANK") == str(rank) and any(
                 part.endswith("train.py") for part in process.cmdline()
@@ -79,14 +79,14 @@ class TwoHosts:
         raise AssertionError(f"rank {rank} does not run on host {rank}")
 
     def signal_all(self, number: signal.Signals, *hosts: int) -> None:
-        """As Slurm signals a step: launchers and training processes alike."""
+        """Signal launchers and training processes, as Slurm does with a step."""
         for process in [process for host in hosts for process in self.processes(host)]:
             process.send_signal(number)
 
     def cut(self) -> None:
         self._do(1, f"ip link set {INTERFACE} down")
 
-    def mend(self) -> None:
+    def restore(self) -> None:
         self._do(1, f"ip link set {INTERFACE} up")
 
     def _boot(self, unshare: list[str]) -> None:
@@ -110,5 +110,5 @@ class TwoHosts:
 def _network(process: int) -> str | None:
     try:
         return os.readlink(f"/proc/{process}/ns/net")
-    except OSError:  # it has ended, or is another user's
+    except OSError:  # it has ended, or belongs to another user
         return None

@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest import mock
 
-from runs import free_port
+from runs import ROOT, free_port
 
 from flperf import cli
 
@@ -32,7 +32,7 @@ class World:
     """
 
     def __init__(self, processes: int | None, function: Callable, *arguments, cwd: Path | None = None, **environment):
-        path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
         with mock.patch.dict(os.environ, PYTHONPATH=path):
             forkserver.ensure_running()  # the first world starts the parent
         self._folder = TemporaryDirectory()
