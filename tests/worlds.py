@@ -1,6 +1,6 @@
 """Groups of processes forked from one parent that has imported what takes a cold process eight seconds to import.
 
-`flperf` runs a command as the launcher would start it, `run_world` a function on every rank.
+`flperf` runs a command as the launcher would start it, `python` a program, `run_world` a function on every rank.
 """
 
 import multiprocessing
@@ -9,7 +9,7 @@ import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -101,15 +101,28 @@ def flperf(
     *arguments: str, processes: int | None = None, cwd: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess:
     """`flperf COMMAND …` in one process, or on each of several that form a group."""
-    with World(processes, command, *arguments, cwd=cwd, **environment) as world:
-        statuses = world.join()
-        status = next((status for status in statuses if status != 0), 0)
-        return subprocess.CompletedProcess(arguments, status, world.stdout, world.stderr)
+    return _finish(arguments, World(processes, command, *arguments, cwd=cwd, **environment))
+
+
+def python(program: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+    """`python -c PROGRAM`."""
+    return _finish((program,), World(None, execute, program, cwd=cwd, **environment))
 
 
 def command(*arguments: str) -> None:
     sys.argv = ["flperf", *arguments]
     cli.main()
+
+
+def execute(program: str) -> None:
+    exec(program, {"__name__": "__main__"})
+
+
+def _finish(arguments: Sequence[str], world: World) -> subprocess.CompletedProcess:
+    with world:
+        statuses = world.join()
+        status = next((status for status in statuses if status != 0), 0)
+        return subprocess.CompletedProcess(arguments, status, world.stdout, world.stderr)
 
 
 def _run(folder: str, cwd: Path | None, environment: dict[str, str], result: Path, function: Callable, arguments):

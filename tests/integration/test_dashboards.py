@@ -2,14 +2,12 @@
 
 import json
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from runs import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto import wandb_internal_pb2
+from worlds import flperf
 
 OPTIONS = ["trainer.max_steps=3", "evaluation.eval_every=3", "evaluation.dump_examples=1", "checkpoint.save_every=2"]
 NUMBERS = {"train/loss", "train/lr", "train/grad_norm", "train/clips_per_s", "train/mfu", "val/loss", "val/skill_l1"}
@@ -21,8 +19,7 @@ def resumed(tiny) -> tuple[Path, str]:
     start."""
     dashboards = ["name=tracked", "tracking.wandb=offline", "tracking.tensorboard=true"]
     for stop in (["trainer.stop_after=2"], []):
-        command = [sys.executable, str(ROOT / "flperf/train.py"), "--config", str(tiny), *OPTIONS, *dashboards, *stop]
-        finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        finished = flperf("train", "--config", str(tiny), *OPTIONS, *dashboards, *stop)
         assert finished.returncode == 0, finished.stderr[-3000:]
     return tiny.parent / "experiment/tracked", finished.stdout
 

@@ -8,9 +8,9 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 from runs import ROOT
+from worlds import flperf
 
 from flperf.data.demo import write_demo
-from flperf.train import train
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +23,12 @@ def dump(tmp_path_factory):
         *(f"dataset.{key}={folder}/data/{key}.csv" for key in ("train", "validation", "labels")),
         *("trainer.batch_size=4", "trainer.max_steps=4", "trainer.stop_after=2"),
         *("evaluation.eval_every=2", "checkpoint.save_every=2"),
-        *("latents.statistics_clips=4", "evaluation.sampling.steps=2", "engine.compile=false"),
+        *("latents.statistics_clips=4", "evaluation.sampling.steps=2", "engine.compile=false", "engine.precision=fp32"),
+        *("backbone.architecture.hidden_size=24", "backbone.architecture.pred_num_hidden_layers=1", "model.depth=1"),
     ]
     for _ in range(2):
-        train(arguments)
+        finished = flperf("train", *arguments)
+        assert finished.returncode == 0, finished.stderr[-3000:]
     return folder / "experiment/demo/dump"
 
 

@@ -4,13 +4,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
-from runs import ROOT, launch
+from ranks import encode as ranks
+from runs import ROOT
+from worlds import World, flperf, run_world
 
 from flperf.config import load_config
 from flperf.data import latent_shards, open_dataset
@@ -19,16 +18,6 @@ from flperf.engine.compile_cache import CACHE_VARIABLES
 from flperf.errors import UserError
 
 CPU = torch.device("cpu")
-KILLED_AT_THE_SIXTH_FILE = """
-import os, signal
-replace, replaced = os.replace, []
-def replace_or_die(source, target):
-    replaced.extend([target] if str(target).endswith(".pt") else [])
-    if len(replaced) == 6:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-os.replace = replace_or_die
-"""
 
 
 @pytest.fixture(scope="module")
@@ -61,52 +50,30 @@ tracking: {{log_every: 1}}
     return folder
 
 
-def encode(folder, out, *overrides, as_files=False, shard_bytes=8 * 4 * 2 * 2 * 24 * 2):
+def encode(folder, out, *overrides, as_files=False):
     """Encode in this process, with shards of eight clips as in `encoded`."""
     from flperf.commands.latent_writer import encode_dataset
     from flperf.engine.process import start_process
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latent_shards, "SHARD_BYTES", shard_bytes)
+        patch.setattr(latent_shards, "SHARD_BYTES", ranks.SHARD_BYTES)
         encode_dataset(load_config(folder / "video.yaml", overrides), start_process(), folder / out, as_files=as_files)
 
 
 @pytest.fixture(scope="module")
 def encoded(demo):
-    """Two processes, killed once in the middle, then started again."""
-    command = [
-        str(ROOT / "flperf/cli.py"),
-        "encode",
-        "--config",
-        str(demo / "video.yaml"),
-        "--out",
-        str(demo / "latents"),
-    ]
-    small = {"FLPERF_TEST_SHARD_BYTES": str(8 * 4 * 2 * 2 * 24 * 2)}  # eight clips a shard
-    site = demo / "site"
-    site.mkdir()
-    # Shards of the trainer's size would hold the whole demo: make them small, in the processes that encode.
-    (site / "sitecustomize.py").write_text(
-        "import os, flperf.data.latent_shards as s; s.SHARD_BYTES = int(os.environ['FLPERF_TEST_SHARD_BYTES'])"
-    )
-    environment = {**os.environ, **small, "PYTHONPATH": str(site)}
-    first = subprocess.Popen(
-        [sys.executable, *command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 300
-    while len(list((demo / "latents").glob("train/*.safetensors"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
+    """Encoded by one process, which is killed after two shards, then by two; and the files that the first left."""
+    arguments = ["--config", str(demo / "video.yaml"), "--out", str(demo / "latents")]
+    with World(None, ranks.encode, arguments, 3) as world:
+        assert world.join() == [-signal.SIGKILL], world.stderr
     left = sorted(path.name for path in (demo / "latents/train").glob("*.safetensors"))
-    finished = launch(2, *command, **small, PYTHONPATH=str(site))
-    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+    run_world(2, ranks.encode, arguments)
     return demo, left
 
 
 def test_a_kill_loses_and_doubles_no_clip(encoded):
     folder, left = encoded
-    assert 2 <= len(left) < 12, "the first start was to be killed in between"
+    assert len(left) == 2
     shards, annotations = open_shards(
         str(folder / "latents/train/manifest.csv"), load_config(folder / "cached.yaml"), None
     )
@@ -134,7 +101,7 @@ def test_cached_latents_are_the_encoders(encoded):
 
 def test_training_from_the_cache(encoded):
     folder, _ = encoded
-    finished = launch(1, str(ROOT / "flperf/train.py"), "--config", str(folder / "cached.yaml"))
+    finished = flperf("train", "--config", str(folder / "cached.yaml"))
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
     lines = [json.loads(line) for line in (folder / "experiment/cached/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 6 and all(line["loss"] > 0 for line in lines)
@@ -198,28 +165,12 @@ def test_out_must_be_a_folder_of_its_own(demo):
 
 def test_the_format_of_future_latents(demo):
     """Killed after five files, then started again with another batch size; then with what the folder does not hold."""
-    (demo / "kill").mkdir()
-    (demo / "kill/sitecustomize.py").write_text(KILLED_AT_THE_SIXTH_FILE)
-    command = [
-        "-m",
-        "flperf.cli",
-        "encode",
-        "--config",
-        str(demo / "video.yaml"),
-        "--out",
-        str(demo / "files"),
-        "--files",
-        "dataset.limit=9",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(demo / "kill")}
-    killed = subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    folder = demo / "files/train"
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    limited, folder = "dataset.limit=9", demo / "files/train"
+    arguments = ["--config", str(demo / "video.yaml"), "--out", str(demo / "files"), "--files", limited]
+    with World(None, ranks.encode, arguments, 6) as world:
+        assert world.join() == [-signal.SIGKILL], world.stderr
     assert len(list(folder.glob("clips/*.pt"))) == 5 and not (folder / "manifest.csv").exists()
 
-    limited = "dataset.limit=9"
     encode(demo, "files", limited, "evaluation.batch_size=3", as_files=True)
     assert [row.split(",")[0] for row in (folder / "manifest.csv").read_text().splitlines()] == [
         "out_path", *(f"clips/{clip:08d}.pt" for clip in range(9) if clip != 3)

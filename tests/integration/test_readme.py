@@ -4,13 +4,12 @@ or weights from elsewhere are checked in test_documents.py."""
 import shlex
 import shutil
 import subprocess
-import sys
-from itertools import groupby
 from pathlib import Path
 
 import pytest
 from documents import PAGES, blocks, flperf_commands, write_configurations
-from runs import ROOT, launch
+from runs import ROOT
+from worlds import flperf, python
 
 README = ROOT / "README.md"
 SMALL = """
@@ -25,20 +24,6 @@ SHRUNK = ("train", "encode", "doctor")  # commands that read a configuration; th
 ELSEWHERE = ("/data/", "~/", "configs/references/", "configs/shapes/", "configs/k400.yaml", "configs/mine.yaml")
 ELSEWHERE += ("experiment/k400", "experiment/predictor", "OLD.")
 OWN_VIDEOS = {"h264.mp4": "cats", "vp9.webm": "cats", "hevc.mp4": "dogs", "portrait.mp4": "dogs", "empty.webm": "dogs"}
-
-ONE_AFTER_ANOTHER = """
-import shlex, sys
-from flperf import cli
-
-for line in sys.stdin.read().splitlines():
-    print("+", line, flush=True)
-    sys.argv = shlex.split(line)
-    try:
-        cli.main()
-    except SystemExit as end:
-        if end.code:
-            raise
-"""
 
 
 def is_run(command: str) -> bool:
@@ -70,16 +55,13 @@ def folder(tmp_path_factory, videos) -> Path:
     return folder
 
 
-def run_commands(folder: Path, lines: list[str]) -> subprocess.CompletedProcess:
-    """Under the launcher, or, as starting a process takes longer than these commands, one after another in one."""
-    if not lines[0].startswith("deepspeed"):
-        program = [sys.executable, "-c", ONE_AFTER_ANOTHER]
-        text = "\n".join(lines)
-        return subprocess.run(program, cwd=folder, input=text, capture_output=True, text=True, timeout=600, check=False)
-    (line,) = lines
-    words = shlex.split(line)
+def run(command: str, folder: Path) -> subprocess.CompletedProcess:
+    """Without the launcher, which starts slowly; test_smoke.py runs the first command with it."""
+    words = shlex.split(command)
+    if words[0] == "flperf":
+        return flperf(*words[1:], cwd=folder)
     processes = int(words[words.index("--num_accelerators") + 1]) if "--num_accelerators" in words else 1
-    return launch(processes, *words[words.index("flperf/train.py") :], cwd=folder)
+    return flperf("train", *words[words.index("flperf/train.py") + 1 :], processes=processes, cwd=folder)
 
 
 def python_blocks() -> list[str]:
@@ -94,12 +76,9 @@ def test_the_lines_that_set_up_come_first():
 
 
 def test_commands_and_programs_run_in_their_order(folder):
-    lines = [small(command) for command in runnable()]
-    parts = groupby(lines, key=lambda line: line if line.startswith("deepspeed") else "flperf")
-    for part in [list(part) for _, part in parts]:
-        done = run_commands(folder, part)
-        assert done.returncode == 0, f"{part}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    for command in map(small, runnable()):
+        done = run(command, folder)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     for block in python_blocks():
-        program = [sys.executable, "-c", block + "\nassert latents.ndim == 5 and latents.isfinite().all()"]
-        done = subprocess.run(program, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+        done = python(block + "\nassert latents.ndim == 5 and latents.isfinite().all()", cwd=folder)
         assert done.returncode == 0, done.stderr[-3000:]

@@ -8,20 +8,22 @@ import sys
 
 import pytest
 import torch
-from runs import ROOT, launch
+from runs import ROOT
 from safetensors.torch import load_file, save_file
+from worlds import flperf
 
 from flperf.commands.evaluate import evaluate
 from flperf.commands.export import export
 from flperf.commands.sample import sample
 from flperf.commands.trained import _use_compile_cache_of
+from flperf.data.demo import write_demo
 from flperf.errors import UserError
 from flperf.evaluation.forecasts import frames_for, seconds_ahead
 
 CONFIG = """
 inherits: [{root}/configs/demo.yaml]
 experiment: {folder}/experiment
-backbone: {{architecture: {{crop_size: 32, hidden_size: 24, num_hidden_layers: 1}}}}
+backbone: {{architecture: {{crop_size: 32, hidden_size: 24, num_hidden_layers: 1, pred_num_hidden_layers: 1}}}}
 dataset: {{n_frames: 8, train: {folder}/demo/train.csv, validation: {folder}/demo/validation.csv,
  labels: {folder}/demo/labels.csv}}
 model: {{num_context_latents: 2, hidden_dim: 32, depth: 1}}
@@ -37,13 +39,10 @@ tracking: {{log_every: 1}}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A run of a tiny flow-matching head on the demo's clips, and its export."""
-    from flperf.data.demo import write_demo
-
     folder = tmp_path_factory.mktemp("forecasting")
     write_demo(folder / "demo")
     (folder / "tiny.yaml").write_text(CONFIG.format(root=ROOT, folder=folder))
-    command = [sys.executable, str(ROOT / "flperf/train.py"), "--config", str(folder / "tiny.yaml")]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    finished = flperf("train", "--config", str(folder / "tiny.yaml"))
     assert finished.returncode == 0, finished.stderr[-3000:]
     export(["--checkpoint", str(folder / "experiment/tiny"), "--out", str(folder / "head.safetensors")])
     return folder
@@ -80,15 +79,9 @@ def test_a_trained_head_is_judged_as_it_was_in_training(folder, checkpoint, caps
 
 def test_two_processes_judge_as_one(folder):
     out = folder / "two.jsonl"
-    arguments = [
-        "--checkpoint",
-        str(folder / "head.safetensors"),
-        "--out",
-        str(out),
-        "evaluation.batch_size=3",
-        "evaluation.max_clips=7",
-    ]
-    finished = launch(2, str(ROOT / "flperf/cli.py"), "evaluate", *arguments)
+    arguments = ["--checkpoint", str(folder / "head.safetensors"), "--out", str(out)]
+    arguments += ["evaluation.batch_size=3", "evaluation.max_clips=7"]
+    finished = flperf("evaluate", *arguments, processes=2)
     assert finished.returncode == 0, finished.stderr[-3000:]
     two = json.loads(out.read_text())
     one = evaluated(folder, "head.safetensors", "evaluation.max_clips=7")
