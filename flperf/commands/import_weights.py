@@ -55,6 +55,7 @@ def build_head_of(config: Config) -> nn.Module:
     """The head of a configuration, fresh. The shape of the latents comes from the encoder, or from cached latents."""
     if config.dataset.kind in WITHOUT_VIDEO:
         shape = open_dataset(config, None, config.seed).latent_shape
+        assert shape is not None  # a dataset without video contains latents
     else:
         encoder = build_encoder(
             config.backbone,

@@ -216,7 +216,7 @@ def translate_value(path: tuple[str, ...], value: Any) -> tuple[Changes, str | N
             return {"accumulation": value}, None
         case _ if key in DROPPED:
             return {}, f"dropped, {DROPPED[key]}"
-    target, convert = translation_by_section(key, section) or TRANSLATED.get(key, (None, unchanged))
+    target, convert = translation_by_section(key, section) or TRANSLATED.get(key) or (None, unchanged)
     if value is None and key not in NULL_IS_A_VALUE:
         return {}, None
     if target is None:

@@ -125,15 +125,16 @@ class Packets:
                 self.kept.append(packet)
         self.length = sum(info.is_shown for info in self.infos)
 
-    def frame_indices(self) -> dict[int, int]:
+    def frame_indices(self) -> dict[int | None, int]:
         """Presentation time → index of the frame. Empty if times are missing or repeated, as in some AVI files: a
         frame's index is then its position in the decoder's output, and everything must be decoded."""
-        times = [info.pts for info in self.infos if info.is_shown]
-        if None in times or len(set(times)) < len(times):
+        shown = [info.pts for info in self.infos if info.is_shown]
+        times = {time for time in shown if time is not None}
+        if len(times) < len(shown):
             return {}
         return {time: index for index, time in enumerate(sorted(times))}
 
-    def key_frame(self, index_of: dict[int, int], first: int) -> int:
+    def key_frame(self, index_of: dict[int | None, int], first: int) -> int:
         """Position of the packet of the last key frame that is shown no later than frame `first`; 0 if there is
         none."""
         keys = [
@@ -191,7 +192,7 @@ def _decode(packets: Packets, wanted) -> Iterator[tuple[int, av.VideoFrame]]:
             context.skip_frame = "DEFAULT" if index_of.get(packet.pts) in remaining else "NONREF"
         for frame in context.decode(packet):
             index = index_of.get(frame.pts) if index_of else next(decoded)
-            if index in remaining:
+            if index is not None and index in remaining:
                 if frame.is_corrupt:
                     raise ValueError(f"frame {index} is damaged")
                 remaining.remove(index)

@@ -31,10 +31,11 @@ class Shards:
 def open_shard_dataset(config: Config, seed: int) -> Dataset:
     """The splits whose manifests `config.dataset` names, with statistics of the training split's channels."""
     dataset = config.dataset
-    caches = {"train": open_shards(dataset.train, config, dataset.limit)}
-    if dataset.validation:
-        manifest = existing_file(dataset.validation, "dataset.validation", "the manifest.csv that flperf encode wrote")
-        caches["validation"] = open_shards(manifest, config, dataset.limit)
+    caches = {}
+    for split, file in (("train", dataset.train), ("validation", dataset.validation)):
+        if file:
+            manifest = existing_file(file, f"dataset.{split}", "the manifest.csv that flperf encode wrote")
+            caches[split] = open_shards(manifest, config, dataset.limit)
     splits = {"validation": Annotations([], [])} | {split: annotations for split, (_, annotations) in caches.items()}
     read_labels(dataset.labels, list(splits.values()))  # raises if it is incomplete
     readers = {split: ShardReader(shards) for split, (shards, _) in caches.items()}

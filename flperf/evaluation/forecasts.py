@@ -41,11 +41,10 @@ def write_forecasts(run: Run, out: Path, clips: int, frames: int | None, seconds
     if not clips:
         raise UserError("dataset.validation: is not set; forecasts are made of validation clips")
     rates = clip_rates(run, clips)
-    if seconds is not None and rates is None:
-        raise UserError(
-            f"--seconds: clips of dataset.kind {run.config.dataset.kind!r} have no frame rate; use --frames"
-        )
     if seconds is not None:
+        if rates is None:
+            kind = run.config.dataset.kind
+            raise UserError(f"--seconds: clips of dataset.kind {kind!r} have no frame rate; use --frames")
         frames = frames_for(seconds, run.config.dataset.stride, run.encoder.frames_per_latent, max(rates))
     tensors, videos = _forecasts(run, clips, frames)
     if rates is not None:

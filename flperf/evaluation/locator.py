@@ -254,13 +254,14 @@ class PixelErrors:
                 "--locator: needs bouncing_shapes, whose positions are known; dataset.kind is "
                 f"{run.config.dataset.kind!r}"
             )
-        self.locator, self.run = locator, run
+        assert run.encoder is not None  # these clips are drawn
+        self.locator, self.run, self.encoder = locator, run, run.encoder
         self.means = MeanAccumulator(run.process.device)
 
     def add(self, latents: dict[str, Tensor], batch: ClipBatch) -> None:
         """Add a batch: normalised latents by name, fp32 `b t h w d` (t may be 1)."""
         geometry, device = self.run.geometry, self.run.process.device
-        centres = frame_centres(batch.centres.to(device), self.run.encoder)
+        centres = frame_centres(batch.centres.to(device), self.encoder)
         centres = centres[:, geometry.context_frames : geometry.context_frames + geometry.target_frames]
         errors: dict[Key, Tensor] = {
             name: pixel_errors(self.locator.locate(self._raw(values)), centres) for name, values in latents.items()

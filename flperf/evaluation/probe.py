@@ -73,7 +73,7 @@ class PooledLatents:
     def gathered(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Labels [n] and features [n d] by name, of all processes, on the CPU."""
         mine = torch.cat(self.labels), {name: torch.cat(parts) for name, parts in self.features.items()}
-        everyone = [mine]
+        everyone: list = [mine]
         if dist.is_initialized():
             everyone = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, mine)

@@ -44,9 +44,10 @@ class FlowMatching:
     ) -> Tensor:
         """fp32 scalar, or [b] with reduction "sample". context, target: normalised `b t h w d`; sample: int64 [b].
         With a normaliser, target is raw, where the encoder left it, and is normalised as the ops read it."""
-        options = normaliser.fused() if normaliser else {}
-        if options is None:
-            target, options = normaliser(target), {}
+        options: dict = {}
+        if normaliser is not None:
+            fused = normaliser.fused()
+            target, options = (normaliser(target), {}) if fused is None else (target, fused)
         tokens = rearrange(target, "b t h w d -> b (t h w) d")
         tau = draw_tau(self.objective, self.shift, sample, self.seed)
         noised = flow_matching_noise(tokens, tau, sample, seed=self.seed, out_dtype=context.dtype, **options)

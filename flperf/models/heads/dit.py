@@ -4,8 +4,6 @@ the context.
 Gates and output start at zero, so a fresh DiT predicts zero velocity.
 """
 
-from typing import cast
-
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -42,7 +40,8 @@ class DiT(nn.Module):
         self.norm = nn.LayerNorm(model.hidden_dim, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Linear(model.hidden_dim, 2 * model.hidden_dim)
         self.out = nn.Linear(model.hidden_dim, geometry.dim)
-        initialise(self, zero=[self.out, self.modulation, *(cast(Block, block).modulation for block in self.blocks)])
+        modulations = [module for block in self.blocks if isinstance(module := block.modulation, nn.Linear)]
+        initialise(self, zero=[self.out, self.modulation, *modulations])
 
     def encode_context(self, context: Tensor) -> Memory:
         """Every block's keys and values of the context `b t h w c`; a sampler computes them once for all its steps."""

@@ -205,6 +205,7 @@ class Block(nn.Module):
             branches.insert(1, (self.cross_attention, (rotary, memory)))
         modulations: tuple = (None,) * len(branches)
         if self.modulation is not None:
+            assert condition is not None  # a modulated block has one
             parts = rearrange(
                 self.modulation(F.silu(condition)),
                 "b (branch three d) -> branch three b 1 d",
