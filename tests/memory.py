@@ -1,4 +1,4 @@
-"""What a function holds and computes, by PyTorch's own record."""
+"""Peak memory and number of matrix products of a function, by PyTorch's profiler."""
 
 import itertools
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def profiled(function: Callable[[], object]) -> tuple[int, int]:
-    """Bytes held at most of what a call takes and gives back, and matrix products recorded."""
+    """The peak of the bytes that a call has allocated and not freed, and its number of matrix products."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     events = profiler.profiler.kineto_results.events()

@@ -1,4 +1,4 @@
-"""Groups of processes forked from one parent that has imported what takes a cold process eight seconds to import.
+"""Groups of processes, forked from one parent that has done the imports: eight seconds of CPU in a cold process.
 
 `flperf` runs a command as the launcher would start it, `python` a program, `run_world` a function on every rank.
 """
@@ -22,13 +22,13 @@ from flperf import cli
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["preload"])
-GRACE = 10  # seconds that the other ranks have to end after one of them failed
+GRACE = 10  # seconds for the other ranks to end after one of them failed
 
 
 class World:
-    """`function(*arguments)` begun on every rank of a group of `processes`; with None in one process in no group.
+    """Starts `function(*arguments)` on every rank of a group of `processes`; if None, in one process without a group.
 
-    A context manager: what still runs at the end is killed.
+    A context manager: processes that still run at its end are killed.
     """
 
     def __init__(self, processes: int | None, function: Callable, *arguments, cwd: Path | None = None, **environment):
@@ -36,16 +36,14 @@ class World:
         with mock.patch.dict(os.environ, PYTHONPATH=path):
             forkserver.ensure_running()  # the first world starts the parent
         self._folder = TemporaryDirectory()
+        for name in ("stdout", "stderr"):
+            self._path(name).touch()
         self.members, port = [], free_port()
         for rank in range(processes or 1):
-            own = {"LOCAL_SIZE": str(os.cpu_count())}  # hence one thread each, which is fastest for small heads
-            if processes:
-                group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
-                own |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in group.items()}
+            variables = os.environ | _group(rank, processes, port) | environment
             work = (self._path(f"result_{rank}"), function, arguments)
-            member = CONTEXT.Process(target=_run, args=(self._folder.name, cwd, os.environ | own | environment, *work))
-            member.start()
-            self.members.append(member)
+            self.members.append(CONTEXT.Process(target=_run, args=(self._folder.name, cwd, variables, *work)))
+            self.members[-1].start()
 
     def __enter__(self) -> "World":
         return self
@@ -58,8 +56,8 @@ class World:
         self._folder.cleanup()
 
     def join(self, timeout: float = 300) -> list[int | None]:
-        """The exit status of every rank, None where it is still running at the end of the time; when one fails the
-        others have `GRACE` seconds."""
+        """The exit status of every rank, None if it still runs after `timeout` seconds, or `GRACE` seconds after
+        another failed."""
         deadline = time.monotonic() + timeout
         while (left := deadline - time.monotonic()) > 0 and (running := self._running()):
             wait([member.sentinel for member in running], timeout=left)
@@ -91,9 +89,8 @@ def run_world(processes: int, function: Callable, *arguments, **environment: str
     """What `function(*arguments)` returned on each rank; it must be importable by its name."""
     with World(processes, function, *arguments, **environment) as world:
         statuses = world.join()
-        assert not any(statuses), (
-            f"{function.__name__} ended with {statuses}\n{world.stdout[-4000:]}{world.stderr[-4000:]}"
-        )
+        output = world.stdout[-4000:] + world.stderr[-4000:]
+        assert statuses == [0] * processes, f"{function.__name__} ended with {statuses}\n{output}"
         return [world.result(rank) for rank in range(processes)]
 
 
@@ -123,6 +120,16 @@ def _finish(arguments: Sequence[str], world: World) -> subprocess.CompletedProce
         statuses = world.join()
         status = next((status for status in statuses if status != 0), 0)
         return subprocess.CompletedProcess(arguments, status, world.stdout, world.stderr)
+
+
+def _group(rank: int, processes: int | None, port: int) -> dict[str, str]:
+    """What a launcher puts into the environment. The local size gives each process one thread, which is fastest for
+    small heads."""
+    variables = {"LOCAL_SIZE": os.cpu_count()}
+    if processes:
+        variables |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in variables.items()}
 
 
 def _run(folder: str, cwd: Path | None, environment: dict[str, str], result: Path, function: Callable, arguments):
