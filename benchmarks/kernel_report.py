@@ -1,45 +1,43 @@
-"""What the Triton kernels cost on a GPU, read from the machine code: `python -m benchmarks.kernel_report`. No GPU is
-needed.
+"""Predicted cost of the flow-matching kernels, from their machine code: `python -m benchmarks.kernel_report`. It needs
+no GPU.
 
-Each kernel is compiled ahead of time as a call on CUDA tensors would compile it, and its cubin is disassembled. Bytes
-and instructions an element follow from the loop over tiles, and from them the time on a chip: the longest of memory
-traffic / bandwidth and, for each pipe of the processor, instructions / rate. The aim is arithmetic below 70% of the
-memory time: it then hides behind the memory even where a processor does not reach these rates. `--all` adds every
-specialisation that a configuration can launch.
+Each kernel is compiled ahead of time as for a call on CUDA tensors, and its cubin is disassembled. Its loop over tiles
+gives bytes and instructions per element. The predicted time on a chip is the longest of memory traffic / bandwidth and,
+for each pipe of a processor, instructions / rate. The aim is arithmetic below 70% of the memory time. The memory then
+hides it even where a processor doesn't reach these rates. `--all` adds every specialisation that a configuration can
+launch.
 """
 
 import argparse
 import dataclasses
 import functools
-import itertools
 import re
 import subprocess
 import tempfile
 from collections import Counter
 from pathlib import Path
 
-import torch
 import triton
-from flperf_kernels import flow_matching as fm
+from flperf_kernels.launching import Launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-REFERENCE_SIZE = (8, 4096, 1024)  # b, n, d
+from benchmarks.kernel_cases import Case, every, headline
+
 ROOM = 0.7  # share of the memory time below which arithmetic should stay
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peak bandwidth by the data sheet; the clock is the one at which the quoted dense bf16 peak holds (312, 989,
-    2250 TFLOP/s)."""
+    """Bandwidth and clock by the data sheet: the clock gives the quoted dense bf16 peak (312, 989, 2250 TFLOP/s)."""
 
     name: str
     capability: int
     processors: int
     clock: float  # Hz
     bandwidth: float  # B/s
-    float_lanes: int  # fp32 instructions an SM starts each cycle
+    float_lanes: int  # fp32 instructions that an SM starts per cycle
 
 
 CHIPS = (
@@ -48,103 +46,21 @@ CHIPS = (
     Chip("B200", 100, 148, 1.85e9, 8.0e12, 128),
 )
 
-# Lanes an SM can start in a cycle (CUDA programming guide, throughput of native arithmetic). The guide does not list
-# wide integer products; half the rate of a 32-bit product is assumed. Packed fp32 pairs take one issue slot and two
+# Lanes that an SM can start per cycle (CUDA programming guide, throughput of native arithmetic). The guide doesn't list
+# wide integer products: half the rate of a 32-bit product is assumed. A packed fp32 pair takes one issue slot and two
 # lanes.
 ISSUE_LANES, INTEGER_LANES, PRODUCT_LANES, SPECIAL_LANES = 128, 64, 64, 16
-REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of an SM, the same for the three
+REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of an SM, the same on all three
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
-# ----------------------------------------------------------------------------------------------- what a configuration
-# can launch
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One call of an op; every field that chooses a specialisation."""
-
-    op: str  # noise | loss
-    latents: torch.dtype = torch.bfloat16
-    other: torch.dtype = torch.bfloat16  # of x_tau, or of the prediction
-    per_channel: bool = False
-    norm: str = "none"
-    loss: str = "mse"
-    weighted: bool = False
-    training: bool = True
-    size: tuple[int, int, int] = REFERENCE_SIZE
-
-    def __str__(self):
-        short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-        words = [self.op, *([self.loss] if self.op == "loss" else []), f"{short[self.latents]}>{short[self.other]}"]
-        words += [self.norm] * (self.norm != "none") + ["standardise"] * self.per_channel + ["weighted"] * self.weighted
-        return " ".join(
-            words + ["value only"] * (not self.training) + [f"d={self.size[2]}"] * (self.size != REFERENCE_SIZE)
-        )
-
-    def launch(self):
-        """What `flow_matching` would launch, on tensors without memory."""
-        b, n, d = self.size
-        latents, other = (torch.empty(self.size, dtype=t, device="meta") for t in (self.latents, self.other))
-        vector = functools.partial(torch.empty, device="meta")
-        sample, mean = vector(b, dtype=torch.int64), vector(d) if self.per_channel else None
-        if self.op == "noise":
-            return fm.noise_launch(latents, vector(b), sample, 1234, mean, mean, self.norm, 1e-6, other)
-        weight, gradient = vector(b) if self.weighted else None, other if self.training else None
-        return fm.loss_launch(
-            other, latents, sample, 1234, self.loss, mean, mean, self.norm, 1e-6, weight, gradient, 0.5, 0.5
-        )
-
-    @property
-    def bytes_bound(self) -> int:
-        """Each input read once, each output written once."""
-        return self.latents.itemsize + self.other.itemsize * (2 if self.op == "loss" and self.training else 1)
-
-
-# bf16 encoders with bf16 or fp32 heads, caches in fp32 or fp16; fp16 training.
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-DTYPES = ((BF16, BF16), (FP32, BF16), (FP16, BF16), (BF16, FP32), (FP32, FP32), (FP16, FP16))
-# ViT-L divides into the tiles; ViT-B with an odd number of tokens and ViT-g, padded to the next power of two for a
-# norm, don't.
-SIZES = (REFERENCE_SIZE, (4, 1569, 768), (2, 2048, 1408))
-PREPARATIONS = ((False, "none"), (True, "none"), (False, "l2"), (False, "layer"), (True, "l2"), (True, "layer"))
-
-
-def headline() -> list[Case]:
-    """What training runs: bf16, at the reference size."""
-    cases = [Case("noise", per_channel=per_channel, norm=norm) for per_channel, norm in PREPARATIONS]
-    cases += [Case("loss", per_channel=per_channel, norm=norm) for per_channel, norm in PREPARATIONS]
-    cases += [Case("loss", loss=loss, per_channel=True) for loss in ("l1", "smooth_l1")]
-    return cases + [Case("loss", per_channel=True, training=False)]
-
-
-def every() -> list[Case]:
-    """The full product of all that chooses a specialisation."""
-    cases = []
-    for (per_channel, norm), (latents, other), size in itertools.product(PREPARATIONS, DTYPES, SIZES):
-        cases.append(Case("noise", latents, other, per_channel, norm, size=size))
-        for loss, weighted, training in itertools.product(fm.LOSSES, (False, True), (False, True)):
-            cases.append(Case("loss", latents, other, per_channel, norm, loss, weighted, training, size))
-    return cases
-
-
-def covering(cases: list[Case]) -> list[Case]:
-    """Few cases that hold every pair of choices of the full product, chosen greedily."""
-    pairs = {case: set(itertools.combinations(dataclasses.asdict(case).items(), 2)) for case in cases}
-    missing, chosen = set().union(*pairs.values()), []
-    while missing:
-        chosen.append(max(cases, key=lambda case: len(pairs[case] & missing)))
-        missing -= pairs[chosen[-1]]
-    return chosen
-
-
-# -------------------------------------------------------------------------------------------------------------------
-# compilation
+# ----------------------------------------------------------------------------------------------------------------------
+# Compilation
 
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-    """Resources and instructions of a compiled kernel, each instruction as (address, opcode)."""
+    """Resources of a compiled kernel, and how often each SASS opcode occurs in it."""
 
     registers: int
     stack_bytes: int
@@ -158,8 +74,8 @@ class Code:
 
     @property
     def occupancy(self) -> float:
-        """Resident share of an SM's warps: registers come in units of 256 a warp, shared memory with 1 KiB of the
-        driver's own."""
+        """Share of an SM's warps that are resident. Registers are allocated to a warp by 256s, and the driver adds 1
+        KiB of shared memory to a block."""
         by_registers = REGISTERS // (-(-self.registers * 32 // 256) * 256) // self.warps
         by_shared = SHARED_BYTES[self.capability] // (self.shared_bytes + 1024)
         return min(by_registers, by_shared, BLOCKS, WARPS // self.warps) * self.warps / WARPS
@@ -170,15 +86,13 @@ def tool(name: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def specialise(launch, capability: int):
-    """Compile as the launcher would: Triton's own binder derives types, alignment and constants from the arguments."""
-    kernel, _, arguments, options = launch
+def specialise(launch: Launch, capability: int):
+    """Compile for a compute capability. As in a launch, Triton derives types, alignment and constants from the
+    arguments."""
+    kernel, options = launch.kernel, launch.options | dict(debug=False)
     backend = make_backend(GPUTarget("cuda", capability, 32))
-    options, bind = (
-        options | dict(debug=False),
-        create_function_from_signature(kernel.signature, kernel.params, backend),
-    )
-    parsed, signature, constants, attributes = kernel._pack_args(backend, options, *bind(**arguments, **options))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    parsed, signature, constants, attributes = kernel._pack_args(backend, options, *bind(**launch.arguments, **options))
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=backend.target, options=parsed.__dict__)
 
@@ -195,7 +109,7 @@ def disassemble(compiled, capability: int) -> Code:
         listing, usage = tool("cuobjdump", "-sass", cubin.name), tool("cuobjdump", "-res-usage", cubin.name)
     found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@\S+\s+)?(\S+?)\s*(?:\s(.*?))?;", listing, re.MULTILINE)
     code = [(int(address, 16), opcode, operands) for address, opcode, operands in found if opcode != "NOP"]
-    # Backward branches are loops; the branch to itself behind the last EXIT is padding.
+    # A backward branch closes a loop. The branch to itself after the last EXIT is padding.
     targets = [
         (int(operands.split("0x")[-1], 16), at)
         for at, opcode, operands in code
@@ -214,8 +128,8 @@ def disassemble(compiled, capability: int) -> Code:
     )  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# ----- model
+# ----------------------------------------------------------------------------------------------------------------------
+# Prediction
 
 
 def kind(opcode: str) -> str:
@@ -246,7 +160,7 @@ def kind(opcode: str) -> str:
 
 
 def lanes(opcode: str) -> dict[str, int]:
-    """What a thread's instruction occupies in each pipe."""
+    """Lanes of each pipe that a thread's instruction occupies."""
     stem, used = opcode.split(".")[0], {"issue": 1}
     if kind(opcode) == "special":
         used["special"] = 1
@@ -261,7 +175,7 @@ def lanes(opcode: str) -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one element, on one chip."""
+    """Predicted cost of one element on one chip."""
 
     bytes_moved: float
     instructions: dict[str, float]  # by kind
@@ -275,10 +189,10 @@ class Cost:
 
 
 def cost(case: Case, chip: Chip) -> Cost:
-    code, (_, _, arguments, _) = compile_case(case, chip.capability), case.launch()
-    elements = arguments["R"] * arguments["C"] / (32 * code.warps)  # a thread's, each time round the loop
+    code, arguments = compile_case(case, chip.capability), case.launch().arguments
+    elements = arguments["R"] * arguments["C"] / (32 * code.warps)  # of a thread, in each iteration
     b, n, d = case.size
-    # columns beyond d cost time, too
+    # Columns beyond d cost time too.
     useful = d / (-(-d // arguments["C"]) * arguments["C"]) if arguments["MASK"] == "rows" else 1.0
     weight = Counter({opcode: count / elements / useful for opcode, count in code.loop.items()})
     for opcode, count in code.setup.items():

@@ -1,10 +1,10 @@
-"""The objectives, 8 x 4096 x 1024 in bf16: flow matching's noising and loss as fused ops, against plain PyTorch eager
-and compiled; the regression losses.
+"""The objectives at 8 x 4096 x 1024 in bf16: flow matching's noising and loss as fused ops, against plain PyTorch,
+eager and compiled; the regression losses.
 
     python -m pytest benchmarks/test_objective.py
 
-The fused op is Triton on CUDA and compiled PyTorch on a CPU. Achieved GB/s counts the bytes that have to move: 4 an
-element for the noise, 6 for a loss with its gradient. A copy of as many bytes takes its turn in every round.
+The fused ops are Triton on CUDA and PyTorch with compiled noise on a CPU. GB/s count the bytes that have to move: 4 an
+element for the noising, 6 for a loss with its gradient. Each round also times a copy of as many bytes.
 """
 
 from collections.abc import Callable
@@ -27,8 +27,7 @@ def plain_noise(latents, tau, sample):
 
 
 def plain_loss(prediction, latents, sample):
-    """The velocity costs the noise again; that it would otherwise be kept from the noising, in 4 bytes an element, is
-    left out."""
+    """It draws the noise again. The alternative, noise kept from the noising in 4 bytes an element, is not measured."""
     velocity = latents.float() - torch.randn(latents.shape, device=latents.device)
     return (prediction.float() - velocity).square().mean()
 
@@ -78,7 +77,7 @@ def test_loss(record, latents):
 @pytest.mark.benchmark(group="regression, loss and its gradient")
 @pytest.mark.parametrize("loss", ["mse", "cosine"])
 def test_regression(record, latents, loss):
-    """As training runs it, compiled, and eager: per element, and per token."""
+    """Compiled, as in training, against eager; a loss per element and one per token."""
     prediction = torch.randn_like(latents).requires_grad_()
 
     def with_gradient(loss: Callable) -> None:
@@ -93,7 +92,7 @@ def test_regression(record, latents, loss):
 
 
 def measure(record, ways: dict[str, Callable[[], object]], bytes: int) -> None:
-    """The last of the ways, against the others and a copy of as many bytes."""
+    """Time the last of the ways beside the others and a copy of as many bytes."""
     *others, last = ways
     beside = {name: ways[name] for name in others} | {"a copy of as many bytes": copy_of(bytes)}
     record(ways[last], "GB", bytes / 1e9, bytes=bytes, rounds=100 if ON_GPU else MIN_ROUNDS, beside=beside)

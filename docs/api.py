@@ -30,20 +30,19 @@ MODULES = [
     "flperf.evaluation.evaluate",
     "flperf.evaluation.visualise",
     "flperf_kernels.flow_matching",
+    "flperf_kernels.flow_matching_reference",
     "flperf_kernels.adaln",
     "flperf_kernels.philox",
 ]
 PROPERTIES = (property, cached_property)
-KERNELS = (
-    "flperf_kernels."  # only their operators and references are public, which have type hints for what they return
-)
+KERNELS = "flperf_kernels."  # only their operators and references are public, not how kernels are launched
 
 
 def is_public(module: ModuleType, name: str, item: object) -> bool:
     """Whether a module defines a class or function, or, if it is a package, shows one of its own modules'."""
     if name.startswith("_") or not (inspect.isclass(item) or inspect.isfunction(item)):
         return False
-    if module.__name__.startswith(KERNELS) and "return" not in inspect.get_annotations(item):
+    if module.__name__.startswith(KERNELS) and (inspect.isclass(item) or name.endswith("_launch")):
         return False
     own = item.__module__ == module.__name__
     return own or (hasattr(module, "__path__") and item.__module__.startswith(f"{module.__name__}."))

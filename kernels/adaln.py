@@ -1,15 +1,15 @@
-"""What stands between two layers of a DiT block, one pass each way: the gated residual of one branch, the norm and
-modulation of the next.
+"""The gated residual of one branch of a DiT block together with the norm and modulation of the next, one pass each way.
 
-    x' = x + gate y        h = (x' - mean(x')) / sqrt(var(x') + eps) (1 + scale) + shift        [DiT,
-    arXiv:2212.09748, section 3.2]
+    x' = x + gate y
+    h  = (x' - mean(x')) / sqrt(var(x') + eps) (1 + scale) + shift    [DiT, arXiv:2212.09748, section 3.2]
 
 Forward reads x, y and writes x', h, as Inductor's own kernel does. Backward reads the gradients of x' and h, and x',
-y, writes those of x and y, and sums those of gate, shift and scale over tokens on the way; Inductor takes these sums,
-which run across the rows of the norm, in passes of their own (`python -m benchmarks.norm_report` counts both).
+y. It writes the gradients of x and y, and on the way sums those of gate, shift and scale over tokens. Inductor needs
+further passes for these sums, since they run across the rows of the norm (`python -m benchmarks.norm_report` counts
+both).
 
-Shapes: x, y [b, n, d]; gate, shift, scale [b, d]. Arithmetic is fp32, and the norm is that of x' as it is stored. The
-sums are taken in two stages without atomics: the same input gives the same bits. On CUDA the ops run Triton, on a CPU
+Shapes: x, y [b, n, d]; gate, shift, scale [b, d]. Arithmetic is fp32, and the norm is that of x' as stored. The sums
+are taken in two stages without atomics: the same input gives the same bits. On CUDA the ops run Triton, on a CPU
 plain PyTorch.
 """
 
@@ -17,24 +17,24 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from flperf_kernels.launching import launch
+from flperf_kernels.launching import Launch
 from torch import Tensor
 
-PROGRAMS = 1024  # about what fills a device; each then takes the rows that are its share
-MAX_ROWS = 64
+PROGRAMS = 1024  # about as many as fill a device
+MAX_ROWS = 64  # of one program
 
 
 def residual_modulate(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """(x', h), each [b, n, d]. x, y: [b, n, d]; gate, shift, scale: [b, d]; all in one dtype. Raises ValueError
-    otherwise."""
+    """(x', h), each [b, n, d]. x, y: [b, n, d]; gate, shift, scale: [b, d]; all of one dtype and device. Raises
+    ValueError otherwise."""
     return torch.ops.flperf.residual_modulate(x, y, gate, shift, scale, eps)
 
 
 def reference(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As one would write it, for autograd to differentiate: (x', h), each [b, n, d] in the dtype of x, computed in at
-    least fp32.
+    """In plain PyTorch, differentiated by autograd: (x', h), each [b, n, d] in the dtype of x, computed in fp32 or
+    wider.
 
     x, y: [b, n, d]; gate, shift, scale: [b, d], of any dtypes.
     """
@@ -47,7 +47,7 @@ def reference(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, 
 
 @triton.jit
 def _normalised(x, inside, width, eps):
-    """x standardised over its row, and the factor that did it."""
+    """x standardised over its row, and the factor 1 / sqrt(var(x) + eps)."""
     centred = tl.where(inside, x - tl.sum(x, 0) / width, 0.0)
     factor = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
     return centred * factor, factor
@@ -55,6 +55,7 @@ def _normalised(x, inside, width, eps):
 
 @triton.jit(do_not_specialize=["steps", "rows"])
 def forward_kernel(x, y, gate, shift, scale, out, h, rows, steps, width, eps, EVEN: tl.constexpr, C: tl.constexpr):
+    """`steps` rows of one sample, each padded to C columns. EVEN: no program has fewer rows."""
     b, column = tl.program_id(1).to(tl.int64), tl.arange(0, C)
     inside = column < width
     gain = tl.load(gate + b * width + column, mask=inside, other=0.0).to(tl.float32)
@@ -63,9 +64,8 @@ def forward_kernel(x, y, gate, shift, scale, out, h, rows, steps, width, eps, EV
     for step in range(steps):
         row = tl.program_id(0) * steps + step
         here, mask = (b * rows + row) * width + column, inside if EVEN else inside & (row < rows)
-        summed = tl.load(x + here, mask=mask, other=0.0).to(tl.float32) + gain * tl.load(
-            y + here, mask=mask, other=0.0
-        ).to(tl.float32)
+        summed = tl.load(x + here, mask=mask, other=0.0).to(tl.float32)
+        summed += gain * tl.load(y + here, mask=mask, other=0.0).to(tl.float32)
         stored = summed.to(out.dtype.element_ty)
         tl.store(out + here, stored, mask=mask)
         standard, _ = _normalised(stored.to(tl.float32), inside, width, eps)
@@ -77,6 +77,7 @@ def backward_kernel(
     grad_out, grad_h, out, y, gate, scale, grad_x, grad_y, partial, rows, steps, width, eps,
     EVEN: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
+    """The gradients of `steps` rows of one sample, and the sums of those of gate, shift and scale over these rows."""
     b, column = tl.program_id(1).to(tl.int64), tl.arange(0, C)
     inside = column < width
     gain = tl.load(gate + b * width + column, mask=inside, other=0.0).to(tl.float32)
@@ -101,42 +102,33 @@ def backward_kernel(
     tl.store(first + 2 * width, scale_sum, mask=inside)
 
 
-def _tiling(x: Tensor) -> tuple[int, dict, dict]:
-    """Programs a sample, the kernel's sizes, launch options."""
+def _launch(kernel, x: Tensor, tensors: dict[str, Tensor], eps: float) -> Launch:
+    """One of the two kernels over the rows of x [b, n, d]."""
     b, n, d = x.shape
-    steps = min(MAX_ROWS, max(1, b * n // PROGRAMS))
-    columns = triton.next_power_of_2(d)
+    steps, columns = _rows_per_program(x), triton.next_power_of_2(d)
     sizes = dict(rows=n, steps=steps, width=d, EVEN=n % steps == 0, C=columns)
-    # 16 bytes a thread
-    return triton.cdiv(n, steps), sizes, dict(num_warps=min(16, max(4, columns * x.itemsize // 512)))
+    num_warps = min(16, max(4, columns * x.itemsize // 512))  # 16 bytes a thread
+    return Launch(kernel, (triton.cdiv(n, steps), b), tensors | dict(eps=eps) | sizes, dict(num_warps=num_warps))
 
 
-def forward_launch(x, y, gate, shift, scale, eps, out, h):
-    programs, sizes, options = _tiling(x)
-    return (
-        forward_kernel,
-        (programs, len(x)),
-        dict(x=x, y=y, gate=gate, shift=shift, scale=scale, out=out, h=h, eps=eps) | sizes,
-        options,
-    )
+def _rows_per_program(x: Tensor) -> int:
+    b, n, _ = x.shape
+    return min(MAX_ROWS, max(1, b * n // PROGRAMS))
 
 
-def backward_launch(grad_out, grad_h, out, y, gate, scale, eps, grad_x, grad_y):
-    """The kernel fills grad_x, grad_y and `partial` [b, programs, (gate, shift, scale), d], which it allocates."""
-    programs, sizes, options = _tiling(out)
-    partial = torch.empty(len(out), programs, 3, out.shape[-1], dtype=torch.float32, device=out.device)
-    tensors = dict(
-        grad_out=grad_out,
-        grad_h=grad_h,
-        out=out,
-        y=y,
-        gate=gate,
-        scale=scale,
-        grad_x=grad_x,
-        grad_y=grad_y,
-        partial=partial,
-    )
-    return backward_kernel, (programs, len(out)), tensors | dict(eps=eps) | sizes, options
+def forward_launch(x, y, gate, shift, scale, eps, out, h) -> Launch:
+    """`forward_kernel`: x, y [b, n, d] and gate, shift, scale [b, d] to out (x') and h, [b, n, d] each."""
+    return _launch(forward_kernel, x, dict(x=x, y=y, gate=gate, shift=shift, scale=scale, out=out, h=h), eps)
+
+
+def backward_launch(grad_out, grad_h, out, y, gate, scale, eps, grad_x, grad_y) -> Launch:
+    """`backward_kernel`, which fills grad_x, grad_y [b, n, d] and its argument `partial` [b, programs, 3, d], allocated
+    here: sums of the gradients of gate, shift and scale."""
+    b, n, d = out.shape
+    programs = triton.cdiv(n, _rows_per_program(out))
+    partial = torch.empty(b, programs, 3, d, dtype=torch.float32, device=out.device)
+    inputs = dict(grad_out=grad_out, grad_h=grad_h, out=out, y=y, gate=gate, scale=scale)
+    return _launch(backward_kernel, out, inputs | dict(grad_x=grad_x, grad_y=grad_y, partial=partial), eps)
 
 
 def _check(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> None:
@@ -172,7 +164,7 @@ def _(x, y, gate, shift, scale, eps):
     out, h = x.new_empty(x.shape), x.new_empty(x.shape)
     if x.numel():
         x, y, gate, shift, scale = (tensor.contiguous() for tensor in (x, y, gate, shift, scale))
-        launch(*forward_launch(x, y, gate, shift, scale, eps, out, h))
+        forward_launch(x, y, gate, shift, scale, eps, out, h).run()
     return out, h
 
 
@@ -204,10 +196,10 @@ def _(grad_out, grad_h, out, y, gate, scale, eps):
     grad_out, grad_h, out, y, gate, scale = (tensor.contiguous() for tensor in (grad_out, grad_h, out, y, gate, scale))
     if not out.numel():
         return [grad_x, grad_y, *(torch.zeros_like(gate) for _ in range(3))]
-    kernel = backward_launch(grad_out, grad_h, out, y, gate, scale, eps, grad_x, grad_y)
-    launch(*kernel)
-    sums = kernel[2]["partial"].sum(1).to(gate.dtype)  # second stage, in a fixed order
-    return [grad_x, grad_y, *(total.clone() for total in sums.unbind(1))]  # an op's results must not share memory
+    launch = backward_launch(grad_out, grad_h, out, y, gate, scale, eps, grad_x, grad_y)
+    launch.run()
+    sums = launch.arguments["partial"].sum(1).to(gate.dtype)  # the second stage, in a fixed order
+    return [grad_x, grad_y, *(total.clone() for total in sums.unbind(1))]  # results of an op must not share memory
 
 
 def _save(ctx, inputs, output) -> None:

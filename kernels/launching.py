@@ -1,24 +1,41 @@
-"""How a kernel is started. Each kernel's file describes a launch as (kernel, grid, arguments, options), so that tests
-and benchmarks/kernel_report.py can compile exactly what a call would run, from meta tensors; this runs it."""
+"""How kernels are launched.
+
+A file of kernels describes each call as a `Launch`. Tests and benchmarks/kernel_report.py compile a launch ahead of
+time from tensors on the meta device; the ops run it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-MOST_BLOCKS = 65535  # of CUDA, in the second and third dimension of a grid
+MAX_BLOCKS = 65535  # CUDA's limit for the second and the third dimension of a grid
 
 
-def launch(kernel, grid: tuple[int, ...], arguments: dict, options: dict) -> None:
-    """Run a kernel on the device of its tensors, those of one dimension made contiguous: kernels know strides of [b,
-    n, d] only.
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a Triton kernel: its arguments by parameter name, and Triton's options such as `num_warps`.
 
-    Raises ValueError where the batch, which is the last dimension of a grid, is larger than CUDA allows.
+    The last dimension of the grid is the batch.
     """
-    if max(grid[1:], default=0) > MOST_BLOCKS:
-        raise ValueError(f"a grid of {grid} blocks: CUDA allows at most {MOST_BLOCKS} samples a batch")
-    arguments = {
-        name: value.contiguous() if isinstance(value, Tensor) and value.dim() == 1 else value
-        for name, value in arguments.items()
-    }
-    # Triton launches on the current device.
-    with torch.cuda.device_of(next(value for value in arguments.values() if isinstance(value, Tensor))):
-        kernel[grid](**arguments, **options)
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+    def run(self) -> None:
+        """Run on the device of the tensors. Raises ValueError where the batch exceeds CUDA's limit.
+
+        Kernels take strides for [b, n, d] tensors only, so one-dimensional tensors are made contiguous.
+        """
+        if max(self.grid[1:], default=0) > MAX_BLOCKS:
+            raise ValueError(f"a grid of {self.grid} blocks: CUDA allows at most {MAX_BLOCKS} samples a batch")
+        arguments = {
+            name: value.contiguous() if isinstance(value, Tensor) and value.dim() == 1 else value
+            for name, value in self.arguments.items()
+        }
+        # Triton launches on the current device.
+        with torch.cuda.device_of(next(value for value in arguments.values() if isinstance(value, Tensor))):
+            self.kernel[self.grid](**arguments, **self.options)

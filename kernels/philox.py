@@ -1,12 +1,12 @@
-"""Counter-based normal noise: the same number for the same (seed, sample, element), on any device and for any split
-of the work.
+"""Counter-based normal noise: the same number for the same (seed, sample, element), on any device and for any split of
+the work.
 
-Element e of sample s takes Philox4x32 [Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11] keyed by
-the 64-bit seed at the counter (64-bit e // 4, 64-bit s); its four 32-bit outputs become four normals by Box–Muller.
-Nothing is stored and nothing is drawn in order, so the noise of a clip survives any block size, grid, rank or
-micro-batch, and a second draw is free of memory.
+Element e of sample s takes Philox4x32 [Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11] with the
+64-bit seed as its key and (64-bit e // 4, 64-bit s) as its counter. Box–Muller turns its four 32-bit outputs into
+four normals. There is no state, so the noise of a clip doesn't depend on block size, grid, rank or micro-batch, and
+drawing it again takes no memory.
 
-The PyTorch functions are the definition and the CPU path, the Triton functions the same words in registers.
+The PyTorch functions define the noise and run on a CPU. The Triton functions compute the same in registers.
 """
 
 import math
@@ -14,13 +14,12 @@ import math
 import torch
 import triton
 import triton.language as tl
-from flperf_kernels.launching import launch
+from flperf_kernels.launching import Launch
 from torch import Tensor
 from triton.language.extra import libdevice
 
-# Seven rounds are the fewest that pass BigCrush (table 2 of the paper; ten is its default, with a margin). A round is
-# one instruction an element, and a B200 has time for only 17 while its memory moves the 4 bytes of an element of the
-# noising.
+# Seven rounds are the fewest that pass BigCrush (table 2 of the paper, whose default of ten leaves a margin). A round
+# costs one instruction an element. A B200 has time for 17 while its memory moves the 4 bytes of an element noised.
 ROUNDS = tl.constexpr(7)
 MULTIPLIER_A, MULTIPLIER_B = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
 ASSEMBLY_A = tl.constexpr("{ .reg .b64 p; mul.wide.u32 p, $2, 0xD2511F53; mov.b64 {$0, $1}, p; }")
@@ -37,12 +36,12 @@ TWO_LN2 = tl.constexpr(2.0 * math.log(2.0))
 def philox_words(
     group: Tensor, sample: Tensor, seed: Tensor | int, rounds: int = ROUNDS.value
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four 32-bit words (each in int64, since PyTorch has no full uint32) of the counter (group, sample).
+    """Four 32-bit words of the counter (group, sample), each in int64, since PyTorch lacks arithmetic in uint32.
 
-    group and sample: int64, of shapes that broadcast to the one of each word; seed: an int or int64, of which all 64
-    bits count. A product of two 32-bit numbers wraps to a negative int64, but its bits are right, and shift and mask
-    read the halves off them.
+    group and sample: int64, of shapes that broadcast to the shape of each word; seed: an int or int64, of which all 64
+    bits count.
     """
+    # A product of two 32-bit numbers may wrap to a negative int64, but its bits are right.
     c0, c1, c2, c3 = group & LOW, (group >> 32) & LOW, sample & LOW, (sample >> 32) & LOW
     k0, k1 = seed & LOW, (seed >> 32) & LOW
     for _ in range(rounds):
@@ -53,7 +52,7 @@ def philox_words(
 
 
 def box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
-    """Two words (32 bits in int64), of any one shape, to two independent standard normals of that shape in fp32."""
+    """Two words (32 bits in int64) of one shape to two independent standard normals of that shape in fp32."""
     radius = (-2.0 * (radius_word.float() * UNIFORM_STEP.value + UNIFORM_STEP.value / 2).log()).sqrt()
     angle = angle_word.float() * ANGLE_STEP.value
     return radius * angle.cos(), radius * angle.sin()
@@ -61,53 +60,52 @@ def box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]
 
 def normal_reference(sample: Tensor, count: int, seed: Tensor | int) -> Tensor:
     """The definition of the noise: int64 [b] sample indices to fp32 [b, count]."""
-    return _groups(sample, -(-count // 4), seed)[:, :count].contiguous()
+    return _draw_groups(sample, -(-count // 4), seed)[:, :count].contiguous()
 
 
-def _groups(sample: Tensor, count: int, seed: Tensor | int) -> Tensor:
-    # each [b, count]
-    w0, w1, w2, w3 = philox_words(torch.arange(count, device=sample.device)[None, :], sample[:, None], seed)
-    return torch.stack((*box_muller(w0, w1), *box_muller(w2, w3)), dim=-1).flatten(1)
+def _draw_groups(sample: Tensor, groups: int, seed: Tensor | int) -> Tensor:
+    """The first groups of four elements, fp32 [b, 4 groups]."""
+    words = philox_words(torch.arange(groups, device=sample.device)[None, :], sample[:, None], seed)  # each [b, groups]
+    return torch.stack((*box_muller(*words[:2]), *box_muller(*words[2:])), dim=-1).flatten(1)
 
 
-# On a CPU this one compiled function is all that needs to be fast; the rest of the ops is a few cheap passes. 4 x 512
-# x 384 and 4 x 1568 x 1024 elements on 2 cores with AVX-512, ns an element: this 2.8 and 3.2; eager 34; torch.randn
-# 10 and 14 (a Mersenne twister on one core); torch.randn compiled 96 (Inductor draws it one number at a time).
-# Compiling whole ops would save another 1 to 2 ns, but takes 15 s for every combination of options instead of 10 s
-# once. The seed is a tensor, as a number it would be a constant of the code.
-_groups_compiled = torch.compile(_groups, dynamic=True)
+# On a CPU, compiling this one function is enough: the rest of the ops is a few cheap passes. ns an element for 4 x
+# 512 x 384 and 4 x 1568 x 1024 elements on 2 cores with AVX-512: this 2.8 and 3.2; eager 34; torch.randn 10 and 14 (a
+# Mersenne twister on one core); compiled torch.randn 96 (Inductor draws one number at a time). Compiling whole ops
+# would save another 1 to 2 ns, but takes 15 s for each combination of options rather than 10 s once. The seed is
+# passed as a tensor, since an int would be compiled in as a constant.
+_draw_groups_compiled = torch.compile(_draw_groups, dynamic=True)
 
 
 def philox_normal(sample: Tensor, count: int, *, seed: int) -> Tensor:
-    """Standard normal noise, fp32 [b, count], of global sample indices int64 [b]; `seed` is any Python int, taken
-    modulo 2^64."""
+    """Standard normal noise, fp32 [b, count], of global sample indices int64 [b]. The seed is any int, modulo 2^64."""
     seed = signed_64(seed)
     if sample.numel() * count == 0 or torch.compiler.is_compiling():
         return normal_reference(sample, count, seed)
     if sample.is_cuda:
         out = torch.empty(len(sample), count, device=sample.device)
-        launch(*normal_launch(sample, out, seed))
+        normal_launch(sample, out, seed).run()
         return out
-    # By count alone and not by the batch, whose split must not change a bit: eager and compiled code may round a
-    # cosine differently.
+    # Eager and compiled code may round a cosine differently. The choice depends on the count alone, so that splitting a
+    # batch changes no bit.
     if count < 1024:
         return normal_reference(sample, count, seed)
-    return _groups_compiled(sample, -(-count // 4), torch.tensor(seed))[:, :count].contiguous()
+    return _draw_groups_compiled(sample, -(-count // 4), torch.tensor(seed))[:, :count].contiguous()
 
 
 def signed_64(seed: int) -> int:
-    """The same 64 bits as a signed number, which is what int64 tensors and op schemas hold."""
+    """The low 64 bits of a seed as a signed number, as int64 tensors and op schemas hold it."""
     return (seed + 2**63) % 2**64 - 2**63
 
 
-# FAST, below: inline assembly and the special-function unit's own log, sine and cosine. The interpreter, which has
-# neither, takes the exact operations instead; the difference is about 1e-6 of the radius.
+# FAST: inline assembly, and the special-function unit's logarithm, sine and cosine. The interpreter has neither and
+# takes the exact operations. They differ by about 1e-6 of the radius.
 
 
 @triton.jit
 def _product(x, MULTIPLIER: tl.constexpr, ASSEMBLY: tl.constexpr, FAST: tl.constexpr):
-    """Low and high half of x * MULTIPLIER. Left to itself the compiler often splits the one wide product into two
-    narrow ones."""
+    """Low and high half of x * MULTIPLIER. Without assembly the compiler often makes two narrow products of the wide
+    one."""
     if FAST:
         return tl.inline_asm_elementwise(ASSEMBLY, "=r,=r,r", [x], (tl.uint32, tl.uint32), True, 1)
     else:
@@ -117,8 +115,7 @@ def _product(x, MULTIPLIER: tl.constexpr, ASSEMBLY: tl.constexpr, FAST: tl.const
 
 @triton.jit
 def draw_words(group, sample, seed, FAST: tl.constexpr):
-    """`philox_words` of a block of unsigned group indices (32 bits where the caller knows them to suffice) and a
-    scalar sample."""
+    """`philox_words` of a block of unsigned group indices and a scalar sample. Indices that fit may be 32-bit."""
     c0 = group.to(tl.uint32)
     c1 = tl.zeros_like(c0) if group.dtype == tl.uint32 else (group >> 32).to(tl.uint32)
     c2, c3 = sample.to(tl.uint32), (sample.to(tl.uint64) >> 32).to(tl.uint32)
@@ -133,12 +130,11 @@ def draw_words(group, sample, seed, FAST: tl.constexpr):
 
 @triton.jit
 def _polar(radius_word, angle_word, variance, FAST: tl.constexpr):
-    """Box–Muller, the radius times the root of `variance`."""
+    """Box–Muller, times the root of `variance`."""
     uniform = radius_word.to(tl.float32) * UNIFORM_STEP + UNIFORM_STEP / 2
     angle = angle_word.to(tl.float32) * ANGLE_STEP
     if FAST:
-        # |log| because the approximate logarithm may come out as a tiny positive number near 1; negating would cost
-        # the same.
+        # |log|, as the approximate logarithm of a number near 1 may be slightly positive; negating would cost the same.
         radius = tl.sqrt(tl.abs(libdevice.fast_log2f(uniform)) * (TWO_LN2 * variance))
         return radius * libdevice.fast_cosf(angle), radius * libdevice.fast_sinf(angle)
     else:
@@ -155,8 +151,8 @@ def _pack(low, high):
 def draw_normals(group, sample, seed, variance, FAST: tl.constexpr):
     """Noise of [R, G] groups as [R, 4 G] consecutive elements, times the root of `variance`.
 
-    The words are joined before Box–Muller, two of them as one 64-bit number: with a join for each of the four outputs
-    the compiler can't give the noise the layout of the loads for free and sends it through shared memory.
+    The words are joined before Box–Muller, two of them as one 64-bit number. If all four outputs were joined, the
+    compiler would send the noise through shared memory to give it the layout of the loads.
     """
     w0, w1, w2, w3 = draw_words(group, sample, seed, FAST)
     pair = tl.join(_pack(w0, w1), _pack(w2, w3))  # [R, G, 2]
@@ -166,7 +162,8 @@ def draw_normals(group, sample, seed, variance, FAST: tl.constexpr):
 
 @triton.jit
 def draw_normals_one_by_one(element, sample, seed, variance, FAST: tl.constexpr):
-    """Noise at any element offsets, four times the arithmetic: for rows that do not start at a multiple of four."""
+    """Noise at any element offsets, for rows that don't start at a multiple of four. Costs four times the
+    arithmetic."""
     w0, w1, w2, w3 = draw_words((element >> 2).to(tl.uint64), sample, seed, FAST)
     first_pair = (element & 2) == 0
     cosine, sine = _polar(tl.where(first_pair, w0, w2), tl.where(first_pair, w1, w3), variance, FAST)
@@ -175,7 +172,7 @@ def draw_normals_one_by_one(element, sample, seed, variance, FAST: tl.constexpr)
 
 @triton.jit(do_not_specialize=["seed"])
 def normal_kernel(sample, out, count, seed: tl.int64, FAST: tl.constexpr, BLOCK: tl.constexpr):
-    """`normal_reference`, BLOCK elements of one sample a program."""
+    """`normal_reference`; a program draws BLOCK elements of one sample."""
     b = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0).to(tl.int64)
     group = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]
@@ -184,8 +181,8 @@ def normal_kernel(sample, out, count, seed: tl.int64, FAST: tl.constexpr, BLOCK:
     tl.store(out + b * count + element, normals, mask=element < count)
 
 
-def normal_launch(sample: Tensor, out: Tensor, seed: int):
-    """Fill out [b, count] with the noise of sample int64 [b]: (kernel, grid, arguments, options) for `launch`."""
+def normal_launch(sample: Tensor, out: Tensor, seed: int) -> Launch:
+    """`normal_kernel`, which fills out [b, count] with the noise of sample int64 [b]."""
     count, block = out.shape[1], 1024
     arguments = dict(sample=sample, out=out, count=count, seed=seed, FAST=not out.is_cpu, BLOCK=block)
-    return normal_kernel, (triton.cdiv(count, block), len(sample)), arguments, dict(num_warps=4)
+    return Launch(normal_kernel, (triton.cdiv(count, block), len(sample)), arguments, dict(num_warps=4))

@@ -1,7 +1,9 @@
-"""What a head is trained for, and how it then forecasts: regression in one pass, or flow matching.
+"""The table of objectives by `objective.kind`, and forecasts with any of them.
 
-Latents come in normalised; losses and noise are computed in fp32 whatever the latents' dtype. Noise and tau are pure
-functions of (seed, sample), where `sample` is a clip's place in the endless order of training clips.
+An objective has `loss`, which trains a head, `draw`, which forecasts with it, and `samples`, the number of forecasts
+per clip. A new one is a file in this folder and a line in the table. Latents are normalised. Losses and noise are
+computed in fp32, whatever the dtype of the latents. Noise and tau depend only on the seed and `sample`, the index of
+a clip in the endless order of training clips.
 """
 
 import torch
@@ -18,21 +20,22 @@ from flperf.objectives.regression import Regression
 def forecast(
     objective: Regression | FlowMatching, head: nn.Module, context: Tensor, sample: Tensor, frames: int | None = None
 ) -> Tensor:
-    """fp32 `b k t h w d`: k samples (1 in regression) of what follows the normalised context `b t h w d`; sample:
+    """k forecasts (1 in regression) of the frames after the normalised context `b t h w d`: fp32 `b k t h w d`. sample:
     int64 [b].
 
-    More frames than the head forecasts at once are rolled out: each sample goes on from its own last frames as context.
+    If more frames are asked for than the head forecasts at once, forecasts are rolled out: the last frames of each
+    become its next context.
     """
     keys = sample[:, None] * objective.samples + torch.arange(objective.samples, device=sample.device)
     forecasts = objective.draw(head, context, keys)
-    part = 0
+    window = 0
     while frames is not None and forecasts.shape[2] < frames:
-        part += 1
+        window += 1
         past = torch.cat([repeat(context.float(), "b t h w d -> b k t h w d", k=keys.shape[1]), forecasts], dim=2)
         past = past[:, :, -context.shape[1] :].to(context.dtype)
-        # Sample by sample, so that the batch keeps its shape and nothing is compiled again.
+        # One forecast of each clip at a time: the batch keeps its shape, so nothing is compiled again.
         following = [
-            objective.draw(head, past[:, i].contiguous(), keys[:, i : i + 1], part) for i in range(keys.shape[1])
+            objective.draw(head, past[:, i].contiguous(), keys[:, i : i + 1], window) for i in range(keys.shape[1])
         ]
         forecasts = torch.cat([forecasts, torch.cat(following, dim=1)], dim=2)
     return forecasts[:, :, :frames]
@@ -42,7 +45,7 @@ OBJECTIVES: dict[str, type[Regression] | type[FlowMatching]] = {"regression": Re
 
 
 def build_objective(config: Config, geometry: LatentGeometry) -> Regression | FlowMatching:
-    """What the configuration trains for; raises `UserError` where its head can't be trained for that."""
+    """The configured objective. Raises `UserError` if it is unknown or can't train the configured head."""
     if config.objective.kind not in OBJECTIVES:
         raise UserError(f"objective.kind: {config.objective.kind!r} is unknown; known: {', '.join(OBJECTIVES)}")
     needs_dit = config.objective.kind == "flow_matching"

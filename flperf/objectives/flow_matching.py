@@ -1,23 +1,24 @@
-"""Flow matching: the loss, the draw of tau, and forecasts drawn from noise."""
+"""Flow matching: its loss, the distribution of tau, and forecasts integrated from noise."""
 
 import math
 from collections.abc import Callable
 
 import torch
 from einops import rearrange
-from flperf_kernels.flow_matching import flow_matching_loss, flow_matching_noise, philox_normal
+from flperf_kernels.flow_matching import flow_matching_loss, flow_matching_noise
+from flperf_kernels.philox import philox_normal
 from torch import Tensor, nn
 
 from flperf.config import Config, Objective
 from flperf.models.latents import LatentGeometry, Normaliser
 from flperf.objectives.solvers import Velocity, guided, integrate
 
-# The shift is that of Esser et al. (arXiv:2403.03206, section 5.3.2); the size that needs none is Zheng et al.'s
-# (arXiv:2510.11690).
+# Latents of this size need no shift (Zheng et al., arXiv:2510.11690). The shift itself is that of Esser et al.
+# (arXiv:2403.03206, section 5.3.2).
 DIMENSION_SHIFT_BASE = 4096
 
-# Keep these random numbers apart from those of the training noise, and the parts of a roll-out from one another.
-TAU_STREAM, SAMPLING_STREAM, DROPOUT_STREAM, PART_STREAM = 1, 2, 3, 2**32
+# Added to the seed, so that no two uses draw the same numbers, nor two windows of a roll-out.
+TAU_STREAM, SAMPLING_STREAM, DROPOUT_STREAM, WINDOW_STREAM = 1, 2, 3, 2**32
 
 
 class FlowMatching:
@@ -25,12 +26,8 @@ class FlowMatching:
     arXiv:2210.02747)."""
 
     def __init__(self, config: Config, geometry: LatentGeometry):
-        self.objective, self.sampling, self.seed, self.geometry = (
-            config.objective,
-            config.evaluation.sampling,
-            config.seed,
-            geometry,
-        )
+        self.objective, self.sampling, self.seed = config.objective, config.evaluation.sampling, config.seed
+        self.geometry = geometry
         self.shift = tau_shift(config.objective, geometry)
 
     def loss(
@@ -43,7 +40,9 @@ class FlowMatching:
         normaliser: Normaliser | None = None,
     ) -> Tensor:
         """fp32 scalar, or [b] with reduction "sample". context, target: normalised `b t h w d`; sample: int64 [b].
-        With a normaliser, target is raw, where the encoder left it, and is normalised as the ops read it."""
+
+        With a normaliser, the target is raw, and the ops normalise it as they read it.
+        """
         options: dict = {}
         if normaliser is not None:
             fused = normaliser.fused()
@@ -60,19 +59,19 @@ class FlowMatching:
         )
 
     def _keeps_context(self, sample: Tensor) -> Tensor:
-        """Which samples see their context, bool [b]: a function of the sample, like their noise. The others see
-        zeros, the mean latent."""
+        """Which samples see their context, bool [b]; depends on the sample, as the noise does. The others see zeros,
+        the mean latent."""
         uniform = torch.special.ndtr(philox_normal(sample, 1, seed=self.seed + DROPOUT_STREAM)[:, 0])
         return uniform >= self.objective.context_dropout
 
     @property
     def samples(self) -> int:
-        """Forecasts drawn for each clip."""
+        """Forecasts of each clip."""
         return self.sampling.samples
 
-    def draw(self, head: nn.Module, context: Tensor, keys: Tensor, part: int = 0) -> Tensor:
-        """fp32 `b k t h w d`: a sample for each of `keys` int64 [b k], one after another, all from one computation of
-        the context's keys and values. A sample's noise is a function of its key and of the part of a roll-out."""
+    def draw(self, head: nn.Module, context: Tensor, keys: Tensor, window: int = 0) -> Tensor:
+        """A forecast for each of `keys` int64 [b k]: fp32 `b k t h w d`. Its noise depends on the key and on the window
+        of a roll-out. The context is encoded once for all."""
         geometry = self.geometry
 
         def velocity_given(context: Tensor) -> Velocity:
@@ -84,24 +83,22 @@ class FlowMatching:
             velocity = guided(velocity, velocity_given(torch.zeros_like(context)), self.sampling)
         forecasts = []
         for key in keys.unbind(1):
-            noise = philox_normal(
-                key, geometry.target_tokens * geometry.dim, seed=self.seed + SAMPLING_STREAM + PART_STREAM * part
-            )
+            seed = self.seed + SAMPLING_STREAM + WINDOW_STREAM * window
+            noise = philox_normal(key, geometry.target_tokens * geometry.dim, seed=seed)
             noise = noise.view(-1, geometry.target_frames, geometry.height, geometry.width, geometry.dim)
             forecasts.append(integrate(velocity, noise, self.sampling))
         return torch.stack(forecasts, dim=1)
 
 
 def tau_shift(objective: Objective, geometry: LatentGeometry) -> float:
-    """The configured shift, or sqrt(n d / 4096): the larger a clip's latents, the more noise hides as much of them."""
+    """The configured shift, or sqrt(n d / 4096): larger latents need more noise to be equally hidden."""
     if objective.tau_shift is not None:
         return objective.tau_shift
     return math.sqrt(geometry.target_tokens * geometry.dim / DIMENSION_SHIFT_BASE)
 
 
 def draw_tau(objective: Objective, shift: float, sample: Tensor, seed: int) -> Tensor:
-    """tau in (0, 1), fp32 [b], one for each sample: uniform, or logit-normal; then shifted to tau / (tau + shift (1 -
-    tau))."""
+    """tau in (0, 1), fp32 [b]: uniform or logit-normal, then shifted to tau / (tau + shift (1 - tau))."""
     normal = philox_normal(sample, 1, seed=seed + TAU_STREAM)[:, 0]
     if objective.tau_distribution == "uniform":
         tau = torch.special.ndtr(normal)

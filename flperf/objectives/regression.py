@@ -1,4 +1,4 @@
-"""Regression: the head outputs the target latents."""
+"""Regression: the head outputs the target latents in one pass."""
 
 from collections.abc import Callable
 
@@ -21,8 +21,8 @@ class Regression:
         def errors(prediction: Tensor, target: Tensor) -> Tensor:
             return distance(prediction.float(), target.float()).flatten(1).mean(1)
 
-        # Eager, each of its few operations would write the latents in fp32. A process that compiles it for more
-        # losses and shapes than torch keeps goes on eager, which fullgraph would make an error.
+        # In eager mode, each of these operations would write the latents in fp32. Not fullgraph: a process with more
+        # losses and shapes than torch keeps graphs for then continues in eager mode instead of raising an error.
         self.errors = torch.compile(errors, dynamic=False) if config.engine.compile else errors
 
     def loss(
@@ -34,14 +34,14 @@ class Regression:
         reduction: str = "mean",
         normaliser: Normaliser | None = None,
     ) -> Tensor:
-        """fp32 scalar, or [b] with reduction "sample". context, target: normalised `b t h w d`; with a normaliser,
+        """fp32 scalar, or [b] with reduction "sample". context, target: normalised `b t h w d`; with a normaliser, the
         target is raw."""
         target = normaliser(target) if normaliser else target
         per_sample = self.errors(head(context), target)
         return per_sample.mean() if reduction == "mean" else per_sample
 
-    def draw(self, head: nn.Module, context: Tensor, keys: Tensor, part: int = 0) -> Tensor:
-        """fp32 `b 1 t h w d`: one forecast a clip; there is nothing to draw."""
+    def draw(self, head: nn.Module, context: Tensor, keys: Tensor, window: int = 0) -> Tensor:
+        """One forecast of each clip, fp32 `b 1 t h w d`. Nothing is random."""
         return head(context).float()[:, None]
 
 

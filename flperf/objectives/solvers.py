@@ -1,7 +1,7 @@
-"""From noise at tau = 0 to a forecast at tau = 1, along the velocity that a flow-matching head has learnt.
+"""Integration of a flow-matching head's velocity from noise at tau = 0 to a forecast at tau = 1.
 
-The solvers are torchdiffeq's. Fixed-step ones take `steps` steps on a grid that the shift may bend as it bends
-training's tau: above 1 the steps are shorter near the noise, where the velocity decides most.
+The solvers are torchdiffeq's. Fixed-step solvers take `steps` steps on a grid that is shifted like tau in training. A
+shift above 1 makes the steps near the noise shorter.
 """
 
 from collections.abc import Callable
@@ -13,28 +13,27 @@ from flperf.config import Sampling
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x, tau, a scalar on its device) to dx/dtau
 
-# Names of torchdiffeq, and how often each evaluates the velocity a step.
-SOLVERS = {"euler": ("euler", 1), "midpoint": ("midpoint", 2), "heun": ("heun2", 2), "dopri5": ("dopri5", None)}
+METHODS = {"euler": "euler", "midpoint": "midpoint", "heun": "heun2", "dopri5": "dopri5"}  # torchdiffeq's names
 
 
 def time_grid(steps: int, shift: float) -> Tensor:
-    """Times from 0 to 1, fp64 [steps + 1]: u / (u + shift (1 - u)) of equally spaced u."""
+    """Times from 0 to 1, fp64 [steps + 1]: u / (u + shift (1 - u)) for equally spaced u."""
     u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     return u / (u + shift * (1 - u))
 
 
 def integrate(velocity: Velocity, noise: Tensor, sampling: Sampling) -> Tensor:
-    """Integrate dx/dtau = velocity(x, tau) from noise at tau = 0 to tau = 1; x has the shape and dtype (fp32,
-    fp64) of the noise."""
-    from torchdiffeq import odeint  # here, since it loads SciPy, which takes a second of every start
+    """Integrate dx/dtau = velocity(x, tau) from the noise at tau = 0 to tau = 1, in the noise's shape and dtype (fp32
+    or fp64)."""
+    from torchdiffeq import odeint  # here, since it imports SciPy, which takes a second
 
-    method, evaluations = SOLVERS[sampling.solver]
-    if evaluations is None:
+    if sampling.solver == "dopri5":
         options, tolerances = {}, {"rtol": sampling.tolerance, "atol": sampling.tolerance}
     else:
         grid = time_grid(sampling.steps, sampling.shift).to(noise.device)
         options, tolerances = {"grid_constructor": lambda function, x, ends: grid}, {}
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device=noise.device)
+    method = METHODS[sampling.solver]
     return odeint(
         lambda tau, x: velocity(x, tau).to(x.dtype), noise, ends, method=method, options=options, **tolerances
     )[-1]
@@ -42,8 +41,8 @@ def integrate(velocity: Velocity, noise: Tensor, sampling: Sampling) -> Tensor:
 
 def guided(conditional: Velocity, unconditional: Velocity, sampling: Sampling) -> Velocity:
     """Classifier-free guidance (Ho and Salimans, arXiv:2207.12598): unconditional + guidance (conditional -
-    unconditional), inside the interval of tau (Kynkaanniemi et al., arXiv:2404.07724) only; outside it, the
-    conditional velocity alone. Velocities have the shape of x; tau is a scalar."""
+    unconditional). Outside the interval of tau (Kynkäänniemi et al., arXiv:2404.07724) the conditional velocity alone.
+    Velocities have the shape of x; tau is a scalar."""
     first, last = sampling.guidance_interval
 
     def velocity(x: Tensor, tau: Tensor) -> Tensor:
