@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from flow_matching_training import LinearHead, assert_fused_and_compiled_trains_as_the_reference
 from ranks.compiled import train_without_recompiling
 from ranks.curves import curves
 from runs import REGIMES, TINY
@@ -20,6 +21,11 @@ def test_compiled_blocks_at_zero_3_train_as_eager_ones(tiny):
     assert runs["compiled"]["loss"] == pytest.approx(runs["eager"]["loss"], rel=1e-5)
     (example,) = tiny.parent.glob("experiment/eager/dump/*/*")  # one, of one of the processes
     assert (example / "overview.png").is_file()
+
+
+def test_fused_and_compiled_trains_as_the_reference_in_eager_mode(monkeypatch):
+    """One process; losses and weights."""
+    assert_fused_and_compiled_trains_as_the_reference(LinearHead, "cpu", "inductor", monkeypatch)
 
 
 def test_nothing_compiles_twice(tmp_path, monkeypatch):
