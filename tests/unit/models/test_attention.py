@@ -5,21 +5,13 @@ import torch
 
 from flperf.models.attention import _xformers_is_fastest, attention, attention_operator
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-    ),
-]
 
-
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("width", [64, 88])
-def test_attention_is_its_formula(device, width):
-    """On parts of one projection, as blocks have them, and with other lengths of keys and queries."""
+def test_attention_is_its_formula(width):
+    """On parts of one projection, as blocks have them, and with fewer queries than keys."""
     generator = torch.Generator().manual_seed(0)
     # each b n a k
-    query, key, value = torch.randn(2, 37, 3, 4, width, generator=generator).to(device, torch.float16).unbind(2)
+    query, key, value = torch.randn(2, 37, 3, 4, width, generator=generator).to(torch.float16).unbind(2)
     query = query[:, :20]
     scores = torch.einsum("bnak, bmak -> banm", query.double(), key.double()) / width**0.5
     expected = torch.einsum("banm, bmak -> bnak", scores.softmax(-1), value.double())
@@ -33,7 +25,7 @@ def test_the_operator_has_a_name():
 
 
 @pytest.mark.parametrize(("capability", "taken"), [((8, 0), True), ((9, 0), False), ((10, 0), False)])
-def test_xformers_gives_way_where_it_has_flashattention_2_alone(monkeypatch, capability, taken):
+def test_xformers_is_used_where_its_kernels_are_the_fastest(monkeypatch, capability, taken):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     assert _xformers_is_fastest() == taken

@@ -1,4 +1,4 @@
-"""Compiling takes long, so it is shown where someone watches, and only there."""
+"""The compilation of a block is shown on a terminal, and only there."""
 
 import io
 
@@ -24,7 +24,7 @@ class Double(nn.Module):
 
 
 @pytest.mark.parametrize("watched", [True, False])
-def test_the_first_pass_is_named_on_a_terminal(watched, monkeypatch):
+def test_the_first_pass_is_named_on_a_terminal(watched, monkeypatch, graphs_only):
     terminal = Terminal(watched)
     monkeypatch.setattr(compilation.sys, "stderr", terminal)
     blocks = [Double(), Double()]

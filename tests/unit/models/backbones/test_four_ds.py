@@ -1,5 +1,4 @@
-"""4DS: the published file layout, and the arithmetic against an implementation in NumPy that shares nothing with the
-module."""
+"""4DS: the layout of published files, and features against an independent implementation in NumPy."""
 
 import numpy as np
 import pytest
@@ -100,9 +99,9 @@ def features(weights: dict, video: np.ndarray, blocks: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("readout,blocks", [(1.0, 3), (0.7, 1), (0.2, 0)])
-def test_published_weights_give_what_the_formulas_say(file, readout, blocks):
-    """In fp64 both err by a few thousand roundings of 2^-53 at most, on values of order 1: 1e-10 leaves three digits
-    to spare, and any difference of formula (tanh or erf GELU, eps 1e-5, a swapped axis) shows at 1e-4 or more."""
+def test_published_weights_give_the_features_of_the_formulas(file, readout, blocks):
+    """In fp64 both err by a few thousand roundings of 2^-53 at most, on values of order 1: less than 1e-12. Any
+    difference of the formulas (tanh or erf GELU, eps 1e-5, a swapped axis) shows at 1e-4 or more."""
     module = FourDS(backbone(file, readout=readout), (224, 224)).double().eval()
     assert len(module.blocks) == blocks
     video = np.random.default_rng(1).random((16, 224, 224, 3))
@@ -123,14 +122,14 @@ def test_a_file_with_a_readout_behind_the_backbone_loads_alike(file, tmp_path):
 @pytest.mark.parametrize("layers", [size.num_hidden_layers for size in SIZES.values()])
 @pytest.mark.parametrize("fraction", [0.25, 0.5, 0.95, 1.0])
 def test_the_readout_is_the_one_of_the_published_list(layers, fraction):
-    """The list itself, each entry told by how many blocks made it: the tokens, then every block's input."""
+    """The list by the number of blocks that computed each entry: the tokens, then the input of every block."""
     published_list = [0, *range(layers)]
     assert blocks_before(fraction, layers) == published_list[int(len(published_list) * fraction) - 1]
 
 
-def test_positions_are_stretched_linearly(file):
-    """Positions that grow linearly along an axis must do so on any grid: place i of n lies at (i + 1/2) N/n - 1/2 of
-    the N learned ones, and the outermost ones go no further."""
+def test_positions_are_interpolated_linearly(file):
+    """Positions that are linear in an index stay so on any grid: index i of n becomes (i + 1/2) N/n - 1/2 of the N
+    learned positions, clamped to them."""
     module = FourDS(backbone(file), CROP)
     grid = (3, 5, 28)
     along = torch.meshgrid(*(torch.arange(float(count)) for count in POSITIONS), indexing="ij")
@@ -146,7 +145,7 @@ def test_positions_are_stretched_linearly(file):
 
 
 def test_as_an_encoder(file):
-    """Pixels reach the weights in [0, 1]; clips of other sizes are taken; blocks behind the readout are not there."""
+    """Pixels are scaled to [0, 1], other sizes of clips are supported, and blocks after the readout don't exist."""
     chosen = backbone(file, image_size=48)
     preprocessing = Preprocessing.of(chosen)
     assert (preprocessing.resize, preprocessing.size, preprocessing.mean, preprocessing.std) == (

@@ -1,4 +1,4 @@
-"""The embedding of tubelets is the convolution that it was made from."""
+"""The embedding of tubelets equals its convolution."""
 
 import pytest
 import torch
