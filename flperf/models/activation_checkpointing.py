@@ -1,8 +1,7 @@
-"""What a block keeps of its forward pass for the backward pass; the rest is computed again there.
+"""Activation checkpointing: what a block keeps of its forward pass; the backward pass computes the rest again.
 
-`selective` keeps what matrix products and attention made (all that is costly to make) and computes norms, modulation,
-activations and rotation again: no more products than without it. `full` keeps the block's inputs alone, which costs
-its forward pass once more.
+`selective` keeps the results of matrix products and attention, which are costly. Norms, modulation, activations and
+rotation are computed again, but no products. `full` keeps only the block's inputs and repeats its whole forward pass.
 """
 
 from functools import partial
@@ -21,7 +20,7 @@ ATTENTION = {
         aten._scaled_dot_product_flash_attention,
         aten._scaled_dot_product_efficient_attention,
     ),
-    # which xFormers runs where it has no kernel of its own
+    # xFormers runs these where it has no kernel of its own.
     *(aten._flash_attention_forward, aten._efficient_attention_forward),
 }
 KEPT = PRODUCTS | ATTENTION
@@ -29,12 +28,12 @@ XFORMERS = ("xformers_flash", "xformers_flash3")  # namespaces of its operators
 
 
 def recompute_in_backward(block: nn.Module, mode: str) -> None:
-    """Wrap the block's forward; `mode` is `selective` or `full`. Compiled afterwards, recomputation is fused into the
-    backward graph."""
-    forward, rerun = block.forward, {"selective": _keeping_products, "full": _keeping_inputs}[mode]
+    """Wrap the block's forward; `mode` is `selective` or `full`. If the block is compiled afterwards, recomputation is
+    fused into the backward graph."""
+    forward, checkpointed_by = block.forward, {"selective": _keeping_products, "full": _keeping_inputs}[mode]
 
     def checkpointed(*inputs):
-        return rerun(forward, *inputs) if torch.is_grad_enabled() else forward(*inputs)
+        return checkpointed_by(forward, *inputs) if torch.is_grad_enabled() else forward(*inputs)
 
     block.forward = checkpointed
 

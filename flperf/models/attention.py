@@ -1,8 +1,7 @@
-"""Attention, which encoders and heads share, in the layout that their projections leave: `b n a k`, so that no kernel
-has to transpose.
+"""Attention of encoders and heads, in the layout of their projections, `b n a k`, so that no kernel has to transpose.
 
-On CUDA xFormers where it is the fastest, else PyTorch: on an H100 cuDNN's kernel, which PyTorch runs, took 0.58 to
-0.72 of the time of FlashAttention-2 (benchmarks/test_attention.py), which is all that xFormers has there unless
+On CUDA it runs xFormers where that is the fastest, else PyTorch. On an H100, cuDNN's kernel, which PyTorch runs, took
+0.58 to 0.72 of the time of FlashAttention-2 (benchmarks/test_attention.py). xFormers has nothing better there unless
 flash_attn_3 is installed.
 """
 
@@ -19,14 +18,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 if torch.cuda.is_available():
-    # For good (it is undone when `preferred` goes), not around each call: a graph that holds the change is compiled
-    # anew at every start.
+    # Entered once and never left, rather than around each call: a graph that contains the change is compiled again at
+    # every start. The change would end with the object, hence the variable.
     preferred = sdpa_kernel(ORDER, set_priority=True)
     preferred.__enter__()
 
 
 def _xformers_is_fastest() -> bool:
-    """Asked once, before anything is traced."""
+    """Whether xFormers' kernels are faster on this GPU. Called once, before anything is traced."""
     if not torch.cuda.is_available():
         return False
     return torch.cuda.get_device_capability() < (9, 0) or find_spec("flash_attn_3") is not None
@@ -34,8 +33,8 @@ def _xformers_is_fastest() -> bool:
 
 XFORMERS = _xformers_is_fastest()
 if XFORMERS:
-    # xFormers' wheel is linked with CUDA 12's runtime, and without it refuses all its operators. PyTorch brings that
-    # of CUDA 13.
+    # xFormers' wheel needs the runtime of CUDA 12, and without it disables all its operators. PyTorch comes with CUDA
+    # 13's.
     runtime = next(file for file in files("nvidia-cuda-runtime-cu12") or [] if file.name == "libcudart.so.12")
     ctypes.CDLL(str(runtime.locate()))
     from xformers.ops import memory_efficient_attention
@@ -55,7 +54,7 @@ def _takes(width: int, dtype: torch.dtype) -> bool:
 
 
 def attention_operator(width: int, dtype: torch.dtype, device: torch.device) -> str:
-    """What `attention` runs for heads of this width."""
+    """The name of the operator that `attention` runs for heads of this width."""
     if device.type != "cuda" or not _takes(width, dtype):
         return "PyTorch scaled_dot_product_attention" + (", cuDNN first" if device.type == "cuda" else "")
     from xformers.ops import fmha

@@ -1,7 +1,7 @@
-"""How modules are compiled: the repeated block, not the whole network.
+"""Compilation by blocks rather than of whole networks.
 
-All blocks of one class share one compilation, so the time to the first step does not grow with depth: on a 4-layer
-encoder a third of the whole graph's, at the same speed after it.
+All blocks of one class share one compilation, so the time to the first step doesn't grow with depth. For a 4-layer
+encoder it is a third of that of the whole graph; the steps after it take the same time.
 """
 
 import sys
@@ -15,18 +15,18 @@ ERASE_LINE = "\r\033[K"
 
 
 def compile_forward(module: nn.Module, name: str) -> None:
-    """Compile a module's forward into one graph (a graph break is an error); the first pass, which compiles, shows
+    """Compile a module's forward into one graph; a graph break is an error. The first pass, which compiles, shows
     `name`.
 
-    The method is wrapped, not the module: hooks (ZeRO 3 gathers parameters in them) stay outside the compiled region,
-    and parameter names stay what they are.
+    The method is wrapped rather than the module. Hooks, in which ZeRO 3 gathers parameters, stay outside the graph, and
+    parameters keep their names.
     """
     compiled, first = torch.compile(module.forward, fullgraph=True, dynamic=False), True
 
     @wraps(module.forward)
     def forward(*inputs, **named):
         nonlocal first
-        if torch.compiler.is_compiling() or not first:  # as a part of something larger, which is compiled as a whole
+        if torch.compiler.is_compiling() or not first:  # inside a larger graph
             return compiled(*inputs, **named)
         first = False
         _show(f"compiling {name} …")
@@ -38,6 +38,6 @@ def compile_forward(module: nn.Module, name: str) -> None:
 
 
 def _show(text: str) -> None:
-    """One line of the main process that the next one replaces; nothing where no one is watching."""
+    """Replace the line shown by the main process. Nothing is shown without a terminal."""
     if sys.stderr.isatty() and (not dist.is_initialized() or dist.get_rank() == 0):
         print(ERASE_LINE + text, end="", file=sys.stderr, flush=True)

@@ -15,12 +15,12 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def count_flops(module: nn.Module, *shapes: tuple[int, ...]) -> int:
-    """Floating-point operations (a multiply-add is two) of one forward pass on inputs of these shapes, counted on the
-    meta device."""
+    """Floating-point operations of one forward pass on inputs of these shapes, counted on the meta device. A
+    multiply-add counts as two."""
     tensors = (*module.parameters(), *module.buffers())
     twin = copy.deepcopy(module, memo={id(tensor): tensor.detach().to("meta", torch.float32) for tensor in tensors})
-    for part in twin.modules():
-        vars(part).pop("forward", None)  # compiled or checkpointed forwards are bound to the original
+    for submodule in twin.modules():
+        vars(submodule).pop("forward", None)  # compiled or checkpointed forwards are bound to the original
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         twin(*(torch.empty(shape, device="meta") for shape in shapes))
     return counter.get_total_flops()
@@ -40,8 +40,7 @@ def encoder_flops(encoder: Encoder, geometry: LatentGeometry, mode: str) -> int:
 
 
 def head_flops(head: nn.Module, geometry: LatentGeometry, flow_matching: bool) -> int:
-    """Forward FLOPs of one clip; training costs three times that (the backward pass multiplies twice for each
-    product)."""
+    """Forward FLOPs of one clip. Training costs three times that, since each product has two in the backward pass."""
     context = (1, geometry.context_frames, geometry.height, geometry.width, geometry.dim)
     target = (1, geometry.target_frames, geometry.height, geometry.width, geometry.dim)
     return count_flops(head, context, *([target, (1,)] if flow_matching else []))

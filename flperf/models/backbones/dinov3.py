@@ -9,10 +9,10 @@ from flperf.models.backbones.pretrained import load_transformer
 
 
 class DINOv3(nn.Module):
-    """transformers' ViT; frames between those that are encoded are not looked at.
+    """transformers' ViT on every `frame_stride`-th frame.
 
-    Its attention stays PyTorch's: it comes as `b a n k`, which xFormers would copy, and is n / (6 d + n) of the
-    arithmetic: 4% for a frame of 256 x 256 (n = 261 tokens) at width 1024.
+    It keeps PyTorch's attention. transformers' layout is `b a n k`, which xFormers would copy, and attention is just
+    n / (6 d + n) of the arithmetic: 4% for a frame of 256 x 256 (n = 261 tokens) at width 1024.
     """
 
     def __init__(self, backbone: Backbone, crop: tuple[int, int]):

@@ -1,9 +1,9 @@
 """4DS, "Scaling 4D Representations" (arXiv:2412.15212): a plain pre-norm ViT over tubelets of 2 x 16 x 16, on pixels
 in [0, 1].
 
-Written after the published code (github.com/google-deepmind/representations4d, and kauldron's transformer blocks);
-its weights are flat npz files with Flax's layouts. Readouts take an inner layer, so blocks behind the chosen one are
-neither loaded nor run.
+It follows the published code (github.com/google-deepmind/representations4d, and kauldron's transformer blocks).
+Published weights are flat npz files in Flax's layouts. A readout takes an inner layer, so later blocks are neither
+loaded nor run.
 """
 
 import zipfile
@@ -49,12 +49,12 @@ SIZES = {
 
 class FourDS(nn.Module):
     """`architecture`: `size` (a key of SIZES, default B) or the four fields of `Size`; `readout` (default 0.95), the
-    fraction of depth.
+    fraction of the depth.
 
-    The published list of features is the input of block 0 (patch embedding with positions, which stands in it twice)
-    and then the inputs of blocks 0 … L-1, L + 1 in all; a fraction picks number int((L + 1) * fraction) - 1. That is
-    the input of block n, or what n blocks make of the tokens, with n = max(int((L + 1) * fraction) - 2, 0): 10 of the
-    12 blocks of size B at 0.95. The last block's output is never in the list.
+    The published list of features has L + 1 entries: the input of block 0 (patch embedding with positions), and then
+    the inputs of blocks 0 … L-1. A fraction selects entry int((L + 1) * fraction) - 1. That is the output of the
+    first n blocks, n = max(int((L + 1) * fraction) - 2, 0): 10 of the 12 blocks of size B at 0.95. The list never
+    contains the output of the last block.
     """
 
     def __init__(self, backbone: Backbone, crop: tuple[int, int]):
@@ -86,8 +86,7 @@ class FourDS(nn.Module):
         return rearrange(x, "b (t h w) d -> b t h w d", t=grid[0], h=grid[1], w=grid[2])
 
     def _positions(self, grid: torch.Size) -> Tensor:
-        """The learned positions, stretched by trilinear interpolation where the clip's grid is another than that of
-        training."""
+        """The learned positions, interpolated trilinearly to the clip's grid if that is not the grid of training."""
         if grid == POSITIONS:
             return self.positions
         planes = rearrange(self.positions, "t h w d -> 1 d t h w")
@@ -97,8 +96,8 @@ class FourDS(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)); biases everywhere. The fused attention computes its softmax in
-    fp32 in any dtype."""
+    """x + attention(norm(x)), then x + MLP(norm(x)), with biases everywhere. The softmax of the fused attention is fp32
+    in any dtype."""
 
     def __init__(self, size: Size):
         super().__init__()
@@ -120,13 +119,12 @@ class Block(nn.Module):
 
 
 def blocks_before(fraction: float, layers: int) -> int:
-    """How many blocks run for a readout at a fraction of the depth, see `FourDS`: entry int((layers + 1) * fraction)
-    - 1 of the published list, whose length is layers + 1, not layers."""
+    """How many blocks run for a readout at a fraction of the depth; see `FourDS`."""
     return max(int((layers + 1) * fraction) - 2, 0)
 
 
 def _architecture(backbone: Backbone) -> tuple[Size, float]:
-    """Sizes and readout that `backbone.architecture` states, checked."""
+    """Size and readout of `backbone.architecture`, checked."""
     stated = {key: value for key, value in backbone.architecture.items() if value is not None}
     readout = stated.pop("readout", 0.95)
     stated.pop("image_size", None)  # the preprocessing's
@@ -159,15 +157,15 @@ def _architecture(backbone: Backbone) -> tuple[Size, float]:
 
 
 def read_weights(path: str, size: Size, depth: int) -> dict[str, Tensor]:
-    """The state of a `FourDS` of `depth` blocks from a published npz file: of the backbone, or of a backbone with a
+    """The state of a `FourDS` of `depth` blocks from a published npz file, which holds a backbone alone or one with a
     readout.
 
-    Raises one `UserError` that names the file and the key where it is missing, damaged, or holds another architecture.
+    Raises `UserError` with file and key if either is missing or damaged, or if the architecture differs.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):
-                raise UserError(f"backbone.weights: {path}: is a single array, not an npz file of named ones")
+                raise UserError(f"backbone.weights: {path}: is a single array, not an npz file of named arrays")
             return _state(_Keys(path, file), size, depth)
     except FileNotFoundError:
         raise UserError(
@@ -180,8 +178,8 @@ def read_weights(path: str, size: Size, depth: int) -> dict[str, Tensor]:
 
 
 class _Keys:
-    """Arrays of an npz file by their key behind `params/` (backbone alone) or `params/layers_0/` (in front of a
-    readout), checked."""
+    """Arrays of an npz file by their key without the prefix, which is `params/` for a backbone alone and
+    `params/layers_0/` for one with a readout."""
 
     def __init__(self, path: str, file: np.lib.npyio.NpzFile):
         self.path, self.file = path, file
@@ -190,7 +188,7 @@ class _Keys:
         self.prefix = found[0].removesuffix(positions) if found else "params/"
 
     def __call__(self, key: str, *shape: int) -> Tensor:
-        """fp32, of this very shape."""
+        """The array in fp32. Raises `UserError` unless it has this shape."""
         name = self.prefix + key
         if name not in self.file.files:
             raise UserError(f"backbone.weights: {self.path}: has no key {name}")
@@ -224,12 +222,11 @@ def _state(read: _Keys, size: Size, depth: int) -> dict[str, Tensor]:
         for norm in ("attention_norm", "mlp_norm"):
             state[f"{target}.{norm}.weight"] = read(f"{layer}/{norm}/scale", dim)
             state[f"{target}.{norm}.bias"] = read(f"{layer}/{norm}/bias", dim)
-        parts = [f"{layer}/attention/{part}" for part in ("query", "key", "value")]
-        kernels = [rearrange(read(f"{part}/kernel", dim, heads, width), "d a k -> (a k) d") for part in parts]
+        names = [f"{layer}/attention/{name}" for name in ("query", "key", "value")]
+        kernels = [rearrange(read(f"{name}/kernel", dim, heads, width), "d a k -> (a k) d") for name in names]
+        biases = [read(f"{name}/bias", heads, width).flatten() for name in names]
         state[f"{target}.query_key_value.weight"] = torch.cat(kernels)
-        state[f"{target}.query_key_value.bias"] = torch.cat(
-            [read(f"{part}/bias", heads, width).flatten() for part in parts]
-        )
+        state[f"{target}.query_key_value.bias"] = torch.cat(biases)
         kernel = read(f"{layer}/attention/out/kernel", heads, width, dim)
         state[f"{target}.out.weight"] = rearrange(kernel, "a k d -> d (a k)").contiguous()
         state[f"{target}.out.bias"] = read(f"{layer}/attention/out/bias", dim)

@@ -1,4 +1,4 @@
-"""Backbones that transformers holds: from a hub name or a local folder, or with seeded random weights."""
+"""Models of transformers, from a hub name or a local folder, or with seeded random weights."""
 
 import torch
 from torch import nn
@@ -8,10 +8,10 @@ from flperf.errors import UserError
 
 
 def load_transformer(model_class, config_class, backbone: Backbone, **geometry) -> nn.Module:
-    """A transformers model from `backbone.weights`, or with seeded random weights from `backbone.architecture`. On
-    the meta device only the configuration of `backbone.weights` is read."""
+    """A transformers model from `backbone.weights`, or with seeded random weights from `backbone.architecture`. On the
+    meta device only the configuration in `backbone.weights` is read."""
     if backbone.weights is None:
-        # transformers keeps unknown arguments without a word, so a misspelt one would silently mean its default.
+        # transformers silently accepts unknown arguments, so a misspelt one would mean the default.
         architecture = {key: value for key, value in backbone.architecture.items() if value is not None}
         for key in architecture.keys() - config_class().to_dict().keys():
             raise UserError(f"backbone.architecture.{key}: {config_class.__name__} has no such argument")

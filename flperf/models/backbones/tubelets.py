@@ -1,4 +1,4 @@
-"""Pixels to tokens, the first layer of video encoders."""
+"""The first layer of video encoders, from pixels to tokens."""
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 
 class TubeletEmbedding(nn.Module):
-    """A convolution that steps by its kernel, as the matrix product that it is.
+    """A convolution whose stride is its kernel size, computed as a matrix product.
 
-    cuDNN has releases whose three-dimensional convolution takes many times as long in bf16 (huggingface/transformers,
-    issue 45750; pytorch/pytorch, issue 174051).
+    The 3-D convolution of some releases of cuDNN takes many times as long in bf16 (huggingface/transformers, issue
+    45750; pytorch/pytorch, issue 174051).
     """
 
     def __init__(self, convolution: nn.Conv3d):
@@ -19,8 +19,8 @@ class TubeletEmbedding(nn.Module):
         self.bias = convolution.bias
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """b f c h w -> b t h w d; what fills no tubelet is left out. Fastest where channels lie side by side, as
-        pixels come."""
+        """b f c h w -> b t h w d. Pixels that fill no tubelet are left out. Fastest if the channels of a pixel are
+        contiguous."""
         frames, rows, columns = self.tubelet
         t, h, w = pixels.shape[1] // frames, pixels.shape[3] // rows, pixels.shape[4] // columns
         whole = pixels[:, : t * frames, :, : h * rows, : w * columns]

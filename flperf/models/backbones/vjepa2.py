@@ -1,8 +1,7 @@
-"""V-JEPA 2 (arXiv:2506.09985): bidirectional attention over tubelets of 2 x 16 x 16, the whole of what it is given at
-once.
+"""V-JEPA 2 (arXiv:2506.09985): bidirectional attention over all tubelets of 2 x 16 x 16 of its input.
 
-transformers' weights in blocks of our own: queries, keys and values come from one product, and the angles of the
-rotary embedding are computed once a clip, not once in every block, which took a quarter of the encoder's time on a
+Blocks of our own use the weights of transformers. Queries, keys and values come from one product. The angles of the
+rotary embedding are computed once for a clip. Computing them in every block took a quarter of the encoder's time on a
 CPU.
 """
 
@@ -29,7 +28,7 @@ class VJEPA2(nn.Module):
 
         if crop[0] != crop[1]:
             raise UserError(f"backbone.processor: V-JEPA 2 takes square clips, not {crop[0]} x {crop[1]}")
-        # Its rotary positions are laid out on crop_size, so the configuration follows the preprocessing.
+        # Rotary positions depend on crop_size, so the configuration follows the preprocessing.
         model: Any = load_transformer(VJEPA2Model, VJEPA2Config, backbone, crop_size=crop[0])
         encoder = model.encoder  # the masked-token predictor of pre-training is not kept
         self.embedding, self.norm = TubeletEmbedding(encoder.embeddings.patch_embeddings.proj), encoder.layernorm
@@ -51,21 +50,22 @@ class VJEPA2(nn.Module):
 
 
 class Block(nn.Module):
-    """One of transformers' layers: x + attention(norm(x)), then x + MLP(norm(x)).
+    """A layer of transformers: x + attention(norm(x)), then x + MLP(norm(x)).
 
-    It rotates the channels 2i and 2i + 1 of a head, which no vector instruction reads well, so the rows of the query
-    and key weights are reordered, even channels first: a product of queries and keys doesn't see the order.
+    transformers rotates the channels 2i and 2i + 1 of a head, which vector instructions read badly. So the rows of
+    the query and key weights are reordered here, even channels first. Products of queries and keys don't depend on
+    the order.
     """
 
     def __init__(self, layer: Any):
         super().__init__()
-        theirs = layer.attention
-        self.num_heads = theirs.num_attention_heads
-        self.norm1, self.norm2, self.mlp, self.out = layer.norm1, layer.norm2, layer.mlp, theirs.proj
-        dim, bias = theirs.hidden_size, theirs.query.bias is not None
+        source = layer.attention
+        self.num_heads = source.num_attention_heads
+        self.norm1, self.norm2, self.mlp, self.out = layer.norm1, layer.norm2, layer.mlp, source.proj
+        dim, bias = source.hidden_size, source.query.bias is not None
         self.query_key_value = nn.Linear(dim, 3 * dim, bias=bias)
         for name in ("weight", "bias") if bias else ("weight",):
-            query, key, value = (getattr(part, name).detach() for part in (theirs.query, theirs.key, theirs.value))
+            query, key, value = (getattr(linear, name).detach() for linear in (source.query, source.key, source.value))
             query, key = (rearrange(x, "(a k two) ... -> (a two k) ...", a=self.num_heads, two=2) for x in (query, key))
             setattr(self.query_key_value, name, nn.Parameter(torch.cat([query, key, value])))
 
@@ -88,14 +88,14 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 def rotary_table(frames: int, height: int, width: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine for every token and channel of a head, even channels first, fp32 [t h w, 1, k].
 
-    As published, which the weights expect: each of t, h and w has a third of the channels (rounded down to pairs),
-    the frequencies of that third repeat one after another, so the two channels of a pair turn by different angles,
-    and what is left over stays.
+    The published weights expect this layout: t, h and w have a third of the channels each, rounded down to pairs, and
+    the rest is not rotated. The frequencies of a third follow one another twice, so the two channels of a pair are
+    rotated by different angles.
     """
     count = head_dim // 3 // 2
     frequencies = 10_000.0 ** (-torch.arange(count, device=device) / count)
-    places = torch.cartesian_prod(*(torch.arange(size, device=device) for size in (frames, height, width)))
-    angles = (places[:, :, None] * frequencies.repeat(2)).flatten(1)  # [t h w, 3 * 2 * count]
+    coordinates = torch.cartesian_prod(*(torch.arange(size, device=device) for size in (frames, height, width)))
+    angles = (coordinates[:, :, None] * frequencies.repeat(2)).flatten(1)  # [t h w, 3 * 2 * count]
     angles = F.pad(angles, (0, head_dim - angles.shape[1]))
     angles = rearrange(angles, "n (k two) -> n 1 (two k)", two=2)
     return angles.cos(), angles.sin()

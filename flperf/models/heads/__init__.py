@@ -1,4 +1,5 @@
-"""The heads by name. A new one is a file in this folder, built of `layers`, and a line in the table."""
+"""The table of heads by `model.head`. A new one is a file in this folder, built from `layers`, and a line in the
+table."""
 
 import torch
 from safetensors import SafetensorError
@@ -16,12 +17,12 @@ from flperf.models.heads.predictor import Predictor
 from flperf.models.latents import LatentGeometry
 
 HEADS = {"predictor": Predictor, "cross_attention": CrossAttentionPredictor, "dit": DiT}
-PARTS = {Block: "block", KeysValues: "context projection"}
-REPEATED = tuple(PARTS)  # compiled, checkpointed and, in ZeRO 3, gathered as wholes
+REPEATED_NAMES = {Block: "block", KeysValues: "context projection"}
+REPEATED = tuple(REPEATED_NAMES)  # each is compiled, checkpointed and, in ZeRO 3, gathered as a whole
 
 
 def build_head(model: Model, geometry: LatentGeometry, *, seed: int, compile: bool) -> nn.Module:
-    """A freshly initialised head in fp32 on the CPU. Its weights depend on `seed` alone."""
+    """A freshly initialised head in fp32 on the CPU. Its weights depend only on `seed`."""
     if model.head not in HEADS:
         raise UserError(f"model.head: {model.head!r} is unknown; known: {', '.join(HEADS)}")
     with torch.random.fork_rng(devices=[]):
@@ -33,13 +34,13 @@ def build_head(model: Model, geometry: LatentGeometry, *, seed: int, compile: bo
             if model.activation_checkpointing != "none" and kind is Block:
                 recompute_in_backward(module, model.activation_checkpointing)
             if compile:
-                compile_forward(module, f"head {PARTS[kind]} {number}/{len(modules)}")
+                compile_forward(module, f"head {REPEATED_NAMES[kind]} {number}/{len(modules)}")
     return head
 
 
 def use_initial_weights(head: nn.Module, file: str) -> None:
-    """Replace those of a fresh head's parameters that a safetensors file holds, by name. Raises `UserError` for what
-    doesn't fit."""
+    """Copy the parameters in a safetensors file into a head, by name; the others stay. Raises `UserError` for those
+    that don't fit."""
     try:
         stored = load_file(file)
     except (SafetensorError, OSError) as error:

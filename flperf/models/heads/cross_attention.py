@@ -1,6 +1,6 @@
-"""Cross-attention predictor: one learned query for each target place reads the context, which is never updated.
+"""Cross-attention predictor: one learned query for each target token reads the context, which is never updated.
 
-Cheaper than the predictor where the context is long: the context tokens are projected, not attended from.
+It is cheaper than the predictor for a long context: no queries come from context tokens.
 """
 
 from einops import rearrange, repeat
@@ -31,7 +31,7 @@ class CrossAttentionPredictor(nn.Module):
     def forward(self, context: Tensor) -> Tensor:
         """Context latents `b t h w c` to forecast target latents `b t' h w c`."""
         tokens = self.positions.add(self.context(context), "context")  # b m d
-        # Contiguous, so that the first block has the strides of the others and shares their compilation.
+        # Contiguous, so that the first block's input has the strides of the others', and they share a compilation.
         x = self.positions.add(repeat(self.target_queries, "n d -> b n d", b=len(tokens)), "target").contiguous()
         for block, keys_values in zip(self.blocks, self.memory, strict=True):
             x = block(x, self.positions.rotary("target"), keys_values(tokens, self.positions.rotary("context")))

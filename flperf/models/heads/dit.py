@@ -44,12 +44,13 @@ class DiT(nn.Module):
         initialise(self, zero=[self.out, self.modulation, *modulations])
 
     def encode_context(self, context: Tensor) -> Memory:
-        """Every block's keys and values of the context `b t h w c`; a sampler computes them once for all its steps."""
+        """Keys and values of the context `b t h w c` for every block. A sampler computes them once for all its
+        steps."""
         tokens = self.positions.add(self.context(context), "context")  # b m d
         return [keys_values(tokens, self.positions.rotary("context")) for keys_values in self.memory]
 
     def velocity(self, noised: Tensor, tau: Tensor, memory: Memory) -> Tensor:
-        """noised: b t' h w c at time tau [b] to the velocity data - noise, b t' h w c."""
+        """noised `b t' h w c` at tau [b] and the memory of the context to the velocity data - noise, `b t' h w c`."""
         condition = self.tau(tau)  # b d
         x = self.noised(rearrange(noised, "b t h w c -> b (t h w) c"))
         x = self.positions.add(x, "target")  # b n d

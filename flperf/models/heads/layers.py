@@ -1,8 +1,7 @@
-"""The parts all heads are built of: attention layers, rotary and sine positions, the transformer block, the embedding
-of tau.
+"""Layers of all heads: attention, rotary and sine positions, the transformer block, embeddings of tau and context.
 
 Shapes in einops names: b batch, n tokens of the head's own sequence, m tokens of the context, d width, a attention
-heads, k width of one attention head. One block serves every head: `modulated` adds adaLN-zero (DiT, arXiv:2212.09748,
+heads, k width of one attention head. All heads use one block: `modulated` adds adaLN-zero (DiT, arXiv:2212.09748,
 section 3.2), `cross_attention` lets it read the context.
 """
 
@@ -20,25 +19,25 @@ Rotary = tuple[Tensor, Tensor]  # cosine and sine, each fp32 [n, 1, k/2]
 
 
 def token_coordinates(geometry: LatentGeometry) -> Tensor:
-    """Integer (t, h, w) of every context token, then of every target token, t-major, on one time axis: [m + n, 3]."""
+    """Integer (t, h, w) of every context token, then of every target token, on one time axis: [m + n, 3]."""
     axes = (range(geometry.context_frames + geometry.target_frames), range(geometry.height), range(geometry.width))
     return torch.cartesian_prod(*(torch.tensor(list(axis)) for axis in axes)).reshape(-1, 3)
 
 
 def rotary_table(coordinates: Tensor, head_dim: int) -> Rotary:
-    """Cosine and sine of 3-D rotary embedding (RoFormer, arXiv:2104.09864, section 3.2.2, one axis after another),
-    each [n, 1, k/2].
+    """Cosine and sine of the 3-D rotary embedding (RoFormer, arXiv:2104.09864, section 3.2.2, axis by axis), each [n,
+    1, k/2].
 
-    The k/2 rotated pairs are shared out among t, h and w; what does not divide by three goes to t.
+    The k/2 rotated pairs are divided among t, h and w; t gets the remainder.
     """
     pairs = head_dim // 2
     spatial = pairs // 3
-    parts = []
+    angles = []
     for axis, count in enumerate((pairs - 2 * spatial, spatial, spatial)):
         frequencies = ROTARY_BASE ** (-torch.arange(count, dtype=torch.float32) / max(count, 1))
-        parts.append(coordinates[:, axis : axis + 1].float() * frequencies)
-    angles = torch.cat(parts, dim=1)[:, None, :]
-    return angles.cos(), angles.sin()
+        angles.append(coordinates[:, axis : axis + 1].float() * frequencies)
+    table = torch.cat(angles, dim=1)[:, None, :]
+    return table.cos(), table.sin()
 
 
 def rotate(x: Tensor, rotary: Rotary | None) -> Tensor:
@@ -51,8 +50,7 @@ def rotate(x: Tensor, rotary: Rotary | None) -> Tensor:
 
 
 def sine_table(coordinates: Tensor, dim: int) -> Tensor:
-    """Fixed sine and cosine features of (t, h, w), [n, d]: a third of the channels an axis, what is left over stays
-    zero."""
+    """Fixed sine and cosine features of (t, h, w), [n, d]: a third of the channels for each axis, zero in the rest."""
     count = dim // 6
     frequencies = ROTARY_BASE ** (-torch.arange(count, dtype=torch.float32) / count)
     angles = coordinates.float()[:, :, None] * frequencies  # n 3 count
@@ -61,33 +59,31 @@ def sine_table(coordinates: Tensor, dim: int) -> Tensor:
 
 
 class Positions(nn.Module):
-    """Tells context and target tokens where they are: rotary tables for attention, or sine features added to the
-    tokens."""
+    """Positions of context and target tokens: rotary tables for attention, or sine features added to the tokens."""
 
     def __init__(self, kind: str, geometry: LatentGeometry, dim: int, num_heads: int):
         super().__init__()
         coordinates = token_coordinates(geometry)
-        parts = {
+        sequences = {
             "context": coordinates[: geometry.context_tokens],
             "target": coordinates[geometry.context_tokens :],
             "all": coordinates,
         }
-        for part, where in parts.items():
-            cosine, sine = rotary_table(where, dim // num_heads) if kind == "rope3d" else (None, None)
-            self.register_buffer(f"{part}_cosine", cosine, persistent=False)
-            self.register_buffer(f"{part}_sine", sine, persistent=False)
-            self.register_buffer(
-                f"{part}_added", sine_table(where, dim) if kind == "sincos" else None, persistent=False
-            )
+        for sequence, tokens in sequences.items():
+            cosine, sine = rotary_table(tokens, dim // num_heads) if kind == "rope3d" else (None, None)
+            added = sine_table(tokens, dim) if kind == "sincos" else None
+            self.register_buffer(f"{sequence}_cosine", cosine, persistent=False)
+            self.register_buffer(f"{sequence}_sine", sine, persistent=False)
+            self.register_buffer(f"{sequence}_added", added, persistent=False)
 
-    def rotary(self, part: str) -> Rotary | None:
-        """fp32 tables `[n, 1, k/2]` for "context", "target" or "all" tokens; None where positions are not rotary."""
-        cosine = getattr(self, f"{part}_cosine")
-        return None if cosine is None else (cosine, getattr(self, f"{part}_sine"))
+    def rotary(self, sequence: str) -> Rotary | None:
+        """fp32 tables `[n, 1, k/2]` of the "context", "target" or "all" tokens; None where positions are not rotary."""
+        cosine = getattr(self, f"{sequence}_cosine")
+        return None if cosine is None else (cosine, getattr(self, f"{sequence}_sine"))
 
-    def add(self, tokens: Tensor, part: str) -> Tensor:
-        """tokens `b n d` with the features of their places added, where positions are added."""
-        added = getattr(self, f"{part}_added")
+    def add(self, tokens: Tensor, sequence: str) -> Tensor:
+        """The tokens `b n d` of a sequence plus the features of their positions, if positions are added at all."""
+        added = getattr(self, f"{sequence}_added")
         return tokens if added is None else tokens + added.to(tokens.dtype)
 
 
@@ -110,7 +106,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Queries from the head's own tokens; keys and values come ready from `KeysValues`."""
+    """Attention of the head's own tokens to the context, whose keys and values come from `KeysValues`."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -126,8 +122,8 @@ class CrossAttention(nn.Module):
 
 
 class KeysValues(nn.Module):
-    """One block's keys and values of the context. Apart from the block, so that a sampler computes them once a
-    context, not once a step."""
+    """Keys and values of the context for one block. They are outside the block, so that a sampler computes them once
+    for all steps."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -143,7 +139,7 @@ class KeysValues(nn.Module):
 
 
 class MLP(nn.Sequential):
-    """Two layers with GELU between them, `ratio` times as wide inside."""
+    """Two linear layers with GELU between them; the hidden layer is `ratio` times as wide."""
 
     def __init__(self, dim: int, ratio: float):
         hidden = int(dim * ratio)
@@ -151,8 +147,8 @@ class MLP(nn.Sequential):
 
 
 class Branch(nn.Module):
-    """One residual branch: x + gate * layer(norm(x) * (1 + scale) + shift); without modulation x + layer(norm(x))
-    with a learned norm."""
+    """One residual branch: x + gate * layer(norm(x) * (1 + scale) + shift), or x + layer(norm(x)) with a learned norm
+    if it is not modulated."""
 
     def __init__(self, dim: int, layer: nn.Module, modulated: bool):
         super().__init__()
@@ -160,7 +156,7 @@ class Branch(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor, modulation: tuple[Tensor, Tensor, Tensor] | None, *inputs) -> Tensor:
-        """x `b n d`; modulation: shift, scale and gate, `b 1 d` each; inputs: what the layer takes besides."""
+        """x `b n d`; modulation: shift, scale and gate, `b 1 d` each; inputs: further arguments of the layer."""
         if modulation is None:
             return x + self.layer(self.norm(x), *inputs)
         gate = modulation[2]  # b 1 d
@@ -206,13 +202,13 @@ class Block(nn.Module):
         modulations: tuple = (None,) * len(branches)
         if self.modulation is not None:
             assert condition is not None  # a modulated block has one
-            parts = rearrange(
+            projected = rearrange(
                 self.modulation(F.silu(condition)),
                 "b (branch three d) -> branch three b 1 d",
                 branch=len(branches),
                 three=3,
             )
-            modulations = tuple(tuple(part.unbind()) for part in parts.unbind())
+            modulations = tuple(tuple(modulation.unbind()) for modulation in projected.unbind())
         if self.fused:
             return self._fused(x, branches, modulations)
         for (branch, inputs), modulation in zip(branches, modulations, strict=True):
@@ -221,22 +217,21 @@ class Block(nn.Module):
 
     @staticmethod
     def _fused(x: Tensor, branches: list, modulations: tuple) -> Tensor:
-        """The same sum, cut between the layers: a gated residual and the norm after it are one kernel, forward and
-        backward."""
+        """The same computation, where one kernel computes a gated residual with the norm and modulation after it."""
         (branch, inputs), *others = branches
         h = branch.modulated(x, modulations[0])
-        for place, (following, following_inputs) in enumerate(others):
-            gate, (shift, scale, _) = modulations[place][2], modulations[place + 1]
+        for index, (next_branch, next_inputs) in enumerate(others):
+            gate, (shift, scale, _) = modulations[index][2], modulations[index + 1]
             x, h = residual_modulate(
                 x, branch.layer(h, *inputs), *(m.squeeze(1).contiguous() for m in (gate, shift, scale))
             )
-            branch, inputs = following, following_inputs
+            branch, inputs = next_branch, next_inputs
         return x + modulations[-1][2] * branch.layer(h, *inputs)
 
 
 class TauEmbedding(nn.Module):
-    """Sine features of the time tau in [0, 1] (fp32, scaled to [0, 1000] as DiT's 1,000 steps), then a two-layer MLP:
-    [b] -> [b d]."""
+    """Sine features of tau in [0, 1] (fp32, scaled to [0, 1000] as DiT's 1,000 steps), then a two-layer MLP: b -> b
+    d."""
 
     FEATURES = 256
 
@@ -271,15 +266,15 @@ def learned_token(*shape: int) -> nn.Parameter:
 
 
 def expand_token(token: Tensor, batch: int, count: int) -> Tensor:
-    """One token [d] as `b n d`, for `count` places."""
+    """One token [d] repeated to `b n d`; n is `count`."""
     return repeat(token, "d -> b n d", b=batch, n=count)
 
 
 def initialise(head: nn.Module, zero: list[nn.Linear]) -> None:
-    """Truncated normal weights (0.02), zero biases, unit norms; the layers in `zero` start at zero: a fresh head
-    forecasts the mean.
+    """Initialise a head: truncated normal weights (0.02), zero biases, unit norms. The layers in `zero` start at
+    zero, so that a fresh head forecasts the mean.
 
-    Parameters are filled with NaN first: one that is forgotten here shows in the first loss.
+    Parameters are filled with NaN first, so one that is forgotten here shows in the first loss.
     """
     with torch.no_grad():
         for parameter in head.parameters():

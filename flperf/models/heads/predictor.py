@@ -1,4 +1,4 @@
-"""Deterministic predictor: context tokens and a mask token for each target place attend to one another; the mask
+"""Deterministic predictor: context tokens and one mask token for each target token attend to one another. The mask
 tokens become the forecast."""
 
 import torch
