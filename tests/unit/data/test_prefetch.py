@@ -47,7 +47,6 @@ def test_closing_ends_the_source(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_copies_hold_what_was_sent():
     source, device = Source(pinned=True), torch.device("cuda")
     work = torch.ones(4096, 4096, device=device)
