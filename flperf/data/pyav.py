@@ -24,9 +24,7 @@ from flperf.data.preprocessing import Preprocessing
 from flperf.data.samplers import ClipRequest, FrameSampling
 from flperf.data.unreadable import BadClip
 
-# What FFmpeg, PyAV, NumPy and torch raise for a damaged file. A LookupError is PyAV's, which looks streams up by their
-# number, also streams that appear late in a file.
-DECODE_ERRORS = (av.error.FFmpegError, OSError, ValueError, RuntimeError, LookupError)
+DECODE_ERRORS = (av.error.FFmpegError, OSError, ValueError, RuntimeError)  # of a damaged file
 KEPT_BYTES = 2**24  # of packets that a thread keeps between demuxing and decoding
 # Of frames resized by one call, which has an overhead of 0.15 ms. More would not stay in the processor's cache.
 RESIZED_BYTES = 2**18
@@ -154,8 +152,15 @@ class Packets:
 
 
 def demux(container, stream) -> Iterator[av.Packet]:
-    """The non-empty packets of a stream."""
-    return (packet for packet in container.demux(stream) if packet.size)
+    """The non-empty packets of a stream. A packet of a stream that appears late in the file, as a damaged byte of a
+    transport stream makes it appear, is passed over, as `ffmpeg` does: PyAV raises LookupError for it or not, depending
+    on what lies in memory behind its list of streams."""
+    while True:
+        try:
+            yield from (packet for packet in container.demux(stream) if packet.size)
+            return
+        except LookupError:
+            continue
 
 
 def _write_frames(packets: Packets, frames: list[int], preprocessing: Preprocessing, out: Tensor) -> None:

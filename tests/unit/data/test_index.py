@@ -11,7 +11,7 @@ from flperf.data import index
 from flperf.data.annotations import read_annotations
 from flperf.errors import UserError
 
-BROKEN = ["empty.webm", "text.mp4", "truncated.mp4", "audio.mp4", "missing.mp4", "stray.ts", "no_frames.mp4"]
+BROKEN = ["empty.webm", "text.mp4", "truncated.mp4", "audio.mp4", "missing.mp4", "no_frames.mp4"]
 GOOD = ["h264.mp4", "vp9.webm", "mjpeg.avi", "h264.ts"]
 
 
