@@ -5,3 +5,4 @@ from flperf.data.kinds import DATASETS, WITHOUT_VIDEO, open_dataset, prepare_dat
 from flperf.data.loader import Reader
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.samplers import BatchShare, ClipBatch
+from flperf.data.videos import read_frames

@@ -17,7 +17,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from functools import cache
+from contextlib import suppress
 from itertools import repeat
 
 import numpy as np
@@ -25,10 +25,11 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 
+from flperf.data.decoding import check_indices
 from flperf.data.preprocessing import Preprocessing
-from flperf.data.pyav import DECODE_ERRORS, PyAVReader, describe, is_shown, open_video, video_stream
+from flperf.data.pyav import PyAVReader, display_matrix, frames_of, in_order, opened
 from flperf.data.samplers import ClipRequest, FrameSampling
-from flperf.data.unreadable import BadClip
+from flperf.data.video_file import VideoFile
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ GPU_FORMATS = ("yuv420p", "yuvj420p")  # every NVDEC decodes these codecs in the
 DALI_ERRORS = (RuntimeError, IndexError, ValueError)
 RESIZED_BYTES = 2**24  # of frames resized by one call; on a GPU they are fp32, four times as large
 
-Inputs = tuple[list, list, list]  # of a pipeline: path, first frame, sample
+Inputs = tuple[list, list, list]  # of a pipeline: path, indices of frames, sample
 
 
 class DaliReader(PyAVReader):
@@ -57,37 +58,37 @@ class DaliReader(PyAVReader):
     ):
         super().__init__(paths, frame_sampling, preprocessing)
         self.device = device
-        self.backend = "mixed" if device.type == "cuda" else "cpu"
         self.extra_threads = pipelines or 0
         self.pipelines_left = repeat(True) if pipelines is None else repeat(True, pipelines)
         self.own = threading.local()  # of each thread: its pipeline and its pinned memory
         self.warned: dict[str, object] = {}
 
-    def read(self, request: ClipRequest, slot: Tensor) -> None:
-        path, pipeline = self.paths[request.clip], self._pipeline()
-        length, obstacle = probe(path, self.backend)
+    def write(self, file: VideoFile, request: ClipRequest, indices: list[int], slot: Tensor) -> None:
+        pipeline = self._pipeline()
+        obstacle = find_obstacle(file, self.device) if pipeline else None
         if pipeline and obstacle is None:
-            start = self.frame_sampling.start_frame(length, request.uniform)
-            pipeline.read(path, start, request.sample, self.preprocessing, slot)
-        else:
-            self._warn_once(obstacle, path)
-            self._read_with_pyav(request, slot)
+            try:
+                return pipeline.read(file.path, indices, request.sample, self.preprocessing, slot)
+            except DaliError as error:
+                obstacle = str(error)
+        self._warn_once(obstacle, file.path)
+        self._write_with_pyav(file, request, indices, slot)
 
     def _pipeline(self) -> "ClipPipeline | None":
         """This thread's pipeline, built at its first clip; None for a thread that has none."""
         if not hasattr(self.own, "pipeline"):
             has_one = next(self.pipelines_left, False)  # one operation, so that no two threads get the same
-            self.own.pipeline = ClipPipeline(self.frame_sampling, self.device) if has_one else None
+            self.own.pipeline = ClipPipeline(self.device) if has_one else None
         return self.own.pipeline
 
-    def _read_with_pyav(self, request: ClipRequest, slot: Tensor) -> None:
+    def _write_with_pyav(self, file: VideoFile, request: ClipRequest, indices: list[int], slot: Tensor) -> None:
         """Decode on the CPU; to a GPU through pinned memory."""
         if not slot.is_cuda:
-            super().read(request, slot)
+            super().write(file, request, indices, slot)
             return
         if not hasattr(self.own, "pinned"):
             self.own.pinned = torch.empty(slot.shape, dtype=slot.dtype, pin_memory=True)
-        super().read(request, self.own.pinned)
+        super().write(file, request, indices, self.own.pinned)
         slot.copy_(self.own.pinned, non_blocking=True)
         torch.cuda.current_stream().synchronize()
 
@@ -97,82 +98,93 @@ class DaliReader(PyAVReader):
             logger.warning("%s; PyAV decodes such clips on the CPU. The first: %s", obstacle, path)
 
 
+def read_frames(path: str, indices: list[int], device: torch.device) -> Tensor:
+    """Frames of a file, uint8 `f h w c` on the CPU. Raises `BadClip`, and `IndexError` for an index that the file does
+    not have."""
+    with opened(path) as file:
+        if find_obstacle(file, device) is None:
+            check_indices(file, indices)
+            with suppress(DaliError):
+                return ClipPipeline(device).decode(path, indices, 0).cpu().clone()
+        return in_order(file, lambda: frames_of(file, indices))
+
+
+class DaliError(Exception):
+    """DALI failed on a clip; the text gives its reason."""
+
+
 class ClipPipeline:
     """A DALI pipeline that decodes one clip at a time, used by one thread."""
 
-    def __init__(self, frame_sampling: FrameSampling, device: torch.device):
-        self.frame_sampling, self.device = frame_sampling, device
+    def __init__(self, device: torch.device):
+        self.device = device
         self.inputs: Inputs | None = None
         self._build()
 
     def _build(self) -> None:
         # The source never raises: an exception in it would break the pipeline.
         backend = "mixed" if self.device.type == "cuda" else "cpu"
-        self.pipeline = build_pipeline(lambda: self.inputs, self.frame_sampling, backend, self.device.index or 0)
+        self.pipeline = build_pipeline(lambda: self.inputs, backend, self.device.index or 0)
 
-    def read(self, path: str, start: int, sample: int, preprocessing: Preprocessing, out: Tensor) -> None:
-        """Decode a clip from frame `start` on into `out`, uint8 `f h w c`. Raises `BadClip` if DALI fails, and builds
-        the pipeline again."""
-        name = np.frombuffer(os.path.abspath(path).encode(), np.uint8)
-        self.inputs = [name], [np.int32(start)], [np.int64(sample)]
-        try:
-            frames, decoded_sample = self.pipeline.run()
-        except DALI_ERRORS as error:
-            self._build()
-            raise BadClip(path, _reason(error)) from None
-        if decoded_sample.as_array().item() != sample:
-            raise AssertionError(f"DALI returned sample {decoded_sample.as_array().item()} instead of {sample}")
-        decoded = torch.from_dlpack(frames.as_tensor())[0]
+    def read(self, path: str, indices: list[int], sample: int, preprocessing: Preprocessing, out: Tensor) -> None:
+        """Decode the frames of a clip into `out`, uint8 `f h w c`. Raises `DaliError` if DALI fails, and builds the
+        pipeline again."""
+        decoded = self.decode(path, indices, sample)
         together = max(1, RESIZED_BYTES // decoded[0].nbytes)
         for some, slots in zip(decoded.split(together), out.split(together), strict=True):
             slots.copy_(preprocessing.apply(some))
         if out.is_cuda:
             torch.cuda.current_stream().synchronize()  # DALI may now overwrite its output
 
+    def decode(self, path: str, indices: list[int], sample: int) -> Tensor:
+        """The frames, uint8 `f h w c` of the file's size, in DALI's memory until the next call."""
+        name = np.frombuffer(os.path.abspath(os.fsencode(path)), np.uint8)
+        self.inputs = [name], [np.array(indices, np.int32)], [np.int64(sample)]
+        try:
+            frames, decoded_sample = self.pipeline.run()
+        except DALI_ERRORS as error:
+            self._build()
+            raise DaliError(_reason(error)) from None
+        if decoded_sample.as_array().item() != sample:
+            raise AssertionError(f"DALI returned sample {decoded_sample.as_array().item()} instead of {sample}")
+        return torch.from_dlpack(frames.as_tensor())[0]
 
-def build_pipeline(
-    source: Callable[[], Inputs | None], frame_sampling: FrameSampling, backend: str, device_id: int
-) -> Pipeline:
-    """A pipeline whose inputs are path, first frame and sample, and whose outputs are uint8 `1 f h w c` of the file's
-    size and the sample. `backend` is "mixed" (NVDEC on GPU `device_id`) or "cpu"."""
+
+def build_pipeline(source: Callable[[], Inputs | None], backend: str, device_id: int) -> Pipeline:
+    """A pipeline whose inputs are path, indices of frames and sample, and whose outputs are uint8 `1 f h w c` of the
+    file's size and the sample. `backend` is "mixed" (NVDEC on GPU `device_id`) or "cpu"."""
     gpu = device_id if backend == "mixed" and torch.cuda.is_available() else None
     pipeline = Pipeline(1, 1, gpu, prefetch_queue_depth=1, exec_dynamic=True)
     with pipeline:
-        path, start, sample = fn.external_source(
-            source, num_outputs=3, dtype=[types.UINT8, types.INT32, types.INT64], ndim=[1, 0, 0]
+        path, indices, sample = fn.external_source(
+            source, num_outputs=3, dtype=[types.UINT8, types.INT32, types.INT64], ndim=[1, 1, 0]
         )
         encoded = fn.io.file.read(path, dont_use_mmap=True)  # mapping leaks a file descriptor for each empty file
-        frames = fn.decoders.video(
-            encoded,
-            device=backend,
-            affine=False,  # else the threads of all pipelines would share the first core
-            start_frame=start,
-            stride=frame_sampling.stride,
-            sequence_length=frame_sampling.n_frames,
-            pad_mode="edge",
-        )
+        # affine: else the threads of all pipelines would share the first core
+        frames = fn.decoders.video(encoded, device=backend, affine=False, frames=indices)
         pipeline.set_outputs(frames, sample)
     return pipeline
 
 
-@cache
-def probe(path: str, backend: str) -> tuple[int, str | None]:
-    """(number of frames, why DALI can't decode the file on this backend, or None), from the file's header; if that has
-    no number of frames, the packets are counted."""
-    try:
-        with open_video(path) as container:
-            stream = video_stream(container)
-            context = stream.codec_context
-            length = stream.frames or sum(packet.size > 0 and is_shown(packet) for packet in container.demux(stream))
-            if not length or not context.height or not context.width:
-                raise ValueError("no video frames")
-            return length, _obstacle(context, backend)
-    except DECODE_ERRORS as error:
-        raise BadClip(path, describe(error)) from None
+def find_obstacle(file: VideoFile, device: torch.device) -> str | None:
+    """Why DALI can't decode a file on this device, or might choose other frames than PyAV; None if nothing is known
+    against it. DALI relies on the header and the order of presentation times."""
+    if file.timeline.counted:
+        return f"DALI can't tell the frames of a file if {file.timeline.counted}"
+    if file.stream.frames not in (0, len(file.infos)) or file.is_cut_short:
+        return "the header of a file does not agree with its packets"
+    if file.has_edits:
+        return "DALI doesn't apply edit lists"
+    if len(file.container.streams.video) > 1:
+        return "DALI doesn't choose between video streams"
+    unsupported = _unsupported(file.context, "mixed" if device.type == "cuda" else "cpu")
+    if unsupported is None and display_matrix(file.first_frame()):
+        return "DALI doesn't apply display matrices"
+    return unsupported
 
 
-def _obstacle(context, backend: str) -> str | None:
-    """Why DALI can't decode a file with this codec context, or None."""
+def _unsupported(context, backend: str) -> str | None:
+    """Why DALI can't decode the codec of this context, or None."""
     codec = context.codec.canonical_name
     if codec not in (CPU_CODECS if backend == "cpu" else GPU_CODECS):
         return f"DALI doesn't decode {codec} on a {'CPU' if backend == 'cpu' else 'GPU'}"

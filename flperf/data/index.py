@@ -13,18 +13,18 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import av
+import torch
 from tqdm import tqdm
 
 from flperf.data.annotations import CLIPS_FILE, Annotations, has_header, read_annotations, read_labels
-from flperf.data.pyav import DECODE_ERRORS, demux, describe, is_shown, open_video, video_stream
+from flperf.data.pyav import display_matrix, turn
+from flperf.data.video_file import DECODE_ERRORS, VideoFile, describe
 from flperf.errors import UserError
 from flperf.files import atomic_file
 
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
-FIRST_PACKETS = 32  # one of them must become a frame
 MANY_RESOLUTIONS = 64  # NVDEC keeps a decoder for each size; above this number the summary advises fewer
 
 
@@ -42,6 +42,7 @@ class Row:
     frame_rate: float = 0.0  # frames a second, on average
     duration: float = 0.0  # seconds
     error: str = ""
+    notes: str = ""  # what is unusual about a usable file
 
 
 HEADER = [field.name for field in fields(Row)]
@@ -135,38 +136,41 @@ def read_folder(folder: Path, labels: str | None) -> Annotations:
 
 
 def probe_file(folder: Path, path: str, label: int) -> Row:
-    """Demux one file and decode its first frame; `path` is relative to `folder`."""
+    """Demux one file and decode its first frame; `path` is relative to `folder`. A file whose packets don't show its
+    frames is decoded from end to end."""
     try:
-        with open_video(os.path.join(folder, path)) as container:
-            stream = video_stream(container)
-            context = stream.codec_context
-            first, frames, times = [], 0, []
-            for packet in demux(container, stream):
-                first += [packet] if len(first) < FIRST_PACKETS else []
-                if is_shown(packet):
-                    frames += 1
-                    times += [packet.pts] if packet.pts is not None else []
-            rate = float(stream.average_rate or 0)
-            facts: dict[str, Any] = dict(
+        with VideoFile(os.path.join(folder, path)) as file:
+            first, context = file.first_frame(), file.context
+            frames, duration = len(file.timeline), file.timeline.duration
+            height, width = turn(torch.empty(first.height, first.width, 1), first).shape[:2]
+            return Row(
+                path,
+                label,
                 codec=context.name,
                 pixel_format=context.pix_fmt or "",
-                width=context.width,
-                height=context.height,
+                width=width,
+                height=height,
                 frames=frames,
-                frame_rate=round(rate, 4),
-                duration=round(_seconds(stream, frames, times), 4),
+                frame_rate=round(frames / duration if duration else float(file.stream.average_rate or 0), 4),
+                duration=round(duration, 4),
+                error="the first frame is damaged" if first.is_corrupt else "",
+                notes="; ".join(_notes(file, first)),
             )
-            return Row(path, label, **facts, error=_first_frame_error(context, first) if frames else "no video frames")
     except DECODE_ERRORS as error:
         return Row(path, label, error=" ".join(describe(error).split()))
 
 
-def _seconds(stream: av.VideoStream, frames: int, times: list[int]) -> float:
-    """Duration from the first frame to the end of the last, which is taken to last as long as the mean frame; 0 if
-    unknown."""
-    if len(times) == frames > 1:
-        return float((max(times) - min(times)) * stream.time_base) * frames / (frames - 1)
-    return frames / float(stream.average_rate) if stream.average_rate else 0.0
+def _notes(file: VideoFile, first: av.VideoFrame) -> Iterator[str]:
+    """What a user should know about a usable file."""
+    if file.is_cut_short:
+        yield f"cut short: {file.timeline.duration:.2f} of {file.promised_seconds:.2f} s"
+    shape = file.stream.sample_aspect_ratio
+    if shape and shape != 1:
+        yield f"pixels are not square: {shape.numerator}:{shape.denominator}"
+    if display_matrix(first):
+        yield "turned or mirrored"
+    if file.timeline.counted:
+        yield f"frames are counted by decoding: {file.timeline.counted}"
 
 
 def summary(rows: list[Row]) -> str:
@@ -189,17 +193,11 @@ def summary(rows: list[Row]) -> str:
         lines.append(
             "  a GPU's decoder is set up again for every new size: videos transcoded to a few sizes decode faster"
         )
+    notes = Counter(note.partition(":")[0] for row in usable for note in row.notes.split("; ") if note)
+    lines += [f"  {count:8} {note}" for note, count in notes.most_common()]
     reasons = Counter(row.error for row in rows if row.error)
     lines += [f"  {count:8} unusable: {reason}" for reason, count in reasons.most_common()]
     return "\n".join(lines)
-
-
-def _first_frame_error(context, packets: list[av.Packet]) -> str:
-    """Why no frame can be decoded from the first packets; empty if one can."""
-    for packet in [*packets, None]:
-        for frame in context.decode(packet):
-            return "the first frame is damaged" if frame.is_corrupt else ""
-    return "no frame can be decoded"
 
 
 def _check_options(source: str, labels: str | None, out: str, threads: int | None) -> None:

@@ -153,8 +153,10 @@ class FrameSampling:
         slack = max(length - span, 0)
         return {"first": 0, "center": slack // 2, "random": int(uniform * (slack + 1))}[self.start]
 
-    def frames(self, length: int, uniform: float) -> list[int]:
-        """Indices of all frames; past the end of the file its last frame is repeated."""
+    def frames(self, times: np.ndarray, uniform: float) -> list[int]:
+        """Indices of all frames of a file whose frames are shown at `times`, in seconds; past the end of the file its
+        last frame is repeated."""
+        length = len(times)
         start = self.start_frame(length, uniform)
         return [min(start + i * self.stride, length - 1) for i in range(self.n_frames)]
 

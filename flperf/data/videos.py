@@ -1,9 +1,11 @@
 """A dataset of video files: a Kinetics CSV or an index of one. Decoders are imported when batches are asked for, since
 DALI alone takes a second to load."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from flperf.config import Config
 from flperf.config import Dataset as DatasetConfig
@@ -58,6 +60,27 @@ def open_reader(
     return PyAVReader(paths, frame_sampling, preprocessing)
 
 
+def read_frames(path: str, indices: Sequence[int], decoder: str = "pyav") -> Tensor:
+    """Frames of a video file, uint8 `f h w c` (RGB), in the order of `indices`, which may repeat.
+
+    Frame i is the i-th that decoding the file from start to end puts out, turned and mirrored as a player shows it.
+    Training reads its clips in the same way. `decoder` is "pyav", or "dali", which decodes on the GPU if there is one
+    and leaves to PyAV what it can't be relied on for; the result is on the CPU.
+
+    Raises `BadClip` if one of the frames can't be decoded intact or the file is no video, `IndexError` for an index
+    that the file does not have.
+    """
+    from flperf.data.pyav import read_frames as with_pyav
+
+    if decoder == "pyav":
+        return with_pyav(path, list(indices))
+    if decoder != "dali":
+        raise ValueError(f"decoder {decoder!r} is neither 'pyav' nor 'dali'")
+    from flperf.data.dali import read_frames as with_dali
+
+    return with_dali(path, list(indices), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def _read_clips(file: str | None, key: str, limit: int | None) -> Annotations:
     if file is not None and Path(file).is_file():
         from flperf.data import index
@@ -68,6 +91,6 @@ def _read_clips(file: str | None, key: str, limit: int | None) -> Annotations:
 
 
 def _frame_rate(path: str) -> float:
-    from flperf.data.pyav import frame_rate
+    from flperf.data.video_file import frame_rate
 
     return frame_rate(path)

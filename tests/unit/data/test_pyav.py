@@ -3,14 +3,15 @@
 import logging
 import os
 
+import numpy as np
 import pytest
 import torch
 
 from flperf.config import Backbone
-from flperf.data import pyav
+from flperf.data import pyav, video_file
 from flperf.data.loader import load_batches
 from flperf.data.preprocessing import Preprocessing
-from flperf.data.samplers import BatchShare, FrameSampling, TrainingSampler
+from flperf.data.samplers import BatchShare, ClipRequest, FrameSampling, TrainingSampler
 from flperf.data.unreadable import BadClip
 
 PREPROCESSING = Preprocessing.of(Backbone(architecture={"crop_size": 48}))
@@ -30,6 +31,11 @@ READABLE = [
 ]
 
 
+def read_clip(path, frame_sampling, uniform, preprocessing, out):
+    reader = pyav.PyAVReader([str(path)], frame_sampling, preprocessing)
+    reader.read(ClipRequest(0, 0, 0, uniform, valid=True), out)
+
+
 def read(folder, names, batch_size=4):
     reader = pyav.PyAVReader([str(folder / name) for name in names], FrameSampling(4, 3, "random"), PREPROCESSING)
     sampler = TrainingSampler(len(names), 0)
@@ -37,19 +43,19 @@ def read(folder, names, batch_size=4):
     return load_batches(reader, requests, sampler, list(range(len(names))), 2, 2, CPU)
 
 
-@pytest.mark.parametrize(("kept_bytes", "resized_bytes"), [(pyav.KEPT_BYTES, pyav.RESIZED_BYTES), (0, 0)])
+@pytest.mark.parametrize(("kept_bytes", "resized_bytes"), [(video_file.KEPT_BYTES, pyav.RESIZED_BYTES), (0, 0)])
 @pytest.mark.parametrize("name", READABLE)
 def test_frames_are_those_of_plain_decoding(videos, decode_all, monkeypatch, name, kept_bytes, resized_bytes):
     """Packets are kept in memory, or demuxed again as for long videos; frames are resized together, or one by one as
     large ones are."""
-    monkeypatch.setattr(pyav, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(video_file, "KEPT_BYTES", kept_bytes)
     monkeypatch.setattr(pyav, "RESIZED_BYTES", resized_bytes)
     everything = decode_all(videos / name)
     for n_frames, stride, uniform in [(1, 1, 0.0), (8, 1, 0.7), (7, 5, 0.99), (12, 2, 0.4), (80, 1, 0.5)]:
         frame_sampling = FrameSampling(n_frames, stride, "random")
         out = torch.full((n_frames, 48, 48, 3), 77, dtype=torch.uint8)
-        pyav.read_clip(str(videos / name), frame_sampling, uniform, PREPROCESSING, out)
-        expected = everything[frame_sampling.frames(len(everything), uniform)]
+        read_clip(str(videos / name), frame_sampling, uniform, PREPROCESSING, out)
+        expected = everything[frame_sampling.frames(np.arange(len(everything)), uniform)]
         assert torch.equal(out, PREPROCESSING.apply(torch.from_numpy(expected))), (n_frames, stride, uniform)
 
 
@@ -59,7 +65,7 @@ def test_a_packet_of_an_unknown_stream_is_passed_over(videos, decode_all):
     for _ in range(20):
         out = torch.empty(69, *size, 3, dtype=torch.uint8)
         unchanged = Preprocessing(size, None, 1.0, (0.0,) * 3, (1.0,) * 3)
-        pyav.read_clip(str(videos / "stray.ts"), FrameSampling(69, 1, "first"), 0.0, unchanged, out)
+        read_clip(str(videos / "stray.ts"), FrameSampling(69, 1, "first"), 0.0, unchanged, out)
         kept = [index for index in range(70) if (out == torch.from_numpy(everything[index])).flatten(1).all(1).any()]
         assert len(kept) == 69 and torch.equal(out, torch.from_numpy(everything[kept]))
 
@@ -79,7 +85,7 @@ BROKEN = [
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_files_are_bad_clips(videos, name):
     with pytest.raises(BadClip) as caught:
-        pyav.read_clip(
+        read_clip(
             str(videos / name),
             FrameSampling(30, 2, "first"),
             0.0,

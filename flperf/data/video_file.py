@@ -1,0 +1,349 @@
+"""A video file, opened once: its stream, its packets, and which of them becomes which frame.
+
+Frame i is the i-th frame that decoding the file from start to end puts out. For most files the packets alone show which
+one that is, and when it is shown. Otherwise the file is decoded once from start to end, and its frames are counted:
+where presentation times are missing, repeated or contradict the decoder, where a packet may hold half a frame or none,
+where the file begins between two key frames, and where it is torn.
+
+A file is demuxed from end to end, which is cheap. The packets of a usual clip are kept in memory; a long video is
+demuxed again when it is decoded. Seeking would be quicker, but not every container reports where it arrived.
+"""
+
+import itertools
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import av
+import numpy as np
+from av.stream import Disposition
+
+from flperf.data.bitstream import REORDERED, UNKNOWN, Content, Scan, open_scanner
+from flperf.data.unreadable import BadClip
+
+DECODE_ERRORS = (av.error.FFmpegError, OSError, ValueError, RuntimeError)  # of a damaged file
+KEPT_BYTES = 2**24  # of packets that a thread keeps between demuxing and decoding
+COUNTED_FILES = 4096  # whose timelines are kept, so that they are decoded for counting only once
+# whose header holds the duration; elsewhere FFmpeg estimates it
+WITH_DURATION = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv", "avi", "asf")
+CUT_SHORT = 0.02  # a file is cut short if its header promises so much more, and three frames more, than is there
+DEFAULT_RATE = 25.0  # of streams without any time, as in FFmpeg
+
+
+class PacketInfo(NamedTuple):
+    """What is kept of every packet."""
+
+    pts: int | None
+    is_keyframe: bool  # as the container marks it
+    is_discarded: bool  # decoded but not shown: an edit list cuts it off
+    is_torn: bool
+    content: Content
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The frames of a file, in the order in which they are shown."""
+
+    packets: np.ndarray  # int32 [frames]: position of the packet that becomes the frame; -1 if unknown
+    times: np.ndarray  # float64 [frames]: seconds since the first frame, strictly increasing
+    is_entry: np.ndarray  # bool [frames]: decoding may start at the frame
+    counted: str = ""  # why the file had to be decoded to count its frames; empty if the packets showed it
+
+    def __len__(self) -> int:
+        return len(self.packets)
+
+    @property
+    def duration(self) -> float:
+        """Seconds from the first frame to the end of the last, which is taken to last as long as the mean frame; 0 for
+        a single frame."""
+        frames = len(self)
+        return float(self.times[-1]) * frames / (frames - 1) if frames > 1 else 0.0
+
+    def index_of(self) -> dict[int, int]:
+        """Packet → index of its frame, for packets that become one frame."""
+        packets, first, counts = np.unique(self.packets, return_index=True, return_counts=True)
+        return dict(zip(packets[counts == 1].tolist(), first[counts == 1].tolist(), strict=True))
+
+
+class VideoFile:
+    """An open file; use it as a context manager. One thread uses it. Raises one of DECODE_ERRORS if it is no video."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self.container = open_container(path)
+        try:
+            self.stream = video_stream(self.container)
+            self.context = open_context(self.stream)
+            self.infos: list[PacketInfo] = []
+            self.kept: list[av.Packet] | None = []  # None for a long video
+            self._read_packets()
+            self.timeline = self._timeline()
+            if not len(self.timeline):
+                raise ValueError("no frame can be decoded" if self.infos else "no video frames")
+        except BaseException:
+            self.container.close()
+            raise
+
+    def __enter__(self) -> "VideoFile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.container.close()
+
+    def _read_packets(self) -> None:
+        scan, size = _scanner(self.context), 0
+        for packet in demux(self.container, self.stream):
+            content = _scan(scan, packet)
+            self.infos.append(PacketInfo(packet.pts, packet.is_keyframe, packet.is_discard, packet.is_corrupt, content))
+            size += packet.size
+            if size > KEPT_BYTES:
+                self.kept = None
+            elif self.kept is not None:
+                self.kept.append(packet)
+
+    @property
+    def has_edits(self) -> bool:
+        """Whether an edit list cuts off packets that have to be decoded."""
+        return any(info.is_discarded for info in self.infos)
+
+    @property
+    def promised_seconds(self) -> float:
+        """The duration of the stream by its header; 0 if the header has none."""
+        stream = self.stream
+        if self.has_edits or self.container.format.name not in WITH_DURATION:
+            return 0.0
+        by_time = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
+        by_frames = float(stream.frames / stream.average_rate) if stream.average_rate else 0.0
+        by_file = self.container.duration / av.time_base if self.container.duration and self._is_alone else 0.0
+        return max(by_time, by_frames, by_file)
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether no other stream can be longer than this one."""
+        return len(self.container.streams) == 1
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether the header promises more than is there."""
+        frames, duration = len(self.timeline), self.timeline.duration
+        return self.promised_seconds - duration > max(CUT_SHORT * duration, 3 * duration / max(frames, 1))
+
+    def packets_from(self, position: int) -> Iterator[tuple[int, av.Packet]]:
+        """(position, packet) from a position on."""
+        if self.kept is not None:
+            yield from enumerate(self.kept[position:], position)
+            return
+        with open_container(self.path) as container:
+            yield from itertools.islice(enumerate(demux(container, video_stream(container))), position, None)
+
+    def first_frame(self) -> av.VideoFrame:
+        """The first frame that the decoder puts out. Raises one of DECODE_ERRORS if there is none."""
+        error: Exception = ValueError("no frame can be decoded")
+        try:
+            for position, packet in itertools.chain(self.packets_from(0), [(-1, None)]):
+                try:
+                    frames = decode(self.context, position, packet)
+                except DECODE_ERRORS as raised:
+                    error = raised
+                    continue
+                if frames:
+                    return frames[0]
+            raise error
+        finally:
+            self.context.flush_buffers()
+
+    def _timeline(self) -> Timeline:
+        found = self._timeline_of_packets()
+        return found if isinstance(found, Timeline) else self._counted_timeline(found)
+
+    def count_frames(self) -> None:
+        """Decode the file to count its frames, since they came in another order than their times are."""
+        self.timeline = self._counted_timeline("presentation times contradict the decoder")
+
+    def _counted_timeline(self, reason: str) -> Timeline:
+        """The timeline by decoding, which is done once for each file."""
+        timeline = _COUNTED.get(self._key())
+        if timeline is None:
+            timeline = _COUNTED[self._key()] = self._count(reason)
+            with suppress(KeyError):  # another thread may have removed it
+                while len(_COUNTED) > COUNTED_FILES:
+                    _COUNTED.popitem(last=False)
+        return timeline
+
+    def _key(self) -> tuple[str, int, int]:
+        status = os.stat(self.path)
+        return self.path, status.st_size, status.st_mtime_ns
+
+    def _timeline_of_packets(self) -> Timeline | str:
+        """The timeline, or the reason why the packets don't show it."""
+        reordered = self.context.codec.canonical_name in REORDERED
+        obstacle = _obstacle(self.infos, reordered, self.context.has_b_frames)
+        if obstacle:
+            return obstacle
+        shown = [position for position, info in enumerate(self.infos) if info.content.frames and not info.is_discarded]
+        if reordered:
+            shown.sort(key=lambda position: cast(int, self.infos[position].pts))
+        entries = [self.infos[position].is_keyframe for position in shown]
+        times = self._seconds([self.infos[position].pts for position in shown])
+        return Timeline(np.array(shown, np.int32), times, np.array(entries, bool))
+
+    def _count(self, reason: str) -> Timeline:
+        """Decode the file from start to end."""
+        packets, times, entries = [], [], []
+        error: Exception | None = None
+        for position, packet in itertools.chain(self.packets_from(0), [(-1, None)]):
+            try:
+                frames = decode(self.context, position, packet)
+            except DECODE_ERRORS as raised:
+                error = error or raised
+                continue
+            for frame in frames:
+                packets.append(packet_of(frame))
+                times.append(frame.pts)
+                entries.append(packets[-1] >= 0 and frame.key_frame and not frame.is_corrupt)
+        self.context.flush_buffers()
+        if not packets and error:
+            raise error
+        return Timeline(np.array(packets, np.int32), self._seconds(times), np.array(entries, bool), reason)
+
+    def _seconds(self, pts: list[int | None]) -> np.ndarray:
+        """Times of frames since the first one; evenly spaced if any is missing or does not increase."""
+        if None not in pts and self.stream.time_base:
+            times = (np.array(pts, np.int64) - (pts[0] if pts else 0)) * float(self.stream.time_base)
+            if (np.diff(times) > 0).all():
+                return times
+        rate = self.stream.average_rate or self.stream.guessed_rate or DEFAULT_RATE
+        return np.arange(len(pts)) / float(rate)
+
+
+_COUNTED: OrderedDict[tuple[str, int, int], Timeline] = OrderedDict()  # by path, size and time of change
+
+
+def open_container(path: str) -> av.container.InputContainer:
+    """Open a regular file only: FFmpeg would take `a:b.webm` for a URL, and wait for ever at a pipe."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError("is not a file")
+    return av.open(os.path.abspath(path), metadata_errors="ignore")
+
+
+def video_stream(container: av.container.InputContainer) -> av.VideoStream:
+    """The stream that FFmpeg would choose: by default disposition, then by size. Covers and tracks of a single picture
+    are chosen only if there is no other."""
+    streams = [stream for stream in container.streams.video if not stream.disposition & PICTURES]
+    usable = [stream for stream in streams if stream.codec_context is not None]
+    if not usable:
+        raise ValueError("no decoder for its codec" if streams else "no video stream")
+    if len(usable) == 1:
+        return usable[0]
+    moving = _moving(container.name, usable)
+
+    def rank(stream: av.VideoStream) -> tuple:
+        size = stream.codec_context.width * stream.codec_context.height
+        return stream.index in moving, bool(stream.disposition & Disposition.default), size, -stream.index
+
+    return max(usable, key=rank)
+
+
+PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+
+
+def _moving(path: str, streams: list[av.VideoStream]) -> set[int]:
+    """Indices of the streams with more than one packet."""
+    counts = dict.fromkeys((stream.index for stream in streams), 0)
+    with open_container(path) as container:
+        for packet in demux(container, [container.streams[index] for index in counts]):
+            counts[packet.stream_index] += 1
+            if min(counts.values()) > 1:
+                break
+    return {index for index, count in counts.items() if count > 1}
+
+
+def open_context(stream: av.VideoStream) -> av.VideoCodecContext:
+    """The stream's decoder, in one thread, whose frames carry the position of their packet."""
+    context = stream.codec_context
+    context.thread_count = 1
+    context.copy_opaque = True
+    return context
+
+
+def demux(container: av.container.InputContainer, streams) -> Iterator[av.Packet]:
+    """The non-empty packets of one stream or several. A packet of a stream that appears late in the file, as a damaged
+    byte of a transport stream makes it appear, is passed over, as `ffmpeg` does: PyAV raises LookupError for it or not,
+    depending on what lies in memory behind its list of streams."""
+    while True:
+        try:
+            yield from (packet for packet in container.demux(streams) if packet.size)
+            return
+        except LookupError:
+            continue
+
+
+def decode(context: av.VideoCodecContext, position: int, packet: av.Packet | None) -> list[av.VideoFrame]:
+    """The frames that a packet makes the decoder put out; `packet_of` finds the packet that each was decoded from."""
+    if packet is not None:
+        packet.opaque = [position]  # a new object: PyAV looks it up by its address
+    return context.decode(packet)
+
+
+def packet_of(frame: av.VideoFrame) -> int:
+    """Position of the packet that a frame was decoded from; -1 if the decoder does not pass it on."""
+    return cast(list[int], frame.opaque)[0] if frame.opaque else -1
+
+
+def frame_rate(path: str) -> float:
+    """Mean frames a second of a file. Raises `BadClip` if it is unknown."""
+    try:
+        with open_container(path) as container:
+            rate = video_stream(container).average_rate
+    except DECODE_ERRORS as error:
+        raise BadClip(path, describe(error)) from None
+    if not rate:
+        raise BadClip(path, "has no frame rate")
+    return float(rate)
+
+
+def describe(error: Exception) -> str:
+    """A decoding error as one reason: its message and type."""
+    return f"{getattr(error, 'strerror', None) or error} ({type(error).__name__})"
+
+
+def _scanner(context: av.VideoCodecContext) -> Scan | None:
+    try:
+        return open_scanner(context.codec.canonical_name, context.codec.intra_only, context.extradata)
+    except (ValueError, IndexError):  # damaged extradata
+        return None
+
+
+def _scan(scan: Scan | None, packet: av.Packet) -> Content:
+    if scan is None:
+        return UNKNOWN
+    try:
+        return scan(bytes(packet))
+    except (ValueError, IndexError):  # it ends too early
+        return UNKNOWN._replace(damage="its header is damaged")
+
+
+def _obstacle(infos: list[PacketInfo], reordered: bool, has_b_frames: bool) -> str:
+    """Why the packets alone don't show which of them becomes which frame; empty if they do."""
+    shown = [info for info in infos if info.content.frames and not info.is_discarded]
+    if any(info.content.frames is None for info in infos):
+        return "a packet may become no frame, or half of one"
+    if any(info.is_torn for info in infos):
+        return "packets are torn"
+    if any(info.content.frames > 1 for info in infos):
+        return "a packet holds several frames"
+    if not shown or not next(info for info in infos if info.content.frames).content.is_entry:
+        return "it does not begin with a key frame"
+    if not reordered:
+        return ""
+    times = [info.pts for info in shown if info.pts is not None]
+    if len(set(times)) < len(shown):
+        return "presentation times are missing or repeated"
+    if min(times) < times[0]:
+        return "it begins with frames that refer to earlier ones"
+    if has_b_frames and times == sorted(times):
+        return "presentation times are those of decoding"
+    return ""
