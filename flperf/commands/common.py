@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-from flperf.errors import UserError
+from flperf.errors import UserError, printable
 
 
 def command_parser(
@@ -53,4 +53,4 @@ def run_command(command: Callable[[list[str]], None], arguments: list[str] | Non
     except UserError as error:
         if "--debug" in arguments:
             raise
-        sys.exit(f"flperf: {error}")
+        sys.exit(f"flperf: {printable(str(error))}")

@@ -18,13 +18,16 @@ import av
 import torch
 from tqdm import tqdm
 
-from flperf.data.annotations import CLIPS_FILE, Annotations, has_header, read_annotations, read_labels
+from flperf.data.annotations import Annotations, class_index, read_annotations, read_labels
 from flperf.data.pyav import display_matrix, turn
+from flperf.data.text_files import csv_rows, has_header
 from flperf.data.video_file import DECODE_ERRORS, VideoFile, describe
-from flperf.errors import UserError
-from flperf.files import atomic_file
+from flperf.data.video_folders import LeftOut, Listing, describe_left_out
+from flperf.errors import UserError, printable
+from flperf.files import atomic_file, writing
 
-VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
+INDEX_FILE = "an index that `flperf index` wrote"
+MISSING = "missing"  # the error of a clip that annotations name and that has no file
 MANY_RESOLUTIONS = 64  # NVDEC keeps a decoder for each size; above this number the summary advises fewer
 
 
@@ -46,6 +49,8 @@ class Row:
 
 
 HEADER = [field.name for field in fields(Row)]
+# How an index is written: bytes of a path that are not UTF-8 are written as they are.
+TEXT: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
 
 
 def is_index(file: str | None) -> bool:
@@ -53,36 +58,35 @@ def is_index(file: str | None) -> bool:
     return has_header(file, HEADER)
 
 
-def read_index(file: str, limit: int | None) -> Annotations:
+def read_index(file: str, limit: int | None, key: str = "dataset.train") -> Annotations:
     """The usable files of an index, the first `limit` of them; paths are relative to the index."""
-    rows = [row for row in _rows(file) if not row.error][:limit]
+    listed = list(_rows(file, key))
+    if not listed:
+        raise UserError(f"{file}: holds no clips")
+    rows = [row for row in listed if not row.error][:limit]
     if not rows:
         raise UserError(f"{file}: none of its files is usable; its column 'error' gives the reasons")
     folder = os.path.dirname(file)
     return Annotations([os.path.join(folder, row.path) for row in rows], [row.label for row in rows])
 
 
-def write_index(source: str, labels: str | None, out: str, threads: int | None = None) -> list[Row]:
-    """Probe all files of a Kinetics CSV, or of a folder of class folders, in parallel, and write the index. Its rows
-    are in the order of the CSV, or of the files' names; a repeated file is kept once.
+def read_listed(file: str, labels: str | None) -> Listing:
+    """The files of a Kinetics CSV. Raises `UserError` that names the row, and for a class without a name."""
+    annotations = read_annotations(file, "--csv", None)
+    read_labels(labels, [annotations], "--labels")
+    return Listing(annotations)
 
-    Raises `UserError` that names the row or the option at fault.
-    """
-    _check_options(source, labels, out, threads)
-    if Path(source).is_dir():
-        annotations = read_folder(Path(source), labels)
-    else:
-        annotations = read_annotations(source, "--csv", None)
-        read_labels(labels, [annotations], "--labels")
-    folder = Path(out).absolute().parent
-    wanted = {
-        os.path.relpath(path, folder) if not os.path.isabs(path) else path: label
-        for path, label in zip(annotations.paths, annotations.labels, strict=True)
-    }
+
+def write_index(listing: Listing, out: str, threads: int | None = None) -> list[Row]:
+    """Probe all files of a listing in parallel and write the index, whose rows are in the same order. A path is written
+    with the bytes that it has, be they UTF-8 or not. Raises `UserError` if the index can't be written."""
+    folder, clips = Path(out).absolute().parent, listing.clips
+    missing = {_relative(path, folder) for path in listing.missing}
+    wanted = {_relative(path, folder): label for path, label in zip(clips.paths, clips.labels, strict=True)}
     partial = Path(f"{out}.partial")
-    probed = _probe_files(folder, wanted, partial, threads)
-    rows = [probed[path] for path in wanted]
-    with atomic_file(Path(out)) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as lines:
+    probed = _probe_files(folder, {path: wanted[path] for path in wanted if path not in missing}, partial, threads)
+    rows = [probed[path] if path in probed else Row(path, label, error=MISSING) for path, label in wanted.items()]
+    with atomic_file(Path(out)) as unfinished, open(unfinished, "w", **TEXT) as lines:
         writer = csv.DictWriter(lines, HEADER)
         writer.writeheader()
         writer.writerows(map(asdict, rows))
@@ -90,49 +94,59 @@ def write_index(source: str, labels: str | None, out: str, threads: int | None =
     return rows
 
 
+def check_options(out: str, inputs: dict[str, str | None], threads: int | None) -> None:
+    """Raise `UserError` for an unusable option before the work begins; creates the folder of `out`. `inputs` are the
+    files that options name."""
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads: must be at least 1, is {threads}")
+    for option, file in inputs.items():
+        if file and os.path.realpath(out) == os.path.realpath(file):
+            raise UserError(f"--out: {out} is the file of {option}, which it would overwrite; name another")
+    if os.path.isdir(out or "."):
+        raise UserError(f"--out: {out} is a folder; name a file, such as {os.path.join(out, 'index.csv')}")
+    if os.path.exists(out) and not _is_replaceable(out):
+        raise UserError(f"--out: {out} exists and is not an index; name another file, or remove it")
+    folder = Path(out).absolute().parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {out} can't be written: {error.strerror}: {error.filename}") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--out: {out} can't be written: the folder {folder} is read-only")
+
+
+def _is_replaceable(out: str) -> bool:
+    """Whether an existing file is an index, of this or another version, or empty."""
+    if not os.path.isfile(out):
+        return False
+    with writing(Path(out)), open(out, "rb") as content:
+        head = content.read(1000)
+    return not head or head.removeprefix(b"\xef\xbb\xbf").startswith(",".join(HEADER[:3]).encode())
+
+
+def _relative(path: str, folder: Path) -> str:
+    """A path as the index holds it: absolute, or relative to the folder of the index."""
+    return path if os.path.isabs(path) else os.path.relpath(path, folder)
+
+
 def _probe_files(folder: Path, wanted: dict[str, int], partial: Path, threads: int | None) -> dict[str, Row]:
     """Probe the files (path → label) that are not in the partial index yet, and append them to it; all rows by path."""
     # A label may have been corrected since.
     probed = {row.path: replace(row, label=wanted[row.path]) for row in _complete_rows(partial) if row.path in wanted}
-    missing = [(path, label) for path, label in wanted.items() if path not in probed]
+    todo = [(path, label) for path, label in wanted.items() if path not in probed]
     with (
-        open(partial, "a" if probed else "w", newline="", encoding="utf-8") as lines,
+        writing(partial),
+        open(partial, "a" if probed else "w", **TEXT) as lines,
         ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool,
     ):
         writer = csv.DictWriter(lines, HEADER)
         if not probed:
             writer.writeheader()
-        found = pool.map(lambda item: probe_file(folder, *item), missing)
+        found = pool.map(lambda item: probe_file(folder, *item), todo)
         for row in tqdm(found, total=len(wanted), initial=len(probed), desc="probing", unit="file", disable=None):
             writer.writerow(asdict(row))
             probed[row.path] = row
     return probed
-
-
-def read_folder(folder: Path, labels: str | None) -> Annotations:
-    """The videos of a folder with one folder for each class; videos directly in it are of the class "unlabelled".
-
-    The file `labels` numbers the classes. If it does not exist, it is written, with the classes in the order of their
-    names; a second split that is read with it gets the same numbers. Raises `UserError` for a folder without videos and
-    for a class that the file does not name.
-    """
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
-    if not files:
-        raise UserError(f"--folder: {folder} holds no videos ({', '.join(sorted(VIDEO_SUFFIXES))})")
-    parts = [path.relative_to(folder).parts for path in files]
-    classes = [part[0] if len(part) > 1 else "unlabelled" for part in parts]
-    if labels and not Path(labels).exists():
-        Path(labels).write_text(
-            "".join(f"{number} {name}\n" for number, name in enumerate(sorted(set(classes)))), encoding="utf-8"
-        )
-    names = read_labels(labels, [Annotations([], [])], "--labels") if labels else sorted(set(classes))
-    unknown = sorted(set(classes) - set(names))
-    if unknown:
-        raise UserError(
-            f"--folder: {folder / unknown[0]}: {labels} has no such class; add it there, or name another file with "
-            "--labels"
-        )
-    return Annotations([str(path.absolute()) for path in files], [names.index(name) for name in classes])
 
 
 def probe_file(folder: Path, path: str, label: int) -> Row:
@@ -173,8 +187,8 @@ def _notes(file: VideoFile, first: av.VideoFrame) -> Iterator[str]:
         yield f"frames are counted by decoding: {file.timeline.counted}"
 
 
-def summary(rows: list[Row]) -> str:
-    """Numbers of files by codec, resolution and error, as text."""
+def summary(rows: list[Row], left_out: LeftOut | None = None) -> str:
+    """Numbers of files by codec, resolution and error, and of what was left out, as text."""
     usable = [row for row in rows if not row.error]
     lines = [
         f"{len(usable)} of {len(rows)} files are usable, {sum(row.duration for row in usable) / 3600:.2f} "
@@ -185,10 +199,9 @@ def summary(rows: list[Row]) -> str:
         for (codec, pixels), count in Counter((row.codec, row.pixel_format) for row in usable).most_common()
     ]
     sizes = Counter((row.width, row.height) for row in usable)
-    lines.append(
-        f"  {len(sizes):8} resolutions, most often "
-        + ", ".join(f"{w} x {h} ({count})" for (w, h), count in sizes.most_common(3))
-    )
+    if sizes:
+        most = ", ".join(f"{w} x {h} ({count})" for (w, h), count in sizes.most_common(3))
+        lines.append(f"  {len(sizes):8} resolutions, most often {most}")
     if len(sizes) > MANY_RESOLUTIONS:
         lines.append(
             "  a GPU's decoder is set up again for every new size: videos transcoded to a few sizes decode faster"
@@ -197,45 +210,31 @@ def summary(rows: list[Row]) -> str:
     lines += [f"  {count:8} {note}" for note, count in notes.most_common()]
     reasons = Counter(row.error for row in rows if row.error)
     lines += [f"  {count:8} unusable: {reason}" for reason, count in reasons.most_common()]
-    return "\n".join(lines)
+    lines += [f"  {line}" for line in describe_left_out(left_out or {})]
+    return "\n".join(map(printable, lines))
 
 
-def _check_options(source: str, labels: str | None, out: str, threads: int | None) -> None:
-    """Raise `UserError` for an unusable option before the work begins; creates the folder of `out`."""
-    if threads is not None and threads < 1:
-        raise UserError(f"--threads: must be at least 1, is {threads}")
-    if not Path(source).exists():
-        raise UserError(
-            f"--csv or --folder: there is no {source}; point --csv to {CLIPS_FILE}, or --folder to a folder of "
-            "class folders"
-        )
-    for option, file in (("--csv", source), ("--labels", labels)):
-        if file and Path(out).resolve() == Path(file).resolve():
-            raise UserError(f"--out: {out} is the file of {option}, which it would overwrite; name another")
-    if Path(out).is_dir():
-        raise UserError(f"--out: {out} is a folder; name a file, such as {Path(out) / 'index.csv'}")
-    try:
-        Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: {out} can't be written: {error.strerror}: {error.filename}") from None
-
-
-def _rows(file: str | Path) -> Iterator[Row]:
-    with open(file, newline="", encoding="utf-8-sig") as lines:
-        reader = csv.reader(lines)
-        next(reader)
-        for number, cells in enumerate(reader, start=2):
-            try:
-                row = dict(zip(HEADER, cells, strict=True))
-                yield Row(**{field.name: field.type(row[field.name]) for field in fields(Row)})
-            except ValueError:
-                raise UserError(f"{file}: row {number}: is not a row of an index ({','.join(HEADER)})") from None
+def _rows(file: str | Path, key: str) -> Iterator[Row]:
+    rows = csv_rows(str(file), key, INDEX_FILE)
+    next(rows, None)
+    for number, cells in rows:
+        try:
+            row = dict(zip(HEADER, cells, strict=True))
+            class_index(row["label"])
+            yield Row(**{field.name: field.type(row[field.name]) for field in fields(Row)})
+        except ValueError as error:
+            reason = f": {error}" if "class index" in str(error) else ""
+            raise UserError(f"{file}: row {number}: is not a row of an index ({','.join(HEADER)}){reason}") from None
 
 
 def _complete_rows(partial: Path) -> list[Row]:
-    """The complete rows that an interrupted run wrote; an incomplete last line is removed."""
+    """The complete rows that an interrupted run wrote; an incomplete last row is removed."""
     if not is_index(str(partial)):
         return []
-    text = partial.read_bytes()
-    partial.write_bytes(text[: text.rfind(b"\n") + 1])
-    return list(_rows(partial))
+    content = partial.read_bytes()
+    end = content.rfind(b"\n") + 1
+    while content.count(b'"', 0, end) % 2:  # a line break in a path: the row is not complete
+        end = content.rfind(b"\n", 0, end - 1) + 1
+    with writing(partial):
+        partial.write_bytes(content[:end])
+    return list(_rows(partial, "--out"))

@@ -2,7 +2,6 @@
 to one tensor `d t h w`, written by `torch.save`. They replace video and encoder; batches are `b t h w d`.
 """
 
-import csv
 import os
 from itertools import islice
 
@@ -11,10 +10,11 @@ from einops import rearrange
 from torch import Tensor
 
 from flperf.config import Config
-from flperf.data.annotations import Annotations, existing_file, read_labels
+from flperf.data.annotations import Annotations, class_index, read_labels
 from flperf.data.dataset import Dataset, load_with, read_splits
 from flperf.data.loader import Reader
 from flperf.data.samplers import ClipRequest
+from flperf.data.text_files import csv_rows, is_utf8, not_text
 from flperf.errors import UserError, first_line
 
 LABEL_COLUMN = "label"  # of the manifest; optional
@@ -56,23 +56,30 @@ class LatentFileReader(Reader):
 
 def read_manifest(file: str | None, key: str, column: str, limit: int | None) -> Annotations:
     """Paths (relative to the manifest) and labels (0 without a column of labels) of its rows."""
-    file = existing_file(file, key, f"a manifest CSV of cached latents with a column {column}")
-    with open(file, newline="", encoding="utf-8") as lines:
-        reader = csv.DictReader(lines)
-        columns, rows = list(reader.fieldnames or []), list(islice(reader, limit))
-    if columns and column not in columns:
-        raise UserError(f"{file}: has no column {column} (dataset.out_path_column); its columns: {', '.join(columns)}")
-    if not rows:
+    what = f"a manifest CSV of cached latents with a column {column}"
+    rows = csv_rows(file, key, what)
+    _, columns = next(rows, (1, [column]))
+    if column not in columns:
+        raise UserError(
+            f"{file}: has no column {column} (dataset.out_path_column); its columns: {', '.join(columns)[:200]}"
+        )
+    folder, paths, labels = os.path.dirname(file or ""), [], []
+    for number, cells in islice(rows, limit):
+        row = dict(zip(columns, cells, strict=False))
+        try:
+            if len(cells) != len(columns):
+                raise ValueError(f"has {len(cells)} columns, the header has {len(columns)}")
+            if not row.get(column):
+                raise ValueError(f"needs a path under {column}")
+            paths.append(os.path.join(folder, row[column]))
+            labels.append(class_index(row.get(LABEL_COLUMN) or "0"))
+        except ValueError as error:
+            raise UserError(f"{file}: row {number}: {error}") from None
+        if not is_utf8(row[column]) and not os.path.exists(paths[-1]):
+            raise not_text(f"{file}: row {number}", key, what)
+    if not paths:
         raise UserError(f"{file}: holds no clips")
-    folder = os.path.dirname(file)
-    labels = [row.get(LABEL_COLUMN) or "0" for row in rows]
-    for number, (row, label) in enumerate(zip(rows, labels, strict=True), start=2):  # row 1 is the header
-        if not row[column] or not label.isdecimal():
-            raise UserError(
-                f"{file}: row {number}: needs a path under {column}, and an index under {LABEL_COLUMN} if it has "
-                "that column"
-            )
-    return Annotations([os.path.join(folder, row[column]) for row in rows], [int(label) for label in labels])
+    return Annotations(paths, labels)
 
 
 def read_latents(path: str) -> Tensor:

@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flperf.config import Config
-from flperf.data.annotations import Annotations, has_header
+from flperf.data.annotations import Annotations
+from flperf.data.text_files import has_header
 from flperf.errors import UserError
 from flperf.files import atomic_file, word_sum
 
@@ -94,8 +95,11 @@ def checksum(row: np.ndarray) -> int:
 
 
 def write_csv(path: Path, rows: list) -> None:
-    """Write a CSV file, complete or not at all."""
-    with atomic_file(path) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as lines:
+    """Write a CSV file, complete or not at all. File names keep their bytes."""
+    with (
+        atomic_file(path) as unfinished,
+        open(unfinished, "w", newline="", encoding="utf-8", errors="surrogateescape") as lines,
+    ):
         csv.writer(lines).writerows(rows)
 
 

@@ -1,6 +1,5 @@
 """A dataset of cached latents in the shards that `flperf encode` writes (see `latent_shards`)."""
 
-import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -10,12 +9,15 @@ import torch
 from torch import Tensor
 
 from flperf.config import Config, differences
-from flperf.data.annotations import Annotations, existing_file, read_labels
+from flperf.data.annotations import Annotations, class_index, read_labels
 from flperf.data.dataset import Dataset, load_with
 from flperf.data.latent_shards import COLUMNS, Shard, check_row, identity, is_shards, open_shard, read_row, shard_path
 from flperf.data.loader import Reader
 from flperf.data.samplers import ClipRequest
+from flperf.data.text_files import csv_rows, existing_file
 from flperf.errors import UserError
+
+MANIFEST_FILE = "the manifest.csv that flperf encode wrote"
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ def open_shard_dataset(config: Config, seed: int) -> Dataset:
     caches = {}
     for split, file in (("train", dataset.train), ("validation", dataset.validation)):
         if file:
-            manifest = existing_file(file, f"dataset.{split}", "the manifest.csv that flperf encode wrote")
-            caches[split] = open_shards(manifest, config, dataset.limit)
+            key = f"dataset.{split}"
+            caches[split] = open_shards(existing_file(file, key, MANIFEST_FILE), config, dataset.limit, key)
     splits = {"validation": Annotations([], [])} | {split: annotations for split, (_, annotations) in caches.items()}
     read_labels(dataset.labels, list(splits.values()))  # raises if it is incomplete
     readers = {split: ShardReader(shards) for split, (shards, _) in caches.items()}
@@ -62,13 +64,15 @@ class ShardReader(Reader):
             self.checked[request.clip] = 1
 
 
-def open_shards(manifest: str, config: Config, limit: int | None) -> tuple[Shards, Annotations]:
-    """Open the first `limit` clips of a split by its manifest.
+def open_shards(
+    manifest: str, config: Config, limit: int | None, key: str = "dataset.train"
+) -> tuple[Shards, Annotations]:
+    """Open the first `limit` clips of a split by its manifest, which `key` names.
 
     Raises `UserError` if a row or a shard can't be used, if shards differ, or if their encoding is not the configured
     one.
     """
-    rows = list(islice(_manifest_rows(manifest), limit))
+    rows = list(islice(_manifest_rows(manifest, key), limit))
     if not rows:
         raise UserError(f"{manifest}: holds no clips")
     positions = [(shard_path(Path(manifest).parent, shard), row) for _, _, shard, row in rows]
@@ -101,19 +105,20 @@ def channel_statistics(shards: Shards) -> tuple[Tensor, Tensor]:
     return mean, (squares - mean.square()).clamp(min=0).sqrt()
 
 
-def _manifest_rows(manifest: str) -> Iterator[tuple[str, int, int, int]]:
+def _manifest_rows(manifest: str, key: str) -> Iterator[tuple[str, int, int, int]]:
     """(path, label, shard, row) of each clip."""
     if not is_shards(manifest):
         raise UserError(
             f"{manifest}: is not a manifest of shards ({','.join(COLUMNS)}); encode both splits in one format"
         )
-    with open(manifest, newline="", encoding="utf-8") as lines:
-        for number, cells in enumerate(islice(csv.reader(lines), 1, None), start=2):
-            if len(cells) != len(COLUMNS) or not all(cell.isdecimal() for cell in cells[1:]):
-                raise UserError(
-                    f"{manifest}: row {number}: expected {','.join(COLUMNS)}, got {','.join(cells)!r}; encode again"
-                )
-            yield cells[0], int(cells[1]), int(cells[2]), int(cells[3])
+    for number, cells in islice(csv_rows(manifest, key, MANIFEST_FILE), 1, None):
+        try:
+            path, label, shard, row = cells
+            yield path, class_index(label), class_index(shard), class_index(row)
+        except ValueError:
+            raise UserError(
+                f"{manifest}: row {number}: expected {','.join(COLUMNS)}, got {','.join(cells)[:200]!r}; encode again"
+            ) from None
 
 
 def _check_identity(manifest: str, about: dict, config: Config) -> None:

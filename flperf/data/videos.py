@@ -1,19 +1,20 @@
 """A dataset of video files: a Kinetics CSV or an index of one. Decoders are imported when batches are asked for, since
 DALI alone takes a second to load."""
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from flperf.config import Config
 from flperf.config import Dataset as DatasetConfig
-from flperf.data.annotations import CLIPS_FILE, LABELS_FILE, Annotations, existing_file, read_annotations, read_labels
+from flperf.data.annotations import CLIPS_FILE, LABELS_FILE, Annotations, read_annotations, read_labels
 from flperf.data.dataset import Dataset, load_with, read_splits
 from flperf.data.loader import Reader
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.samplers import FrameSampling
+from flperf.data.text_files import existing_file
 
 NVDEC_PIPELINES = 4  # clips that NVDEC decodes at a time, beside PyAV; an H100 has seven decoders, an A100 five
 
@@ -82,11 +83,11 @@ def read_frames(path: str, indices: Sequence[int], decoder: str = "pyav") -> Ten
 
 
 def _read_clips(file: str | None, key: str, limit: int | None) -> Annotations:
-    if file is not None and Path(file).is_file():
+    if file is not None and os.path.isfile(file):
         from flperf.data import index
 
         if index.is_index(file):
-            return index.read_index(file, limit)
+            return index.read_index(file, limit, key)
     return read_annotations(file, key, limit)
 
 

@@ -6,6 +6,7 @@ that shapes the result. Otherwise it stops with an error that lists the differen
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -124,7 +125,7 @@ def _is_free(key: str) -> bool:
 def training_clips(dataset: Dataset) -> dict:
     """The number of training clips and a digest of their order, on which every sample of a run depends."""
     paths = dataset.splits["train"].paths
-    return {"clips": len(paths), "order": hashlib.sha256("\n".join(paths).encode()).hexdigest()}
+    return {"clips": len(paths), "order": hashlib.sha256(b"\n".join(map(os.fsencode, paths))).hexdigest()}
 
 
 def describe_run(process: Process) -> dict:

@@ -36,14 +36,21 @@ def test_a_byte_order_mark_and_extra_spaces_are_not_part_of_a_path(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["Café.mp4 0\n".encode("latin-1"), "a.mp4 0\n".encode("utf-16"), b"\x00\x00\x00\x20ftypisom\xff\xfe"]
+    "content",
+    [
+        "a.mp4 0\nCafé.mp4 0\n".encode("latin-1"),
+        "a.mp4 0\n".encode("utf-16"),
+        b"\x00\x00\x00\x20ftypisom\xff\xfe",
+        b"a.mp4 0\n" * 1000 + b"b\0.mp4 0\n",
+    ],
 )
 def test_files_that_are_not_utf8_are_named(tmp_path, content):
     (tmp_path / "a.csv").write_bytes(content)
-    with pytest.raises(UserError, match=r"a\.csv: is not UTF-8 text; .* dataset\.train"):
+    with pytest.raises(UserError, match=r"a\.csv: (row \d+: )?is not UTF-8 text; .* dataset\.train"):
         read_annotations(str(tmp_path / "a.csv"), "dataset.train", None)
-    with pytest.raises(UserError, match=r"a\.csv: is not UTF-8 text; .* dataset\.labels"):
-        read_labels(str(tmp_path / "a.csv"), [Annotations([], [])])
+    (tmp_path / "labels.csv").write_bytes(content.replace(b"a.mp4 0", b"0 a").replace(b".mp4 0", b" 1"))
+    with pytest.raises(UserError, match=r"labels\.csv: (row \d+: )?(is not UTF-8 text; .* dataset\.labels|expected)"):
+        read_labels(str(tmp_path / "labels.csv"), [Annotations([], [])])
 
 
 @pytest.mark.parametrize(

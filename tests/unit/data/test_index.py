@@ -9,10 +9,22 @@ import pytest
 
 from flperf.data import index
 from flperf.data.annotations import read_annotations
+from flperf.data.video_folders import read_folder
 from flperf.errors import UserError
 
 BROKEN = ["empty.webm", "text.mp4", "truncated.mp4", "audio.mp4", "missing.mp4", "no_frames.mp4"]
 GOOD = ["h264.mp4", "vp9.webm", "mjpeg.avi", "h264.ts"]
+
+
+def index_csv(source, labels: Path | str | None, out, threads: int | None = None) -> list[index.Row]:
+    """What `flperf index --csv` does."""
+    index.check_options(str(out), {"--csv": str(source), "--labels": labels and str(labels)}, threads)
+    return index.write_index(index.read_listed(str(source), labels and str(labels)), str(out), threads)
+
+
+def index_folder(folder, labels, out) -> list[index.Row]:
+    """What `flperf index --folder` does."""
+    return index.write_index(read_folder(str(folder), labels and str(labels)), str(out))
 
 
 @pytest.fixture
@@ -25,7 +37,7 @@ def annotated(videos, tmp_path):
 
 
 def test_an_index_has_the_properties_of_good_files_and_the_errors_of_others(annotated, tmp_path, decode_all, videos):
-    rows = index.write_index(str(annotated), None, str(tmp_path / "out" / "index.csv"))
+    rows = index_csv(annotated, None, tmp_path / "out" / "index.csv")
     assert [row.path.rpartition("/")[2] for row in rows] == [*GOOD, *BROKEN]  # in the order of the CSV
     for row in rows[: len(GOOD)]:
         frames = decode_all(videos / row.path.rpartition("/")[2])
@@ -38,7 +50,7 @@ def test_an_index_has_the_properties_of_good_files_and_the_errors_of_others(anno
 
 def test_training_reads_only_usable_files(annotated, tmp_path):
     out = tmp_path / "deeper" / "index.csv"
-    index.write_index(str(annotated), None, str(out))
+    index_csv(annotated, None, out)
     assert index.is_index(str(out)) and not index.is_index(str(annotated))
     annotations = index.read_index(str(out), None)
     assert len(annotations) == len(GOOD) and annotations.labels == [0, 1, 0, 1]
@@ -48,7 +60,7 @@ def test_training_reads_only_usable_files(annotated, tmp_path):
 
 def test_an_interrupted_index_goes_on(annotated, tmp_path, monkeypatch):
     out = tmp_path / "index.csv"
-    whole = index.write_index(str(annotated), None, str(out))
+    whole = index_csv(annotated, None, out)
     lines = out.read_bytes().splitlines(keepends=True)
     out.unlink()
     (tmp_path / "index.csv.partial").write_bytes(b"".join(lines[:4]) + lines[4][:7])  # killed in the middle of a row
@@ -56,7 +68,7 @@ def test_an_interrupted_index_goes_on(annotated, tmp_path, monkeypatch):
     monkeypatch.setattr(
         index, "probe_file", lambda folder, path, label: probed.append(path) or probe(folder, path, label)
     )
-    assert index.write_index(str(annotated), None, str(out)) == whole
+    assert index_csv(annotated, None, out) == whole
     assert len(probed) == len(whole) - 3
     assert not (tmp_path / "index.csv.partial").exists()
     with open(out, newline="") as file:
@@ -65,10 +77,10 @@ def test_an_interrupted_index_goes_on(annotated, tmp_path, monkeypatch):
 
 def test_labels_corrected_meanwhile_are_the_new_ones(annotated, tmp_path):
     out = tmp_path / "index.csv"
-    index.write_index(str(annotated), None, str(out))
+    index_csv(annotated, None, out)
     out.rename(tmp_path / "index.csv.partial")
     annotated.write_text(re.sub(r" (\d)\n", lambda found: f" {int(found[1]) + 5}\n", annotated.read_text()))
-    assert [row.label for row in index.write_index(str(annotated), None, str(out))] == read_annotations(
+    assert [row.label for row in index_csv(annotated, None, out)] == read_annotations(
         str(annotated), "--csv", None
     ).labels
 
@@ -86,7 +98,7 @@ def test_only_files_are_opened(videos, tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.mp4")
     monkeypatch.chdir(tmp_path)
     Path("clips.csv").write_text("a:b.webm 0\npipe.mp4 0\n")
-    rows = index.write_index("clips.csv", None, "index.csv")
+    rows = index_csv("clips.csv", None, "index.csv")
     assert [row.error for row in rows] == ["", "is not a file (OSError)"]
 
 
@@ -98,28 +110,28 @@ def test_mistaken_options_are_named(annotated, tmp_path):
         (csv_file, None, str(tmp_path), None, "--out: .* is a folder"),
         (csv_file, None, f"{csv_file}/index.csv", None, "--out: .* can't be written"),
         (csv_file, None, good, -1, "--threads: must be at least 1"),
-        (str(tmp_path / "nope"), None, good, None, "--folder: there is no .*nope"),
+        (str(tmp_path / "nope"), None, good, None, "--csv: there is no file .*nope"),
         (csv_file, str(tmp_path / "nope"), good, None, "--labels: there is no file .*nope"),
     ]:
         with pytest.raises(UserError, match=message):
-            index.write_index(source, labels, out, threads)
+            index_csv(source, labels, out, threads)
     assert annotated.read_text() == text
 
 
 def test_repeated_rows_are_kept_once_and_contradictions_refused(videos, tmp_path):
     file = tmp_path / "clips.csv"
     file.write_text(f"{videos}/vp9.webm 0\n{videos}/vp9.webm 0\n")
-    assert len(index.write_index(str(file), None, str(tmp_path / "index.csv"))) == 1
+    assert len(index_csv(file, None, tmp_path / "index.csv")) == 1
     file.write_text(f"{videos}/vp9.webm 0\n{videos}/vp9.webm 1\n")
     with pytest.raises(UserError, match="row 2: .* has class 1 here but 0 in row 1"):
-        index.write_index(str(file), None, str(tmp_path / "index.csv"))
+        index_csv(file, None, tmp_path / "index.csv")
 
 
 def test_mistakes_name_the_row(annotated, tmp_path):
     labels = tmp_path / "labels.csv"
     labels.write_text("0 zero\n")
     with pytest.raises(UserError, match="must name every class from 0 to 1"):
-        index.write_index(str(annotated), str(labels), str(tmp_path / "index.csv"))
+        index_csv(annotated, str(labels), str(tmp_path / "index.csv"))
     (tmp_path / "bad.csv").write_text(",".join(index.HEADER) + "\nclip.mp4,one,h264\n")
     with pytest.raises(UserError, match="row 2: is not a row of an index"):
         index.read_index(str(tmp_path / "bad.csv"), None)
@@ -146,7 +158,7 @@ def test_a_folder_of_class_folders_needs_no_csv(videos, tmp_path):
     (tmp_path / "train/a walking/notes.txt").write_text("no video")
     labels = str(tmp_path / "labels.csv")
     for split in ("train", "val"):
-        index.write_index(str(tmp_path / split), labels, str(tmp_path / f"{split}.csv"))
+        index_folder(tmp_path / split, labels, str(tmp_path / f"{split}.csv"))
     train, val = (index.read_index(str(tmp_path / f"{split}.csv"), None) for split in ("train", "val"))
     assert [path.rpartition("/")[2] for path in train.paths] == ["2.mp4", "3.MP4", "1.mp4"] and train.labels == [
         0,
@@ -157,14 +169,14 @@ def test_a_folder_of_class_folders_needs_no_csv(videos, tmp_path):
     (tmp_path / "val/c running").mkdir()
     (tmp_path / "val/c running/5.mp4").symlink_to(videos / "h264.mp4")
     with pytest.raises(UserError, match="c running: .*labels.csv has no such class"):
-        index.write_index(str(tmp_path / "val"), labels, str(tmp_path / "again.csv"))
+        index_folder(tmp_path / "val", labels, str(tmp_path / "again.csv"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="--folder: .* holds no videos"):
-        index.write_index(str(tmp_path / "empty"), None, str(tmp_path / "x.csv"))
+        index_folder(tmp_path / "empty", None, str(tmp_path / "x.csv"))
 
 
 def test_videos_without_classes_are_of_one(videos, tmp_path):
-    rows = index.write_index(str(videos), None, str(tmp_path / "index.csv"))
+    rows = index_folder(videos, None, tmp_path / "index.csv")
     assert {row.label for row in rows} == {0} and {"h264.mp4", "portrait.mp4", "truncated.mp4"} <= {
         row.path.rpartition("/")[2] for row in rows
     }
