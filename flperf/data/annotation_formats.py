@@ -13,7 +13,7 @@ from typing import Any
 
 from flperf.data.annotations import UNLABELLED, Annotations, class_index, class_name, number_classes
 from flperf.data.text_files import csv_rows, is_utf8, not_text, read_json
-from flperf.data.video_folders import LeftOut, Listing, has_video_suffix, list_files, why_no_video
+from flperf.data.video_folders import LeftOut, Listing, check_folder, has_video_suffix, list_files, why_no_video
 from flperf.errors import UserError
 
 KINETICS_FILE = "Kinetics' CSV with the header label,youtube_id,time_start,time_end,split"
@@ -78,6 +78,7 @@ def _find_clips(
     labels: str | None,
 ) -> Listing:
     """The files of the clips, in their order. `key_of` gives the key that the stem of a file's name stands for."""
+    check_folder(videos, "--videos")
     left_out: LeftOut = defaultdict(list)
     unique: dict[Hashable, NamedClip] = {}
     for clip in clips:
@@ -89,8 +90,8 @@ def _find_clips(
     chosen = {key: _choose(found[key], clip.label, videos, left_out) for key, clip in unique.items() if key in found}
     if not any(chosen.values()):
         raise UserError(
-            f"--videos: {videos} holds none of the {len(unique)} clips of {file}, such as {clips[0].file[:100]}; point it to "
-            "their folder"
+            f"--videos: {videos} holds none of the {len(unique)} clips of {file}, such as {clips[0].file[:100]}; point "
+            "it to their folder"
         )
     used = {clip.label or UNLABELLED for clip in unique.values()}
     if labels and os.path.lexists(labels) and UNLABELLED in used - set(names):

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
 import av
 from av.stream import Disposition
@@ -52,14 +53,22 @@ def read_folder(folder: str, labels: str | None, threads: int | None = None) -> 
     for a class that the file does not name.
     """
     left_out: LeftOut = defaultdict(list)
+    check_folder(folder, "--folder")
     files = find_videos(folder, threads, left_out)
     if not files:
-        listing = "; ".join(describe_left_out(left_out)) or "it is empty"
+        listing = "; ".join(line.strip() for line in describe_left_out(left_out)) or "it is empty"
         raise UserError(f"--folder: {folder} holds no videos: {listing}")
     classes = [class_name(file.split(os.sep)[0]) if os.sep in file else UNLABELLED for file in files]
     numbers = number_classes(sorted(set(classes)), set(classes), labels)
     paths = [os.path.join(os.path.abspath(folder), file) for file in files]
     return Listing(Annotations(paths, [numbers[name] for name in classes]), left_out=left_out)
+
+
+def check_folder(folder: str, option: str) -> None:
+    """Raise `UserError` if an option does not name a folder."""
+    if not os.path.isdir(folder):
+        state = f"{folder} is not a folder" if os.path.lexists(folder) else f"there is no folder {folder}"
+        raise UserError(f"{option}: {state}; point it to a folder of videos")
 
 
 def find_videos(folder: str, threads: int | None, left_out: LeftOut) -> list[str]:
@@ -78,14 +87,12 @@ def find_videos(folder: str, threads: int | None, left_out: LeftOut) -> list[str
 def list_files(folder: str, left_out: LeftOut) -> list[str]:
     """The files of a folder and the folders below it, relative to it, in the order of their names.
 
-    Links are followed. A folder that several paths lead to is listed once: where it lies, else under the first link.
+    Links are followed. A folder that several paths lead to is listed once: where it lies, or under the first link.
     """
-    if not os.path.isdir(folder):
-        raise UserError(f"there is no folder {folder}")
     files, seen = [], set()
     folders, links = [""], []
     while folders or links:
-        relative = folders.pop() if folders else links.pop(0)
+        relative = folders.pop() if folders else heappop(links)
         path = os.path.join(folder, relative)
         try:
             status = os.stat(path)
@@ -93,7 +100,7 @@ def list_files(folder: str, left_out: LeftOut) -> list[str]:
                 left_out["links to a folder that is listed already"].append(relative)
                 continue
             seen.add((status.st_dev, status.st_ino))
-            entries = sorted(os.scandir(path), key=lambda entry: entry.name, reverse=True)
+            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
         except OSError as error:
             left_out[f"folders that cannot be read ({error.strerror})"].append(relative or folder)
             continue
@@ -101,7 +108,10 @@ def list_files(folder: str, left_out: LeftOut) -> list[str]:
             name = os.path.join(relative, entry.name)
             kind = _kind(entry)
             if kind == "folder":
-                (links if entry.is_symlink() else folders).append(name)
+                if entry.is_symlink():
+                    heappush(links, name)
+                else:
+                    folders.append(name)
             elif kind == "file" or has_video_suffix(name):
                 files.append(name)
             else:
