@@ -1,5 +1,7 @@
 """Cached latents in the format of FutureLatents."""
 
+import os
+
 import pytest
 import torch
 
@@ -62,6 +64,32 @@ def test_a_missing_column_is_named(manifest):
 def test_a_missing_manifest_names_the_key():
     with pytest.raises(UserError, match="dataset.train: there is no file .*point it to a manifest"):
         open_cache("/no/such.csv")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (",0", "row 3: needs a path under out_path"),
+        ("a.pt,-1", "row 3: class index '-1' is negative"),
+        ("a.pt,900000000", "row 3: class index 900000000 is above"),
+        ("a.pt,0,1", "row 3: has 3 columns, the header has 2"),
+        ("a.pt", "row 3: has 1 columns, the header has 2"),
+    ],
+)
+def test_a_bad_row_of_a_manifest_is_named(manifest, row, message):
+    manifest.write_text(f"out_path,label\nclip 0.pt,0\n{row}\n")
+    with pytest.raises(UserError, match=f"manifest.csv: {message}"):
+        open_cache(manifest)
+
+
+def test_a_path_may_hold_bytes_that_are_not_utf8(manifest):
+    name = os.path.join(os.fsencode(manifest.parent), b"caf\xe9.pt")
+    os.rename(manifest.parent / "clip 0.pt", name)
+    manifest.write_bytes(b"out_path,label\ncaf\xe9.pt,0\n")
+    assert open_cache(manifest).latent_shape == (4, 3, 2, 6)
+    os.remove(name)
+    with pytest.raises(UserError, match="manifest.csv: row 2: is not UTF-8 text"):
+        open_cache(manifest)
 
 
 def test_an_empty_manifest_is_named(manifest):

@@ -9,7 +9,7 @@ from flperf.data import Dataset
 from flperf.data.annotations import Annotations
 from flperf.engine.process import start_process
 from flperf.errors import UserError
-from flperf.training.run_folder import RunFolder
+from flperf.training.run_folder import RunFolder, training_clips
 
 
 def test_a_run_keeps_its_id_and_a_new_run_gets_another(tmp_path):
@@ -74,3 +74,12 @@ def test_an_experiment_that_cannot_be_a_folder_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=f"{tmp_path}/file/experiment.*: cannot be written: Not a directory"):
         opened(tmp_path / "file/experiment", "a.mp4")
+
+
+def test_names_that_are_not_utf8_have_a_digest_and_others_keep_theirs():
+    def digest(*paths: str) -> str:
+        splits = {"train": Annotations(list(paths), [0] * len(paths))}
+        return training_clips(Dataset(splits, lambda *_: None, seed=0))["order"]
+
+    assert digest("é.mp4", "b.mp4") == "3ddaadbea1760637a8b99f1e9cc1c752653285a0dad6c03b8e24744f86d8bd0d"
+    assert digest("caf\udce9.mp4") != digest("café.mp4")
