@@ -12,6 +12,7 @@ from flperf.config import parse_config
 from flperf.config.futurelatents import translate
 from flperf.config.load import layers
 from flperf.errors import UserError, first_line
+from flperf.files import write_atomically
 
 
 def import_config(arguments: list[str]) -> None:
@@ -39,7 +40,7 @@ def import_config(arguments: list[str]) -> None:
     text = yaml.safe_dump(OmegaConf.to_container(tree), sort_keys=False)
     parse_config(text, str(out), ["name=imported"])  # raises if flperf could not load the new file
     header = [f"From {old.name} of FutureLatents by `flperf import-config`.", *report]
-    out.write_text("".join(f"# {line}\n" for line in header) + text)
+    write_atomically(out, "".join(f"# {line}\n" for line in header) + text)
     print("\n".join([f"{out}: written", *(f"  {line}" for line in report)]))
 
 

@@ -21,6 +21,7 @@ from flperf.config import Config, differences
 from flperf.data import WITHOUT_VIDEO, Dataset, latent_shards, open_dataset, prepare_dataset
 from flperf.data.annotations import Annotations
 from flperf.data.preprocessing import Preprocessing
+from flperf.data.text_files import read_json
 from flperf.engine.process import Process, compute_dtype
 from flperf.errors import UserError
 from flperf.files import atomic_file, write_atomically
@@ -133,7 +134,7 @@ class SplitEncoding:
         except OSError as error:
             raise UserError(f"--out: {self.folder} can't be made a folder ({error.strerror})") from None
         if file.exists():
-            self._check(file, json.loads(file.read_text()), identity)
+            self._check(file, read_json(str(file), "--out", "another folder"), identity)
         elif any(self.folder.iterdir()):
             raise UserError(
                 f"{self.folder}: holds files, but no {IDENTITY} that describes them; choose another --out or remove "

@@ -6,7 +6,6 @@ bilinear weights, centre crop, then `rescale * x`, `- mean`, `/ std`. The decode
 compiled encoder does the rest, so that only bytes are copied to the device.
 """
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flperf.config import Backbone
+from flperf.data.text_files import read_json
 from flperf.errors import UserError, first_line
 
 Size = tuple[int, int]  # (height, width)
@@ -166,8 +166,9 @@ def _read_file(weights: str) -> dict[str, Any]:
         file = os.path.join(weights, name) if os.path.isdir(weights) else _from_hub(weights, name)
         if file is None or not os.path.isfile(file):
             continue
-        with open(file) as text:
-            stored = json.load(text)
+        stored = read_json(file, "backbone.weights", "a folder as on the hub")
+        if not isinstance(stored, dict):
+            raise UserError(f"{file}: holds no settings of a processor; download it again")
         if name == "processor_config.json":  # since transformers 5, one file for all processors of a model
             stored = stored.get("video_processor") or stored.get("image_processor")
         if stored is not None:

@@ -216,3 +216,11 @@ def test_the_manifest_is_not_written_over_the_wrong_shards(cache):
     with pytest.raises(UserError, match="shard_00000.safetensors: holds other clips than rows 0 to 2 of the dataset"):
         latent_shards.write_manifest(folder, annotations, 3)
     assert (folder / latent_shards.MANIFEST).read_text() == before
+
+
+def test_a_manifest_keeps_names_that_are_not_utf8(cache):
+    folder, _ = cache
+    annotations = Annotations([f"caf\udce9 {clip}.mp4" for clip in range(7)], [0] * 7)
+    latent_shards.write_manifest(folder, annotations, 3)
+    _, read = open_shards(str(folder / latent_shards.MANIFEST), configuration(folder), None)
+    assert read.paths and set(read.paths) <= set(annotations.paths)

@@ -116,6 +116,13 @@ def test_unsupported_rules_are_refused(processor, message):
         Preprocessing.of(Backbone(processor=processor))
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", "{}".encode("utf-16"), b'{"size": "\xe9"}'])
+def test_a_damaged_configuration_is_named(tmp_path, content):
+    (tmp_path / "preprocessor_config.json").write_bytes(content)
+    with pytest.raises(UserError, match="preprocessor_config.json: (is not|holds no)"):
+        Preprocessing.of(Backbone(weights=str(tmp_path)))
+
+
 def test_weights_that_are_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for weights in (str(tmp_path), "/no/such/folder", "flperf/no-such-model"):
