@@ -124,23 +124,33 @@ def run_check(config: Config) -> Iterator[Finding]:
     run = build_components(config, process, evaluation_share(config, process))
     run.share = batch_share(config.trainer, replace(process, world_size=max(process.world_size, processes_here())))
     yield from (Finding("run", line) for line in describe(run).splitlines())
-    for split in ("train", "validation"):
-        size = len(run.dataset.splits[split])
-        if size:
-            # spread over the split, since files are often sorted by class
-            clips = [index * size // min(CLIPS, size) for index in range(min(CLIPS, size))]
-            yield clips_check(run, split, clips)
+    train, validation = run.dataset.splits["train"], run.dataset.splits["validation"]
+    first = 0
+    for source in train.sources:
+        clips = [first + clip for clip in spread(source.size, max(1, CLIPS // len(train.sources)))]
+        yield clips_check(run, "train", clips, f"train clips of {source.file}", source.file)
+        first += source.size
+    if not train.sources:
+        yield clips_check(run, "train", spread(len(train), CLIPS), "train clips", config.dataset.train)
+    if len(validation):
+        clips = spread(len(validation), CLIPS)
+        yield clips_check(run, "validation", clips, "validation clips", config.dataset.validation)
 
 
-def clips_check(run: "Components", split: str, clips: list[int]) -> Finding:
-    """Whether the given clips of a split can be read."""
+def spread(size: int, count: int) -> list[int]:
+    """`count` of `size` clips, or all of fewer; spread over the file, since files are often sorted by class."""
+    return [index * size // min(count, size) for index in range(min(count, size))]
+
+
+def clips_check(run: "Components", split: str, clips: list[int], what: str, file: str | None) -> Finding:
+    """Whether the given clips of a split can be read: `what`, which `file` lists."""
     skipped, read = [], 0
     for batch in run.dataset.chosen_batches([clips], CLIPS, split, run.process.device):
         skipped += batch.skipped
         read += int(batch.valid.sum())
-    text = f"{read} of {len(clips)} {split} clips read"
+    text = f"{read} of {len(clips)} {what} read"
     if not skipped:
         return Finding("clips", text)
     examples = "; ".join(f"{clip}: {reason}" for clip, reason in skipped[:3])
-    fix = f"find out why: flperf index --csv {getattr(run.config.dataset, split)} --out index.csv"
+    fix = f"find out why: flperf index --csv {file} --out index.csv"
     return Finding("clips", f"{text} ({examples})", fix)

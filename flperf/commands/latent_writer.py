@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -33,7 +33,8 @@ IDENTITY = "encoding.json"  # in the folder of a split: what is encoded there, s
 
 
 def encode_dataset(config: Config, process: Process, out: Path, *, as_files: bool) -> None:
-    """Write `out/train` and `out/validation`. The clips are shared between the processes; existing files are kept.
+    """Write `out/train` (`out/train_0` and so on for several sources) and `out/validation`. The clips are shared
+    between the processes; existing files are kept.
 
     Raises `UserError` if a folder holds anything else than latents of the same clips, encoder and format.
     """
@@ -43,16 +44,29 @@ def encode_dataset(config: Config, process: Process, out: Path, *, as_files: boo
         prepare_dataset(config)
     dist.barrier()
     preprocessing = Preprocessing.of(config.backbone)
-    dataset = open_dataset(config, preprocessing, config.seed)
+    folders = datasets_by_folder(config, preprocessing)
     dtype = compute_dtype(config.engine.precision, process.device)
     encoder = build_encoder(
         config.backbone, preprocessing, dtype=dtype, device=process.device, compile=config.engine.compile
     )
     geometry = latent_geometry(config, *encoder.latent_shape(config.dataset.n_frames))
-    for split, annotations in dataset.splits.items():
-        if len(annotations):
-            encoding = SplitEncoding(config, process, dataset, encoder, geometry, out / split, split)
-            encoding.write_files() if as_files else encoding.write_shards()
+    for folder, (dataset, split) in folders.items():
+        encoding = SplitEncoding(config, process, dataset, encoder, geometry, out / folder, split)
+        encoding.write_files() if as_files else encoding.write_shards()
+
+
+def datasets_by_folder(config: Config, preprocessing: Preprocessing) -> dict[str, tuple[Dataset, str]]:
+    """What is encoded: the dataset and its split by the name of the folder, which is that of the split. Each of several
+    sources gets a folder of its own, from `train_0` on, so that the latents can be mixed by weight as well."""
+    dataset = open_dataset(config, preprocessing, config.seed)
+    folders = {split: (dataset, split) for split, annotations in dataset.splits.items() if len(annotations)}
+    if config.dataset.sources:
+        del folders["train"]
+    for number, source in enumerate(config.dataset.sources or []):
+        keys = replace(config.dataset, train=source.train, sources=None, validation=None)
+        alone = open_dataset(replace(config, dataset=keys), preprocessing, config.seed)
+        folders[f"train_{number}"] = alone, "train"
+    return folders
 
 
 def clips_digest(config: Config, annotations: Annotations, split: str) -> str:

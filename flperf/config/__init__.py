@@ -13,6 +13,7 @@ from flperf.config.schema import (
     Objective,
     Sampling,
     Shapes,
+    Source,
     Tracking,
     Trainer,
 )

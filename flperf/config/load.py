@@ -8,12 +8,13 @@ or value is reported with its file. Keys are converted to lower case: older file
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, TypeGuard, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from flperf.config.futurelatents import convert_booleans, former_key
 from flperf.config.schema import Config
@@ -46,6 +47,8 @@ def _resolve(layers: Iterable[tuple[Path | str, dict]], overrides: Sequence[str]
         tree.name = name
     try:
         config = cast(Config, OmegaConf.to_object(tree))
+    except MissingMandatoryValue as error:
+        raise UserError(f"{source}: {error.full_key}: must be set") from None
     except OmegaConfBaseException as error:
         raise UserError(f"{source}: {error.full_key}: {first_line(error)}") from error
     check_values(config, source)
@@ -64,9 +67,16 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             lines += differences(before, after, f"{prefix}{key}.")
+        elif _are_sections(before) and _are_sections(after) and len(before) == len(after):
+            for number, pair in enumerate(zip(before, after, strict=True)):
+                lines += differences(*pair, f"{prefix}{key}[{number}].")
         elif before != after:
             lines.append(f"{prefix}{key}: {before} -> {after}")
     return lines
+
+
+def _are_sections(value: Any) -> TypeGuard[list[dict]]:
+    return isinstance(value, list) and all(isinstance(section, dict) for section in value)
 
 
 def _parse_override(override: str) -> dict:
@@ -80,13 +90,13 @@ def _parse_override(override: str) -> dict:
         raise UserError(f"command line: {override!r}: {first_line(error)}") from None
 
 
-def _merge(tree: DictConfig, layer: dict, source: str) -> DictConfig:
-    _check_keys(tree, layer, source)
+def _merge(tree: DictConfig, layer: dict, source: str, prefix: str = "") -> DictConfig:
+    _check_keys(tree, layer, source, prefix)
     convert_booleans(layer)
     try:
         return cast(DictConfig, OmegaConf.merge(tree, layer))
     except OmegaConfBaseException as error:
-        raise UserError(f"{source}: {error.full_key}: {first_line(error)}") from None
+        raise UserError(f"{source}: {prefix}{error.full_key}: {first_line(error)}") from None
 
 
 def _check_keys(tree: DictConfig, layer: dict, source: str, prefix: str = "") -> None:
@@ -97,6 +107,10 @@ def _check_keys(tree: DictConfig, layer: dict, source: str, prefix: str = "") ->
         full_key = f"{prefix}{key}"
         if key not in known:
             raise UserError(f"{source}: unknown key {full_key}: {_hint(full_key, prefix, known)}")
+        section = _listed_section(tree, key)
+        if section is not None:
+            _check_listed_sections(section, value, source, full_key)
+            continue
         node = OmegaConf.select(tree, key, throw_on_missing=False)
         is_section = isinstance(node, DictConfig) and OmegaConf.get_type(node) is not dict
         if is_section and isinstance(value, dict):
@@ -107,6 +121,24 @@ def _check_keys(tree: DictConfig, layer: dict, source: str, prefix: str = "") ->
             raise UserError(f"{source}: {full_key}: must be a list")
         elif isinstance(node, DictConfig) and isinstance(value, list):
             raise UserError(f"{source}: {full_key}: must be a mapping of keys to values")
+
+
+def _listed_section(tree: DictConfig, key: str) -> Any:
+    """The dataclass of the elements of a key that is a list of sections; None for any other key."""
+    hint = get_type_hints(OmegaConf.get_type(tree)).get(key)
+    lists = [part for part in (hint, *get_args(hint)) if get_origin(part) is list]
+    return next((part for listed in lists for part in get_args(listed) if is_dataclass(part)), None)
+
+
+def _check_listed_sections(section: type, value: Any, source: str, full_key: str) -> None:
+    """Raise `UserError` unless `value` is a list of mappings that fit the section, or null."""
+    if value is None or (isinstance(value, str) and value.startswith("${")):
+        return
+    if not isinstance(value, list) or not all(isinstance(element, dict) for element in value):
+        known = ", ".join(field.name for field in fields(section))
+        raise UserError(f"{source}: {full_key}: must be a list of sections with the keys {known}, is {value!r}")
+    for number, element in enumerate(value):
+        _merge(OmegaConf.structured(section), element, source, f"{full_key}[{number}].")
 
 
 def _hint(full_key: str, prefix: str, known: Sequence[str]) -> str:

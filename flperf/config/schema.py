@@ -39,11 +39,20 @@ class Shapes:
 
 
 @dataclass
+class Source:
+    """One of several sources of training clips."""
+
+    train: str = "???"  # as dataset.train
+    weight: float = 1.0  # its share of the samples is weight / the sum of all weights
+
+
+@dataclass
 class Dataset:
     """The clips. Paths of CSV files are relative to the working directory, paths in a CSV to the CSV."""
 
     kind: str = "kinetics_400"  # a key of flperf.data.DATASETS
     train: Optional[str] = None
+    sources: Optional[list[Source]] = None  # several files instead of `train`, mixed by weight
     validation: Optional[str] = None
     labels: Optional[str] = None
     out_path_column: str = "out_path"  # cached latents: the manifest's path column
@@ -54,7 +63,7 @@ class Dataset:
     decoder: Literal["auto", "dali", "pyav"] = "auto"
     threads: Optional[int] = None  # decoding threads per process; null: its share of the cores
     prefetch: int = 2  # batches decoded ahead; at least two clips per thread
-    limit: Optional[int] = None  # use only the first clips of each split
+    limit: Optional[int] = None  # use only the first clips of each split, and of each source
     shapes: Shapes = field(default_factory=Shapes)
 
 

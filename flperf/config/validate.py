@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from flperf.errors import UserError
 
 if TYPE_CHECKING:
-    from flperf.config.schema import Config
+    from flperf.config.schema import Config, Dataset
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ ALLOWED: dict[str, Allowed] = {
     "checkpoint.keep": AT_LEAST_1,
     "tracking.log_every": AT_LEAST_1,
 }
+WITHOUT_SOURCES = {"demo", "bouncing_shapes"}  # kinds of datasets that have their own clips
 RESERVED_NAMES = {"compile_cache", "debug"}  # other folders in `experiment`
 
 
@@ -112,7 +113,22 @@ def check_values(config: "Config", source: str) -> None:
             f"{source}: name: must be the name of a folder, not a path, and neither "
             f"{' nor '.join(sorted(RESERVED_NAMES))}; is {config.name!r}"
         )
+    _check_sources(config.dataset, source)
     _check_together(config, source)
+
+
+def _check_sources(dataset: "Dataset", source: str) -> None:
+    for number, each in enumerate(dataset.sources or []):
+        if each.weight not in ABOVE_0:
+            raise UserError(
+                f"{source}: dataset.sources[{number}].weight: must be {ABOVE_0.text} and finite, is {each.weight}"
+            )
+    if dataset.sources and dataset.train is not None:
+        raise UserError(
+            f"{source}: dataset.sources and dataset.train are both set; set the one that is not meant to null"
+        )
+    if dataset.sources and dataset.kind in WITHOUT_SOURCES:
+        raise UserError(f"{source}: dataset.sources: dataset.kind {dataset.kind!r} has its own clips; set it to null")
 
 
 def _check_together(config: "Config", source: str) -> None:

@@ -46,11 +46,21 @@ MISTAKES = {
 
 
 @dataclass(frozen=True)
+class SourceClips:
+    """One of several sources of a split."""
+
+    file: str
+    size: int  # number of its clips
+    weight: float  # its share of the samples is proportional to it
+
+
+@dataclass(frozen=True)
 class Annotations:
     """Paths and class indices of the clips of one split, in order."""
 
     paths: list[str]
     labels: list[int]
+    sources: tuple[SourceClips, ...] = ()  # their clips follow one another; () if the split is one file
 
     def __len__(self) -> int:
         return len(self.paths)

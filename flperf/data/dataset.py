@@ -1,13 +1,13 @@
 """A dataset: its splits, and the batches of their clips in the order of a sampler."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flperf.config import Dataset as DatasetConfig
-from flperf.data.annotations import Annotations
+from flperf.data.annotations import Annotations, SourceClips
 from flperf.data.loader import Reader, cores_per_process, load_batches
 from flperf.data.samplers import Batches, BatchShare, ClipRequest, Sampler, TrainingSampler, ValidationSampler
 
@@ -28,7 +28,7 @@ class Dataset:
 
     @property
     def train_size(self) -> int:
-        """Number of training clips."""
+        """Number of training clips of all sources, which is the number of samples in an epoch."""
         return len(self.splits["train"])
 
     @property
@@ -36,9 +36,14 @@ class Dataset:
         """Number of validation clips; 0 without such a split."""
         return len(self.splits["validation"])
 
+    @property
+    def training_sampler(self) -> TrainingSampler:
+        """The order of the training clips."""
+        return TrainingSampler(self.train_size, self.seed, self.splits["train"].sources)
+
     def train_batches(self, first_step: int, share: BatchShare, device: torch.device) -> Batches:
         """The endless stream of this process's micro-batches from `first_step` on; `close()` ends its threads."""
-        sampler = TrainingSampler(self.train_size, self.seed)
+        sampler = self.training_sampler
         return self.load(sampler.batches(first_step, share), sampler, "train", device)
 
     def validation_batches(
@@ -72,6 +77,24 @@ def load_with(
 
 def read_splits(dataset: DatasetConfig, read: Callable[[str | None, str], Annotations]) -> dict[str, Annotations]:
     """Both splits by `read(file, key)`; an empty one without a validation file."""
-    train = read(dataset.train, "dataset.train")
+    train = join_sources(dataset, [read(file, key) for file, key in training_files(dataset)])
     validation = read(dataset.validation, "dataset.validation") if dataset.validation else Annotations([], [])
     return {"train": train, "validation": validation}
+
+
+def training_files(dataset: DatasetConfig) -> list[tuple[str | None, str]]:
+    """(file, key) of the training split: `dataset.train`, or each of `dataset.sources`."""
+    if dataset.sources:
+        return [(source.train, f"dataset.sources[{k}].train") for k, source in enumerate(dataset.sources)]
+    return [(dataset.train, "dataset.train")]
+
+
+def join_sources(dataset: DatasetConfig, parts: Sequence[Annotations]) -> Annotations:
+    """The training split of the clips of each file of `training_files`."""
+    if not dataset.sources:
+        return parts[0]
+    sources = [
+        SourceClips(source.train, len(part), source.weight) for source, part in zip(dataset.sources, parts, strict=True)
+    ]
+    paths = [path for part in parts for path in part.paths]
+    return Annotations(paths, [label for part in parts for label in part.labels], tuple(sources))

@@ -6,7 +6,7 @@ from pathlib import Path
 from flperf.config import Config
 from flperf.config import Dataset as DatasetConfig
 from flperf.data.bouncing_shapes import open_shapes
-from flperf.data.dataset import Dataset
+from flperf.data.dataset import Dataset, training_files
 from flperf.data.latent_files import open_file_dataset
 from flperf.data.latent_shards import is_shards
 from flperf.data.preprocessing import Preprocessing
@@ -23,7 +23,10 @@ def open_dataset(config: Config, preprocessing: Preprocessing | None, seed: int)
     kind = config.dataset.kind
     if kind not in DATASETS:
         raise UserError(f"dataset.kind: {kind!r} is none of {', '.join(DATASETS)}")
-    return DATASETS[kind](config, preprocessing, seed)
+    dataset = DATASETS[kind](config, preprocessing, seed)
+    if config.dataset.sources and not dataset.splits["train"].sources:
+        raise UserError(f"dataset.sources: dataset.kind {kind!r} does not read them; set it to null")
+    return dataset
 
 
 def prepare_dataset(config: Config) -> None:
@@ -47,7 +50,8 @@ def _open_demo(config: Config, preprocessing: Preprocessing, seed: int) -> Datas
 
 def _open_cached(config: Config, preprocessing: None, seed: int) -> Dataset:
     """Shards that `flperf encode` wrote, or FutureLatents' files, by the header of the manifest."""
-    return (open_shard_dataset if is_shards(config.dataset.train) else open_file_dataset)(config, seed)
+    in_shards = any(is_shards(file) for file, _ in training_files(config.dataset))
+    return (open_shard_dataset if in_shards else open_file_dataset)(config, seed)
 
 
 def _demo_csv(dataset: DatasetConfig) -> str:

@@ -1,18 +1,23 @@
 """The order in which clips are read, and what a batch of them holds.
 
 Training is one endless stream of samples. Sample s is clip permutation(seed, s // N)[s % N] of N clips: every clip
-comes once an epoch, batches straddle epochs, and resuming needs only the step. If a clip can't be read, attempt 1, 2, …
+comes once an epoch, batches straddle epochs, and resuming needs only the step. With several sources, sample s is the
+j-th of source k (see `mixture`), and each source has permutations of its own. If a clip can't be read, attempt 1, 2, …
 at the same sample takes the next clip of the permutation, which is the same on every machine. Validation has no
 replacements: an unreadable clip is marked invalid.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from flperf.data.annotations import SourceClips
+from flperf.data.mixture import Mixture
 
 
 @dataclass(frozen=True)
@@ -80,20 +85,43 @@ Batches = Generator[ClipBatch, None, None]  # `close()` ends the threads that re
 
 
 class TrainingSampler:
-    """The endless training stream of a split of `size` clips; a pure function of (seed, sample, attempt)."""
+    """The endless training stream of a split of `size` clips; a pure function of (seed, sample, attempt). Its sources
+    are consecutive ranges of clips; without any, all clips are one source."""
 
     replaces = True  # an unreadable clip is replaced by the next attempt
 
-    def __init__(self, size: int, seed: int):
-        self.size = size
-        self.permutation = lru_cache(maxsize=2)(lambda epoch: np.random.default_rng((seed, epoch)).permutation(size))
-        self.seed = seed
+    def __init__(self, size: int, seed: int, sources: Sequence[SourceClips] = ()):
+        self.size, self.seed = size, seed
+        self.sizes = [source.size for source in sources] or [size]
+        self.firsts = [0, *itertools.accumulate(self.sizes[:-1])]  # the first clip of each source
+        self.mixture = Mixture([source.weight for source in sources] or [1.0], seed)
+        # The passes over a source are cached apart from the others': a small one changes its order often.
+        self.permutations = [lru_cache(maxsize=2)(partial(self._permutation, k)) for k in range(len(self.sizes))]
 
     def request(self, sample: int, attempt: int = 0) -> ClipRequest:
-        """The clip of a sample; attempts above 0 are replacements."""
-        clip = int(self.permutation(sample // self.size)[(sample + attempt) % self.size])
+        """The clip of a sample; attempts above 0 are replacements, from the same source."""
+        source, number = self.mixture.place(sample)
+        size = self.sizes[source]
+        clip = self.firsts[source] + int(self.permutations[source](number // size)[(number + attempt) % size])
         # The trailing 1 keeps these numbers apart from those of the permutations.
         return ClipRequest(sample, attempt, clip, _uniform(self.seed, sample, attempt, 1), valid=True)
+
+    def candidates(self, sample: int) -> int:
+        """How many clips can take the place of a sample: those of its source."""
+        return self.sizes[self.mixture.place(sample)[0]]
+
+    def first_clips(self, count: int) -> list[int]:
+        """The first `count` clips, or all if there are fewer; of several sources the first clips of each, in the
+        proportions of the mixture."""
+        counts = self.mixture.counts(min(count, self.size))
+        taken = [range(first, first + min(*pair)) for first, *pair in zip(self.firsts, self.sizes, counts, strict=True)]
+        return list(itertools.chain(*taken))
+
+    def _permutation(self, source: int, epoch: int) -> np.ndarray:
+        """The order of a source's clips in its pass number `epoch`."""
+        # The first source has the order that it would have alone.
+        entropy = (self.seed, epoch, source) if source else (self.seed, epoch)
+        return np.random.default_rng(entropy).permutation(self.sizes[source])
 
     def batches(self, first_step: int, share: BatchShare) -> Iterator[list[ClipRequest]]:
         """The micro-batches of one rank from `first_step` on. Within a global batch, sample i of micro-batch a of rank

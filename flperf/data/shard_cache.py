@@ -1,6 +1,6 @@
 """A dataset of cached latents in the shards that `flperf encode` writes (see `latent_shards`)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -10,9 +10,10 @@ from torch import Tensor
 
 from flperf.config import Config, differences
 from flperf.data.annotations import Annotations, class_index, read_labels
-from flperf.data.dataset import Dataset, load_with
+from flperf.data.dataset import Dataset, join_sources, load_with, training_files
 from flperf.data.latent_shards import COLUMNS, Shard, check_row, identity, is_shards, open_shard, read_row, shard_path
 from flperf.data.loader import Reader
+from flperf.data.mixture import shares
 from flperf.data.samplers import ClipRequest
 from flperf.data.text_files import csv_rows, existing_file
 from flperf.errors import UserError
@@ -33,17 +34,34 @@ class Shards:
 def open_shard_dataset(config: Config, seed: int) -> Dataset:
     """The splits whose manifests `config.dataset` names, with statistics of the training split's channels."""
     dataset = config.dataset
-    caches = {}
-    for split, file in (("train", dataset.train), ("validation", dataset.validation)):
-        if file:
-            key = f"dataset.{split}"
-            caches[split] = open_shards(existing_file(file, key, MANIFEST_FILE), config, dataset.limit, key)
-    splits = {"validation": Annotations([], [])} | {split: annotations for split, (_, annotations) in caches.items()}
+
+    def opened(file: str | None, key: str) -> tuple[Shards, Annotations]:
+        return open_shards(existing_file(file, key, MANIFEST_FILE), config, dataset.limit, key)
+
+    sources, annotations = zip(*(opened(file, key) for file, key in training_files(dataset)), strict=True)
+    caches, splits = {"train": join_shards(sources)}, {"train": join_sources(dataset, annotations)}
+    splits["validation"] = Annotations([], [])
+    if dataset.validation:
+        caches["validation"], splits["validation"] = opened(dataset.validation, "dataset.validation")
     read_labels(dataset.labels, list(splits.values()))  # raises if it is incomplete
-    readers = {split: ShardReader(shards) for split, (shards, _) in caches.items()}
+    readers = {split: ShardReader(shards) for split, shards in caches.items()}
     load = load_with(lambda split, *_: readers[split], splits, dataset)
-    train = caches["train"][0]
-    return Dataset(splits, load, seed, latent_shape=train.shape, channel_statistics=channel_statistics(train))
+    statistics = channel_statistics(sources, [source.weight for source in dataset.sources or []] or [1.0])
+    return Dataset(splits, load, seed, latent_shape=caches["train"].shape, channel_statistics=statistics)
+
+
+def join_shards(sources: Sequence[Shards]) -> Shards:
+    """All sources as one, their clips one after another. Raises `UserError` if they were encoded differently."""
+    path, first = next(iter(sources[0].files.items()))
+    for source in sources[1:]:
+        other_path, other = next(iter(source.files.items()))
+        changed = differences(_encoding(first), _encoding(other))
+        if changed:
+            raise UserError(
+                f"{other_path}: was encoded differently from {path} ({'; '.join(changed)}); sources need one encoding"
+            )
+    files = {path: shard for source in sources for path, shard in source.files.items()}
+    return Shards(files, [row for source in sources for row in source.rows], sources[0].shape, sources[0].dtype)
 
 
 class ShardReader(Reader):
@@ -96,12 +114,15 @@ def open_shards(
     return Shards(files, positions, first.shape, first.dtype), annotations
 
 
-def channel_statistics(shards: Shards) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel over all tokens of the split, fp64 [d], from the sums that were taken
-    while encoding."""
-    t, h, w, _ = shards.shape
-    tokens = sum(len(shard.clips) for shard in shards.files.values()) * t * h * w
-    mean, squares = torch.stack([shard.sums for shard in shards.files.values()]).sum(0) / tokens
+def channel_statistics(sources: Sequence[Shards], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel over all tokens, fp64 [d], from the sums that were taken while
+    encoding. Each source counts by its share of the samples in training."""
+    t, h, w, _ = sources[0].shape
+    mixed = torch.zeros_like(next(iter(sources[0].files.values())).sums)
+    for source, share in zip(sources, shares(weights), strict=True):
+        tokens = sum(len(shard.clips) for shard in source.files.values()) * t * h * w
+        mixed += float(share) * torch.stack([shard.sums for shard in source.files.values()]).sum(0) / tokens
+    mean, squares = mixed
     return mean, (squares - mean.square()).clamp(min=0).sqrt()
 
 
@@ -109,7 +130,8 @@ def _manifest_rows(manifest: str, key: str) -> Iterator[tuple[str, int, int, int
     """(path, label, shard, row) of each clip."""
     if not is_shards(manifest):
         raise UserError(
-            f"{manifest}: is not a manifest of shards ({','.join(COLUMNS)}); encode both splits in one format"
+            f"{manifest}: is not a manifest of shards ({','.join(COLUMNS)}); encode all splits and sources in one "
+            "format"
         )
     for number, cells in islice(csv_rows(manifest, key, MANIFEST_FILE), 1, None):
         try:
@@ -138,3 +160,8 @@ def _check_identity(manifest: str, about: dict, config: Config) -> None:
 def _kind(shard: Shard) -> dict:
     """What all shards of a split have in common."""
     return shard.identity | {"latents": list(shard.shape), "dtype": shard.dtype}
+
+
+def _encoding(shard: Shard) -> dict:
+    """What all sources have in common: all but the digest of their clips."""
+    return {key: value for key, value in _kind(shard).items() if key != "clips"}

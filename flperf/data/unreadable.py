@@ -75,10 +75,11 @@ def read_or_replace(
     """Call `read(request)`; returns the request that was read, and the clips that could not be.
 
     In training the next attempts follow until a clip is readable; after MIN_OPENED failures, or once every clip of a
-    smaller dataset has failed, it raises `UserError`. In validation an unreadable request comes back invalid.
+    smaller source has failed, it raises `UserError`. In validation an unreadable request comes back invalid.
     """
     skipped: Skipped = []
-    for _ in range(min(sampler.size, MIN_OPENED)):
+    candidates = sampler.candidates(request.sample) if isinstance(sampler, TrainingSampler) else 1
+    for _ in range(min(candidates, MIN_OPENED)):
         try:
             read(request)
             return request, skipped

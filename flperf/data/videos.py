@@ -10,7 +10,7 @@ from torch import Tensor
 from flperf.config import Config
 from flperf.config import Dataset as DatasetConfig
 from flperf.data.annotations import CLIPS_FILE, LABELS_FILE, Annotations, read_annotations, read_labels
-from flperf.data.dataset import Dataset, load_with, read_splits
+from flperf.data.dataset import Dataset, load_with, read_splits, training_files
 from flperf.data.loader import Reader
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.samplers import FrameSampling
@@ -35,7 +35,8 @@ def open_videos(config: Config, preprocessing: Preprocessing, seed: int) -> Data
 
 def check_files(dataset: DatasetConfig) -> None:
     """Raise `UserError` if a file of annotations does not exist."""
-    existing_file(dataset.train, "dataset.train", CLIPS_FILE)
+    for file, key in training_files(dataset):
+        existing_file(file, key, CLIPS_FILE)
     for key, what in (("validation", CLIPS_FILE), ("labels", LABELS_FILE)):
         if getattr(dataset, key):
             existing_file(getattr(dataset, key), f"dataset.{key}", what)

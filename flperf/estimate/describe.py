@@ -1,5 +1,9 @@
 """The sizes of a run as text: clips, latents, parameters, FLOPs and memory. A run prints them when it starts."""
 
+from collections.abc import Iterator
+
+from flperf.data import Dataset
+from flperf.data.mixture import shares
 from flperf.engine.devices import memory_gb
 from flperf.estimate.zero import model_states
 from flperf.models.attention import attention_operator
@@ -24,6 +28,7 @@ def describe(components: Components) -> str:
     lines = [
         f"data      {config.dataset.kind}: {components.dataset.train_size} training clips, "
         f"{components.dataset.validation_size} validation clips",
+        *source_lines(components.dataset),
         f"latents   {geometry.context_frames} context + {geometry.target_frames} target frames, "
         f"{geometry.height} x {geometry.width} x {geometry.dim} each",
     ]
@@ -40,3 +45,15 @@ def describe(components: Components) -> str:
         f"{memory_gb(device):.2f} GB held now by this process, before activations",
     ]
     return "\n".join(lines)
+
+
+def source_lines(dataset: Dataset) -> Iterator[str]:
+    """A line for each of several sources: its clips, its share of the samples, and how often an epoch reads it."""
+    sources = dataset.splits["train"].sources
+    of_samples = shares([source.weight for source in sources])
+    for source, share in zip(sources, of_samples, strict=True):
+        passes = float(share * dataset.train_size / source.size)
+        yield (
+            f"source    {source.file}: {source.size} clips, {float(share):.4g} of the samples; "
+            f"an epoch reads each clip {passes:.3g} times"
+        )

@@ -20,10 +20,10 @@ from flperf.run import Run
 
 def training_features(run: Run) -> tuple[Tensor, Tensor]:
     """Labels int64 [n] and pooled true target latents fp32 [n d] of the first `evaluation.probe_clips` training clips,
-    gathered from all processes."""
+    gathered from all processes. Of several sources they are the first of each, in the proportions of the mixture."""
     pooled, process = PooledLatents(), run.process
-    count = min(run.config.evaluation.probe_clips, run.dataset.train_size)
-    mine = range(process.rank, count, process.world_size)
+    clips = run.dataset.training_sampler.first_clips(run.config.evaluation.probe_clips)
+    mine = clips[process.rank :: process.world_size]
     for batch in run.dataset.chosen_batches([mine], run.share.micro_batch_size, "train", process.device):
         _, target = run.latents(batch)
         pooled.add({"target": target.float()}, batch)

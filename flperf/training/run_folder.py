@@ -80,7 +80,7 @@ class RunFolder:
         renamed. Raises `UserError` if an earlier run of this name had other training clips. A collective."""
         clips = training_clips(dataset)
         if not (self.debug or overwrite):
-            self._check_clips(clips)
+            self._check_clips(clips, "dataset.sources" if dataset.splits["train"].sources else "dataset.train")
         if process.is_main:
             with writing(self.path):
                 if self.debug:
@@ -93,11 +93,11 @@ class RunFolder:
             self.describe(**describe_run(process), training=clips)
         dist.barrier()
 
-    def _check_clips(self, clips: dict) -> None:
+    def _check_clips(self, clips: dict, key: str) -> None:
         earlier = self._described().get("training", clips)
         if earlier["order"] != clips["order"]:
             raise UserError(
-                f"dataset.train: names other clips ({clips['clips']}), or in another order, than the run in "
+                f"{key}: names other clips ({clips['clips']}), or in another order, than the run in "
                 f"{self.path} was trained on ({earlier['clips']}); {START_OVER}"
             )
 
@@ -124,8 +124,9 @@ def _is_free(key: str) -> bool:
 
 def training_clips(dataset: Dataset) -> dict:
     """The number of training clips and a digest of their order, on which every sample of a run depends."""
-    paths = dataset.splits["train"].paths
-    return {"clips": len(paths), "order": hashlib.sha256(b"\n".join(map(os.fsencode, paths))).hexdigest()}
+    train = dataset.splits["train"]
+    lines = [os.fsencode(path) for path in train.paths] + [b"%d" % source.size for source in train.sources]
+    return {"clips": len(train), "order": hashlib.sha256(b"\n".join(lines)).hexdigest()}
 
 
 def describe_run(process: Process) -> dict:

@@ -22,7 +22,7 @@ evaluation.sampling.steps=2 evaluation.probe_clips=12 evaluation.max_clips=4
 """
 SHRUNK = ("train", "encode", "doctor")  # commands that read a configuration; the others read what these wrote
 ELSEWHERE = ("/data/", "~/", "configs/references/", "configs/shapes/", "configs/k400.yaml", "configs/mine.yaml")
-ELSEWHERE += ("experiment/k400", "experiment/predictor", "OLD.")
+ELSEWHERE += ("mixture.yaml", "experiment/k400", "experiment/predictor", "OLD.")
 OWN_VIDEOS = {"h264.mp4": "cats", "vp9.webm": "cats", "hevc.mp4": "dogs", "portrait.mp4": "dogs", "empty.webm": "dogs"}
 
 

@@ -64,11 +64,26 @@ def test_a_configuration_is_opened_as_a_run_would(tiny, monkeypatch, capsys):
     assert "FAIL  config" in printed and "nowhere.csv" in printed and printed.endswith("1 failed\n")
 
 
+def test_clips_of_each_source_are_read(tiny, tmp_path):
+    latents = {"backbone.weights=null", "dataset.kind=kinetics_400_cached", "dataset.n_frames=8"}
+    for name, clips in (("a", 12), ("b", 3)):
+        for clip in range(clips):
+            torch.save(torch.randn(24, 4, 2, 2), tmp_path / f"{name}{clip}.pt")
+        rows = [f"{name}{clip}.pt" for clip in range(clips)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["out_path", *rows]))
+    sources = f"dataset.sources=[{{train: {tmp_path}/a.csv}}, {{train: {tmp_path}/b.csv, weight: 3}}]"
+    found = list(map(str, doctor_config.run_check(load_config(tiny, [*latents, sources]))))
+    assert any(f"5 of 5 train clips of {tmp_path}/a.csv read" in line for line in found)
+    assert any(f"3 of 3 train clips of {tmp_path}/b.csv read" in line for line in found)
+    assert any(f"{tmp_path}/b.csv: 3 clips, 0.75 of the samples" in line for line in found)
+
+
 def test_unreadable_clips_fail_the_check_with_examples(tiny):
     batches = [SimpleNamespace(skipped=[("a.mp4", "no video stream")], valid=torch.tensor([True, False]))]
     dataset = SimpleNamespace(chosen_batches=lambda *_: batches)
-    run = SimpleNamespace(dataset=dataset, process=SimpleNamespace(device="cpu"), config=load_config(REFERENCE))
-    finding = doctor_config.clips_check(run, "train", [0, 1])
+    run = SimpleNamespace(dataset=dataset, process=SimpleNamespace(device="cpu"))
+    file = load_config(REFERENCE).dataset.train
+    finding = doctor_config.clips_check(run, "train", [0, 1], "train clips", file)
     assert finding.text == "1 of 2 train clips read (a.mp4: no video stream)"
     assert "flperf index --csv data/kinetics_400/train.csv" in finding.fix
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flperf.config import differences, load_config
+from flperf.config import Source, differences, dump_config, load_config, parse_config
 from flperf.errors import UserError
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -83,6 +83,19 @@ def test_keys_in_upper_case_are_those_in_lower_case(write):
         ("trainer: {batch_size: 4, BATCH_SIZE: 8}", "the key batch_size occurs twice"),
         ("model: {depth: [", "not valid YAML"),
         ("- a list", "must be a mapping"),
+        (
+            "dataset: {sources: [{train: a, wieght: 2}]}",
+            "dataset.sources[0].wieght: did you mean dataset.sources[0].weight",
+        ),
+        ("dataset: {sources: [{train: a}, {train: b, weight: x}]}", "dataset.sources[1].weight: Value 'x'"),
+        ("dataset: {sources: [{train: null}]}", "dataset.sources[0].train: "),
+        ("dataset: {sources: [{weight: 2}]}", "dataset.sources[0].train: must be set"),
+        (
+            "dataset: {sources: [a.csv]}",
+            "dataset.sources: must be a list of sections with the keys train, weight",
+        ),
+        ("dataset: {sources: {train: a}}", "dataset.sources: must be a list of sections"),
+        ("dataset: {sources: a.csv}", "dataset.sources: must be a list of sections"),
         ("inherits: [base.yaml]\ndataset: {stride: 0}", "dataset.stride: must be at least 1, is 0"),
     ],
 )
@@ -100,10 +113,21 @@ def test_a_mistake_in_an_inherited_file_is_reported_with_that_file(write):
         load_config(child)
 
 
-@pytest.mark.parametrize("override", ["model.depht=2", "model.depth=x", "model.depth", "=3"])
+@pytest.mark.parametrize(
+    "override", ["model.depht=2", "model.depth=x", "model.depth", "=3", "dataset.sources[0].weight=2"]
+)
 def test_a_mistake_in_an_override_is_reported_with_the_command_line(write, override):
     with pytest.raises(UserError, match="command line: "):
         load_config(write("c.yaml", "inherits: [base.yaml]"), [override])
+
+
+def test_sources_are_a_list_that_files_and_overrides_replace(write):
+    path = write("s.yaml", "inherits: [base.yaml]\nDATASET: {SOURCES: [{TRAIN: a.csv}, {TRAIN: b.csv, WEIGHT: 3}]}\n")
+    assert load_config(path).dataset.sources == [Source("a.csv", 1.0), Source("b.csv", 3.0)]
+    config = load_config(path, ["dataset.sources=[{train: c.csv, weight: 2e-3}]"])
+    assert config.dataset.sources == [Source("c.csv", 0.002)]
+    assert parse_config(dump_config(config), "dumped").dataset == config.dataset
+    assert load_config(path, ["dataset.sources=null"]).dataset.sources is None
 
 
 @pytest.mark.parametrize("path", ["nowhere.yaml", "/dev/null/nowhere.yaml"])
@@ -121,3 +145,6 @@ def test_activation_checkpointing_of_version_0_1_is_still_read(write, written, m
 
 def test_differences_name_nested_keys():
     assert differences({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 4}}) == ["a.c: 2 -> 4", "d: 3 -> None"]
+    before, after = [{"train": "a", "weight": 1}, {"train": "b", "weight": 2}], [{"train": "a", "weight": 1}]
+    assert differences({"s": before}, {"s": [*after, {"train": "b", "weight": 3}]}) == ["s[1].weight: 2 -> 3"]
+    assert differences({"s": before}, {"s": after}) == [f"s: {before} -> {after}"]

@@ -8,6 +8,7 @@ from flperf.config.validate import ALLOWED, check_values
 TEXTS = {  # keys that are null by default and not numbers
     "backbone.weights",
     "dataset.train",
+    "dataset.sources",
     "dataset.validation",
     "dataset.labels",
     "model.initial_weights",

@@ -30,12 +30,15 @@ def load(tmp_path):
         ("objective.tau_mean", "inf", "a finite number"),
         ("engine.zero_stage", "4", "0, 1, 2 or 3"),
         ("dataset.shapes.square_init", "[1.0, .nan]", "two finite numbers"),
+        ("dataset.sources", "[{train: a.csv}, {train: b.csv, weight: 0}]", "above 0 and finite"),
+        ("dataset.sources", "[{train: a.csv}, {train: b.csv, weight: .nan}]", "above 0 and finite"),
         ("evaluation.sampling.guidance_interval", "[0.0, 1.5]", "two ascending numbers in [0, 1]"),
         ("evaluation.sampling.guidance_interval", "[0.7, 0.2]", "two ascending numbers in [0, 1]"),
     ],
 )
 def test_a_number_out_of_range_is_refused(load, key, value, allowed):
-    with pytest.raises(UserError, match=re.escape(f"own.yaml: {key}: must be {allowed}, is ")):
+    name = "dataset.sources[1].weight" if key == "dataset.sources" else key
+    with pytest.raises(UserError, match=re.escape(f"own.yaml: {name}: must be {allowed}, is ")):
         load(f"{key}={value}")
 
 
@@ -52,6 +55,9 @@ def test_the_ends_of_a_range_are_allowed(load):
         (["model.num_heads=5"], "model.hidden_dim: must be an even multiple of model.num_heads 5, is 64"),
         (["model.num_heads=64"], "model.hidden_dim: must be an even multiple of model.num_heads 64, is 64"),
         (["model.num_heads=5", "model.positions=none"], "model.hidden_dim: must be a multiple of model.num_heads 5"),
+        (["dataset.sources=[{train: a.csv}]", "dataset.train=b.csv"], "dataset.sources and dataset.train are both set"),
+        (["dataset.sources=[{train: a.csv}]", "dataset.kind=demo"], "dataset.sources: dataset.kind 'demo' has its own"),
+        (["dataset.sources=[{train: a.csv}]", "dataset.kind=bouncing_shapes"], "dataset.sources: dataset.kind 'bounc"),
         (["evaluation.sampling.guidance=2"], "evaluation.sampling.guidance: needs objective.context_dropout above 0"),
         (["objective.kind=flow_matching", "objective.loss=cosine"], "objective.loss: cosine is not defined"),
         (["checkpoint.save_every=never"], "checkpoint.save_every: 'never' is not a number of steps or epochs"),

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from flperf.config import Config, Dataset
+from flperf.config import Config, Dataset, Source
 from flperf.data import BatchShare, open_dataset
 from flperf.data.latent_files import read_latents
 from flperf.errors import UserError
@@ -44,6 +44,15 @@ def test_training_sees_every_clip(manifest):
     batches = open_cache(manifest).train_batches(0, BatchShare(0, 1, 5, 5), CPU)
     assert sorted(next(batches).clip.tolist()) == list(range(5))
     batches.close()
+
+
+def test_several_manifests_are_mixed(manifest):
+    (manifest.parent / "more.csv").write_text("out_path\nclip 1.pt\n")
+    sources = [Source(str(manifest)), Source(str(manifest.parent / "more.csv"))]
+    config = Config(dataset=Dataset(kind="kinetics_400_cached", sources=sources))
+    batch = next(open_dataset(config, None, 0).train_batches(0, BatchShare(0, 1, 64, 64), CPU))
+    assert batch.clip.tolist().count(5) == 32
+    assert torch.equal(batch.latents[batch.clip == 5][0], read_latents(str(manifest.parent / "clip 1.pt")))
 
 
 def test_the_type_is_kept(manifest):

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flperf.config import Config, Dataset, Model
+from flperf.config import Config, Dataset, Model, Source
 from flperf.data import BatchShare, latent_shards, open_dataset
 from flperf.data.annotations import Annotations
 from flperf.data.samplers import ValidationSampler
@@ -26,17 +27,36 @@ def configuration(folder, **dataset) -> Config:
     )
 
 
-@pytest.fixture
-def cache(tmp_path):
-    """Seven clips in shards of three; returns the folder and the latents."""
-    latents = torch.randn(7, *SHAPE, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    about = latent_shards.identity(configuration(tmp_path), 2, 2)
+def write_cache(folder, seed: int, scale: float = 1.0, **more) -> torch.Tensor:
+    """Write seven clips in shards of three; returns their latents. `more` is added to what describes the encoding."""
+    latents = scale * torch.randn(7, *SHAPE, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+    about = latent_shards.identity(configuration(folder), 2, 2) | more
+    folder.mkdir(exist_ok=True)
     for number in range(3):
         clips = torch.arange(7)[3 * number : 3 * number + 3]
-        latent_shards.write_shard(latent_shards.shard_path(tmp_path, number), clips, latents[clips], about)
+        latent_shards.write_shard(latent_shards.shard_path(folder, number), clips, latents[clips], about)
     annotations = Annotations([f"video {clip}.mp4" for clip in range(7)], [clip % 3 for clip in range(7)])
-    assert latent_shards.write_manifest(tmp_path, annotations, 3) == 7
-    return tmp_path, latents
+    assert latent_shards.write_manifest(folder, annotations, 3) == 7
+    return latents
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """The folder of a cache of seven clips, and the latents."""
+    return tmp_path, write_cache(tmp_path, seed=0)
+
+
+@pytest.fixture
+def two_caches(tmp_path):
+    """A configuration that mixes two caches of other clips, and the latents of both."""
+    latents = [
+        write_cache(tmp_path / name, seed, scale, clips=name)
+        for seed, (name, scale) in enumerate((("first", 1.0), ("second", 5.0)))
+    ]
+    sources = [Source(str(tmp_path / name / "manifest.csv"), w) for name, w in (("first", 1.0), ("second", 3.0))]
+    return replace(
+        configuration(tmp_path), dataset=Dataset("kinetics_400_cached", sources=sources, n_frames=8)
+    ), latents
 
 
 def test_batches_are_the_latents_that_were_written(cache):
@@ -77,6 +97,39 @@ def test_statistics_are_those_of_all_clips(cache):
     tokens = latents.double().flatten(0, 3)
     torch.testing.assert_close(mean, tokens.mean(0), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(std, tokens.std(0, correction=0), rtol=1e-5, atol=0)
+
+
+def test_sources_are_read_one_after_another(two_caches):
+    config, latents = two_caches
+    dataset = open_dataset(config, None, 0)
+    batch = next(dataset.train_batches(0, BatchShare(0, 1, 64, 64), CPU))
+    assert torch.equal(batch.latents, torch.cat(latents)[batch.clip])
+    assert int((batch.clip >= 7).sum()) == 48 and batch.label.tolist() == [clip % 7 % 3 for clip in batch.clip.tolist()]
+
+
+def test_statistics_are_those_of_the_mixture(two_caches):
+    """The second source is read three times as often, so each of its clips counts three times."""
+    config, (first, second) = two_caches
+    mean, std = open_dataset(config, None, 0).channel_statistics
+    tokens = torch.cat([first, second, second, second]).double().flatten(0, 3)
+    torch.testing.assert_close(mean, tokens.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(std, tokens.std(0, correction=0), rtol=1e-5, atol=0)
+
+
+def test_sources_of_another_encoding_or_format_are_refused(two_caches, tmp_path):
+    config, _ = two_caches
+    about = latent_shards.identity(configuration(tmp_path), 2, 2) | {"clips": "second"}
+    for number in range(3):
+        shard = latent_shards.shard_path(tmp_path / "second", number)
+        clips = latent_shards.open_shard(shard).clips
+        latent_shards.write_shard(shard, clips, torch.randn(len(clips), 4, 3, 1, 6, dtype=torch.float32), about)
+    with pytest.raises(UserError, match="second/shard_00000.safetensors: was encoded differently from .*first/shard_0"):
+        open_dataset(config, None, 0)
+    (tmp_path / "files.csv").write_text("out_path,label\nclips/0.pt,0\n")
+    for sources in (["first/manifest.csv", "files.csv"], ["files.csv", "first/manifest.csv"]):
+        config.dataset.sources = [Source(str(tmp_path / name)) for name in sources]
+        with pytest.raises(UserError, match="files.csv: is not a manifest of shards .*; encode all .* in one format"):
+            open_dataset(config, None, 0)
 
 
 @pytest.mark.parametrize("bit", [0, 3, 7])

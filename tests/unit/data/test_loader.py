@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from flperf.data.annotations import SourceClips
 from flperf.data.loader import Reader, cores_per_process, load_batches, read_ahead
 from flperf.data.samplers import BatchShare, TrainingSampler, ValidationSampler
 from flperf.data.unreadable import BadClip
@@ -29,8 +30,8 @@ class NumberReader(Reader):
             raise BadClip(f"clip_{request.clip}", "it is bad")
 
 
-def train(reader, size, share=None, threads=2):
-    sampler = TrainingSampler(size, 0)
+def train(reader, size, share=None, threads=2, sources=()):
+    sampler = TrainingSampler(size, 0, sources)
     requests = sampler.batches(0, share or BatchShare(0, 1, 4, 4))
     return load_batches(reader, requests, sampler, list(range(100, 100 + size)), threads, 2, CPU)
 
@@ -90,6 +91,19 @@ def test_an_unreadable_clip_is_replaced_by_the_next_and_logged_once(caplog):
             assert clip == (sampler.request(sample, 1).clip if first == 1 else first)
     assert [clip for batch in read for clip in batch.skipped] == [("clip_1", "it is bad")] * 4
     assert caplog.text.count("clip_1") == 1
+
+
+def test_unreadable_clips_leave_the_shares_of_sources():
+    sources = (SourceClips("a.csv", 4, 1.0), SourceClips("b.csv", 6, 1.0))
+    batch = next(train(NumberReader([1, 2, 3]), 10, BatchShare(0, 1, 64, 64), sources=sources))
+    assert batch.clip.tolist().count(0) == 32 and len(batch.skipped) > 0
+
+
+def test_a_source_without_a_readable_clip_ends_the_run():
+    sources = (SourceClips("a.csv", 2, 0.1), SourceClips("b.csv", 60, 1.0))
+    with pytest.raises(UserError, match="^2 clips in a row can't be read: clip_[01]: it is bad; clip_[01]: it is bad$"):
+        for _ in zip(range(20), train(NumberReader([0, 1]), 62, sources=sources), strict=False):
+            pass
 
 
 def test_validation_marks_and_zeros_what_it_could_not_read():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from flperf.data.annotations import SourceClips
 from flperf.data.samplers import BatchShare, FrameSampling, TrainingSampler, ValidationSampler
 
 
@@ -88,3 +89,105 @@ def test_frames_are_within_the_file(length):
             assert all(b - a == 3 or b == length - 1 for a, b in itertools.pairwise(frames))
     assert FrameSampling(6, 3, "center").frames(np.arange(40), 0.0)[0] == 12
     assert {FrameSampling(6, 3, "random").frames(np.arange(18), u / 100)[0] for u in range(100)} == {0, 1, 2}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# several sources
+
+MIXTURES = {
+    "two": ((7, 2.0), (5, 1.0)),
+    "one clip beside many": ((1, 9.0), (40, 1.0)),
+    "many": tuple((1 + number % 4, 1.0 + number % 3) for number in range(30)),
+}
+
+
+def mixed(sources, seed=0) -> TrainingSampler:
+    parts = tuple(SourceClips(f"{number}.csv", size, weight) for number, (size, weight) in enumerate(sources))
+    return TrainingSampler(sum(size for size, _ in sources), seed, parts)
+
+
+def of_sources(sampler, sources, count) -> list[list[int]]:
+    """The clips of the first samples by source, counted from the source's first clip."""
+    firsts = [sum(size for size, _ in sources[:number]) for number in range(len(sources))]
+    found = [[] for _ in sources]
+    for sample in range(count):
+        clip = sampler.request(sample).clip
+        source = max(number for number, first in enumerate(firsts) if first <= clip)
+        found[source].append(clip - firsts[source])
+    return found
+
+
+@pytest.mark.parametrize("sources", MIXTURES.values(), ids=MIXTURES)
+def test_every_clip_comes_once_in_each_pass_over_its_source(sources):
+    for (size, _), clips in zip(sources, of_sources(mixed(sources), sources, 2000), strict=True):
+        passes = [clips[first : first + size] for first in range(0, len(clips) - size + 1, size)]
+        assert len(passes) > 1 and all(sorted(each) == list(range(size)) for each in passes)
+        assert size < 3 or len({tuple(each) for each in passes}) > 1  # another order in each pass
+
+
+@pytest.mark.parametrize("world_size,micro_batch_size", [(1, 12), (1, 3), (3, 4), (3, 2), (12, 1)])
+def test_layout_changes_nothing_of_a_mixture(world_size, micro_batch_size):
+    sampler = mixed(MIXTURES["two"])
+    reference = samples(sampler, 0, BatchShare(0, 1, 12, 12), 12)
+    ranks = [
+        samples(mixed(MIXTURES["two"]), 0, BatchShare(rank, world_size, micro_batch_size, 12), 12)
+        for rank in range(world_size)
+    ]
+    for step in range(12):
+        seen = list(itertools.chain(*(rank[step] for rank in ranks)))
+        assert sorted(seen, key=lambda request: request.sample) == reference[step]
+
+
+@pytest.mark.parametrize("step", [1, 5, 10, 1000])
+def test_a_mixture_resumes_at_any_step(step):
+    sources, share = MIXTURES["many"], BatchShare(1, 2, 4, 16)
+    assert samples(mixed(sources), step, share, 2) == samples(mixed(sources), step - 1, share, 3)[1:]
+    assert samples(mixed(sources, seed=1), step, share, 2) != samples(mixed(sources), step, share, 2)
+
+
+GOLDEN = {  # seed: (clip, uniform) of (sample, attempt) among 1000 clips
+    0: [(459, 0.9115362334466431), (607, 0.11652464664022943), (144, 0.028714292274805597), (651, 0.6299223915722151)],
+    2**40 + 5: [
+        (577, 0.6349996683113891), (491, 0.982637258325691), (29, 0.48132197035152713), (906, 0.25098419837379005)
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", GOLDEN)
+@pytest.mark.parametrize("sources", [(), (SourceClips("a.csv", 1000, 0.3),)], ids=["no sources", "one source"])
+def test_the_stream_of_one_file_stays_that_of_existing_runs(seed, sources):
+    sampler = TrainingSampler(1000, seed, sources)
+    requests = [sampler.request(*place) for place in ((0, 0), (999, 0), (1000, 0), (123_456_789, 3))]
+    assert [(request.clip, request.uniform) for request in requests] == GOLDEN[seed]
+
+
+def test_a_source_has_the_order_it_would_have_alone_if_it_is_first():
+    sources = MIXTURES["two"]
+    alone = [TrainingSampler(7, 0).request(sample).clip for sample in range(100)]
+    assert of_sources(mixed(sources), sources, 300)[0][:100] == alone
+
+
+def test_replacements_are_of_the_same_source():
+    """So that shares hold where one source has unreadable clips; a source of one clip has no replacement."""
+    sampler, firsts = mixed(MIXTURES["two"]), (range(7), range(7, 12))
+    for sample in range(100):
+        clips = [sampler.request(sample, attempt).clip for attempt in range(sampler.candidates(sample))]
+        assert sorted(clips) in [list(clips) for clips in firsts]
+    assert {mixed(MIXTURES["one clip beside many"]).candidates(sample) for sample in range(100)} == {1, 40}
+
+
+def test_a_small_source_does_not_make_the_order_of_a_large_one_expensive(monkeypatch):
+    """One clip changes its order at each sample; the order of the other source is drawn once a pass."""
+    draw, drawn = TrainingSampler._permutation, []
+    monkeypatch.setattr(TrainingSampler, "_permutation", lambda self, *of: drawn.append(of) or draw(self, *of))
+    sampler = mixed(((1, 9.0), (400, 1.0)))
+    for sample in range(3000):
+        sampler.request(sample)
+    assert [of for of in drawn if of[0] == 1] == [(1, 0)]
+
+
+def test_first_clips_are_in_the_proportions_of_the_mixture():
+    assert TrainingSampler(5, 0).first_clips(3) == [0, 1, 2]
+    assert TrainingSampler(5, 0).first_clips(9) == [0, 1, 2, 3, 4]
+    assert mixed(((100, 1.0), (100, 3.0))).first_clips(8) == [0, 1, *range(100, 106)]
+    assert mixed(((100, 1.0), (2, 1.0))).first_clips(8) == [0, 1, 2, 3, 100, 101]

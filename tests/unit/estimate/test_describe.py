@@ -7,6 +7,7 @@ import torch
 from runs import TINY
 
 from flperf.config import parse_config
+from flperf.data.annotations import SourceClips
 from flperf.engine.devices import DEVICES
 from flperf.engine.process import batch_share, start_process
 from flperf.estimate.describe import describe
@@ -42,3 +43,15 @@ def test_a_dry_run_and_an_estimate_show_the_same_model_states(built, stage, dtyp
 def test_an_estimate_counts_the_flops_that_a_run_logs(built):
     components, workload = built
     assert workload.flops == sum(flops_per_clip(components).values()) > 0
+
+
+def test_a_run_says_what_it_mixes(built):
+    """Without sources there is no such line."""
+    components, _ = built
+    assert "source " not in describe(components)
+    sources = (SourceClips("a.csv", 8, 1.0), SourceClips("b.csv", 2, 3.0))
+    train = replace(components.dataset.splits["train"], sources=sources)
+    dataset = replace(components.dataset, splits=components.dataset.splits | {"train": train})
+    text = describe(replace(components, dataset=dataset))
+    assert "\nsource    a.csv: 8 clips, 0.25 of the samples; an epoch reads each clip 0.312 times\n" in text
+    assert "\nsource    b.csv: 2 clips, 0.75 of the samples; an epoch reads each clip 3.75 times\n" in text

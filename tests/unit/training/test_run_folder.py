@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from flperf.config import Config
+from flperf.config import Config, Source, dump_config
+from flperf.config import Dataset as ConfigDataset
 from flperf.data import Dataset
-from flperf.data.annotations import Annotations
+from flperf.data.annotations import Annotations, SourceClips
 from flperf.engine.process import start_process
 from flperf.errors import UserError
 from flperf.training.run_folder import RunFolder, training_clips
@@ -21,14 +22,14 @@ def test_a_run_keeps_its_id_and_a_new_run_gets_another(tmp_path):
     assert run_id("first") == run_id("first") != run_id("second")
 
 
-def opened(experiment: Path, *clips: str, overwrite: bool = False) -> RunFolder:
+def opened(experiment: Path, *clips: str, overwrite: bool = False, sources: tuple[SourceClips, ...] = ()) -> RunFolder:
     """Open the folder of a run with these training clips."""
     config = Config(name="run", experiment=str(experiment))
     folder = RunFolder(config, debug=False)
     folder.open(
         config,
         start_process(),
-        Dataset({"train": Annotations(list(clips), [0] * len(clips))}, None, 0),
+        Dataset({"train": Annotations(list(clips), [0] * len(clips), sources)}, None, 0),
         overwrite=overwrite,
     )
     return folder
@@ -43,6 +44,36 @@ def test_other_training_clips_are_another_run(tmp_path):
             opened(tmp_path, *clips)
     opened(tmp_path, "b.mp4", "a.mp4", overwrite=True)
     opened(tmp_path, "b.mp4", "a.mp4")
+
+
+def test_a_clip_that_moved_to_another_source_is_another_run(tmp_path):
+    """The list of all clips is the same, but their order of samples is not."""
+
+    def sources(first: int, second: int) -> tuple[SourceClips, ...]:
+        return SourceClips("a.csv", first, 1.0), SourceClips("b.csv", second, 1.0)
+
+    clips = ("a.mp4", "b.mp4", "c.mp4")
+    opened(tmp_path, *clips, sources=sources(1, 2))
+    opened(tmp_path, *clips, sources=sources(1, 2))
+    with pytest.raises(UserError, match=r"dataset\.sources: names other clips .* --overwrite"):
+        opened(tmp_path, *clips, sources=sources(2, 1))
+
+
+def test_other_weights_or_sources_are_another_run(tmp_path):
+    def config(*sources: Source) -> Config:
+        return Config(name="run", experiment=str(tmp_path), dataset=ConfigDataset(sources=list(sources) or None))
+
+    folder = RunFolder(config(), debug=False)
+    folder.path.mkdir()
+    earlier = dump_config(config()).replace("  sources: null\n", "")  # as written before there were sources
+    (folder.path / "config.yaml").write_text(earlier)
+    folder.check(config())
+    (folder.path / "config.yaml").write_text(dump_config(config(Source("a.csv"), Source("b.csv", 2.0))))
+    folder.check(config(Source("a.csv"), Source("b.csv", 2.0)))
+    with pytest.raises(UserError, match=r"\(dataset\.sources\[1\]\.weight: 2\.0 -> 3\.0\)"):
+        folder.check(config(Source("a.csv"), Source("b.csv", 3.0)))
+    with pytest.raises(UserError, match=r"dataset\.sources: \[.*\] -> None"):
+        folder.check(config())
 
 
 @pytest.mark.parametrize("share", [0, 0.5], ids=["empty", "halved"])
