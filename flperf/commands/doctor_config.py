@@ -143,12 +143,19 @@ def spread(size: int, count: int) -> list[int]:
 
 
 def clips_check(run: "Components", split: str, clips: list[int], what: str, file: str | None) -> Finding:
-    """Whether the given clips of a split can be read: `what`, which `file` lists."""
-    skipped, read = [], 0
+    """Whether the given clips of a split can be read, and how many are shorter than the window: `what`, which `file`
+    lists."""
+    from flperf.data.videos import frame_sampling
+
+    skipped, short, read = [], 0, 0
     for batch in run.dataset.chosen_batches([clips], CLIPS, split, run.process.device):
         skipped += batch.skipped
+        short += len(batch.short)
         read += int(batch.valid.sum())
     text = f"{read} of {len(clips)} {what} read"
+    if short:
+        window = frame_sampling(run.config.dataset, split).describe()
+        text += f", {short} of {len(clips)} are shorter than the window of {window}"
     if not skipped:
         return Finding("clips", text)
     examples = "; ".join(f"{clip}: {reason}" for clip, reason in skipped[:3])

@@ -22,6 +22,7 @@ from flperf.data import WITHOUT_VIDEO, Dataset, latent_shards, open_dataset, pre
 from flperf.data.annotations import Annotations
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.text_files import read_json
+from flperf.data.unreadable import NONE_USABLE
 from flperf.engine.process import Process, compute_dtype
 from flperf.errors import UserError
 from flperf.files import atomic_file, write_atomically
@@ -75,6 +76,7 @@ def clips_digest(config: Config, annotations: Annotations, split: str) -> str:
     start = dataset.start if split == "train" else dataset.validation_start
     drawn = [config.seed, asdict(dataset.shapes)] if dataset.kind == "bouncing_shapes" else None
     clips = [[os.path.abspath(path) for path in annotations.paths], annotations.labels, start, drawn]
+    clips += [dataset.short_clips] if dataset.short_clips != "pad" else []  # older caches, all padded, lack this entry
     return hashlib.sha256(json.dumps(clips).encode()).hexdigest()[:16]
 
 
@@ -170,8 +172,10 @@ class SplitEncoding:
 
     def _report(self, written: int) -> None:
         size = len(self.annotations)
-        unreadable = f", {size - written} can't be read" if written < size else ""
-        print(f"{self.folder}: {written} of {size} clips{unreadable}", flush=True)
+        if not written:
+            raise UserError(f"{self.folder}: {NONE_USABLE}")
+        left_out = f", {size - written} can't be used" if written < size else ""
+        print(f"{self.folder}: {written} of {size} clips{left_out}", flush=True)
 
     def _file(self, clip: int) -> Path:
         return self.folder / "clips" / f"{clip:08d}.pt"
@@ -182,7 +186,7 @@ class SplitEncoding:
 
     @torch.no_grad()
     def _encode(self, groups: list[range]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (clips int64 [n], latents bf16 `n t h w d`) for each group of clips, without the unreadable clips."""
+        """Yield (clips int64 [n], latents bf16 `n t h w d`) for each group of clips, without the unusable ones."""
         device = self.process.device
         batches = self.dataset.chosen_batches(groups, self._batch_size, self.split, device)
         total, quiet = sum(map(len, groups)), None if self.process.is_main else True

@@ -57,7 +57,11 @@ class Dataset:
     labels: Optional[str] = None
     out_path_column: str = "out_path"  # cached latents: the manifest's path column
     n_frames: int = 64
-    stride: int = 2
+    stride: int = 2  # frames of the file from one frame of a clip to the next; not used if fps is set
+    # frames a second of a clip, taken by the time at which they are shown; null: by stride
+    fps: Optional[float] = None
+    # a file shorter than the clip repeats its last frame (pad) or is left out (skip)
+    short_clips: Literal["pad", "skip"] = "pad"
     start: Literal["first", "random", "center"] = "random"
     validation_start: Literal["first", "random", "center"] = "center"
     decoder: Literal["auto", "dali", "pyav"] = "auto"

@@ -42,6 +42,7 @@ ALLOWED: dict[str, Allowed] = {
     "backbone.frame_stride": AT_LEAST_1,
     "dataset.n_frames": AT_LEAST_1,
     "dataset.stride": AT_LEAST_1,
+    "dataset.fps": ABOVE_0,
     "dataset.threads": AT_LEAST_1,
     "dataset.prefetch": AT_LEAST_1,
     "dataset.limit": AT_LEAST_1,
@@ -150,6 +151,10 @@ def _check_together(config: "Config", source: str) -> None:
     if sampling.guidance != 1 and objective.context_dropout == 0:
         raise UserError(
             f"{source}: evaluation.sampling.guidance: needs objective.context_dropout above 0 in training, such as 0.1"
+        )
+    if config.dataset.fps and config.dataset.kind == "bouncing_shapes":
+        raise UserError(
+            f"{source}: dataset.fps: frames of bouncing_shapes have no time; set it to null and use dataset.stride"
         )
     if objective.kind == "flow_matching" and objective.loss == "cosine":
         raise UserError(f"{source}: objective.loss: cosine is not defined for flow matching; use mse, l1 or smooth_l1")

@@ -4,7 +4,7 @@ import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,9 +61,16 @@ class Annotations:
     paths: list[str]
     labels: list[int]
     sources: tuple[SourceClips, ...] = ()  # their clips follow one another; () if the split is one file
+    # of each file: number of frames, and seconds from the first to the last; None unless an index has them
+    lengths: list[tuple[int, float]] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def chosen(self, rows: Sequence[int]) -> "Annotations":
+        """Only these clips of one file."""
+        lengths = self.lengths and [self.lengths[row] for row in rows]
+        return Annotations([self.paths[row] for row in rows], [self.labels[row] for row in rows], lengths=lengths)
 
 
 def read_annotations(csv: str | None, key: str, limit: int | None) -> Annotations:

@@ -1,7 +1,7 @@
 """A dataset: its splits, and the batches of their clips in the order of a sampler."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from flperf.config import Dataset as DatasetConfig
 from flperf.data.annotations import Annotations, SourceClips
 from flperf.data.loader import Reader, cores_per_process, load_batches
 from flperf.data.samplers import Batches, BatchShare, ClipRequest, Sampler, TrainingSampler, ValidationSampler
+from flperf.data.short_clips import ShortClips
 
 # (requested batches, the sampler that made them, split, device on which they will be used) → batches
 Load = Callable[[Iterator[list[ClipRequest]], Sampler, str, torch.device], Batches]
@@ -25,6 +26,7 @@ class Dataset:
     latent_shape: tuple[int, int, int, int] | None = None  # (t, h, w, d) of cached latents
     channel_statistics: tuple[Tensor, Tensor] | None = None  # mean and standard deviation [d] taken while encoding
     frame_rate: Callable[[str], float] | None = None  # frames a second of a file, if clips are video files
+    short: dict[str, ShortClips] = field(default_factory=dict)  # by split, if clips are video files
 
     @property
     def train_size(self) -> int:

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from flperf.data.annotations import Annotations, class_index, read_annotations, read_labels
 from flperf.data.pyav import display_matrix, turn
+from flperf.data.samplers import TIME_TOLERANCE, FrameSampling
 from flperf.data.text_files import csv_rows, has_header
 from flperf.data.video_file import DECODE_ERRORS, VideoFile, describe
 from flperf.data.video_folders import LeftOut, Listing, describe_left_out
@@ -29,6 +31,7 @@ from flperf.files import atomic_file, writing
 
 INDEX_FILE = "an index that `flperf index` wrote"
 MISSING = "missing"  # the error of a clip that annotations name and that has no file
+REFERENCE_WINDOW = FrameSampling(64, 2, "random")  # configs/references
 MANY_RESOLUTIONS = 64  # NVDEC keeps a decoder for each size; above this number the summary advises fewer
 
 
@@ -45,18 +48,32 @@ class Row:
     frames: int = 0
     frame_rate: float = 0.0  # frames a second, on average
     duration: float = 0.0  # seconds
+    # seconds from one frame to the next, at least and at most; 0 if unknown
+    shortest_interval: float = 0.0
+    longest_interval: float = 0.0
     error: str = ""
     notes: str = ""  # what is unusual about a usable file
 
+    @property
+    def seconds(self) -> float:
+        """Seconds from the first frame to the last."""
+        return self.duration * (self.frames - 1) / self.frames if self.frames else 0.0
+
+    @property
+    def is_variable(self) -> bool:
+        """Whether the frame rate is variable. Rounded times alone differ by less than twice the tolerance."""
+        return self.longest_interval - self.shortest_interval > 2 * TIME_TOLERANCE
+
 
 HEADER = [field.name for field in fields(Row)]
+HEADER_WITHOUT_INTERVALS = [name for name in HEADER if not name.endswith("_interval")]  # of older indices
 # How an index is written: bytes of a path that are not UTF-8 are written as they are.
 TEXT: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
 
 
 def is_index(file: str | None) -> bool:
     """Whether a CSV is an index, by its first line."""
-    return has_header(file, HEADER)
+    return has_header(file, HEADER) or has_header(file, HEADER_WITHOUT_INTERVALS)
 
 
 def read_index(file: str, limit: int | None, key: str = "dataset.train") -> Annotations:
@@ -68,7 +85,11 @@ def read_index(file: str, limit: int | None, key: str = "dataset.train") -> Anno
     if not rows:
         raise UserError(f"{file}: none of its files is usable; its column 'error' gives the reasons")
     folder = os.path.dirname(file)
-    return Annotations([os.path.join(folder, row.path) for row in rows], [row.label for row in rows])
+    return Annotations(
+        [os.path.join(folder, row.path) for row in rows],
+        [row.label for row in rows],
+        lengths=[(row.frames, row.seconds) for row in rows],
+    )
 
 
 def read_listed(file: str, labels: str | None) -> Listing:
@@ -157,6 +178,7 @@ def probe_file(folder: Path, path: str, label: int) -> Row:
         with VideoFile(os.path.join(folder, path)) as file:
             first, context = file.first_frame(), file.context
             frames, duration = len(file.timeline), file.timeline.duration
+            shortest, longest = frame_intervals(file.timeline.times)
             height, width = turn(torch.empty(first.height, first.width, 1), first).shape[:2]
             return Row(
                 path,
@@ -168,6 +190,8 @@ def probe_file(folder: Path, path: str, label: int) -> Row:
                 frames=frames,
                 frame_rate=round(frames / duration if duration else float(file.stream.average_rate or 0), 4),
                 duration=round(duration, 4),
+                shortest_interval=shortest,
+                longest_interval=longest,
                 error="the first frame is damaged" if first.is_corrupt else "",
                 notes="; ".join(_notes(file, first)),
             )
@@ -188,8 +212,15 @@ def _notes(file: VideoFile, first: av.VideoFrame) -> Iterator[str]:
         yield f"frames are counted by decoding: {file.timeline.counted}"
 
 
+def frame_intervals(times: np.ndarray) -> tuple[float, float]:
+    """The shortest and the longest time from one frame to the next, in seconds to 0.1 ms; `times` [f] ascend. Zeros for
+    a single frame."""
+    intervals = np.diff(times)
+    return (round(float(intervals.min()), 4), round(float(intervals.max()), 4)) if len(intervals) else (0.0, 0.0)
+
+
 def summary(rows: list[Row], left_out: LeftOut | None = None) -> str:
-    """Numbers of files by codec, resolution and error, and of what was left out, as text."""
+    """Numbers of files by codec, resolution, length and error, and of what was left out, as text."""
     usable = [row for row in rows if not row.error]
     lines = [
         f"{len(usable)} of {len(rows)} files are usable, {sum(row.duration for row in usable) / 3600:.2f} "
@@ -207,6 +238,7 @@ def summary(rows: list[Row], left_out: LeftOut | None = None) -> str:
         lines.append(
             "  a GPU's decoder is set up again for every new size: videos transcoded to a few sizes decode faster"
         )
+    lines += _lengths(usable) if usable else []
     notes = Counter(note.partition(":")[0] for row in usable for note in row.notes.split("; ") if note)
     lines += [f"  {count:8} {note}" for note, count in notes.most_common()]
     reasons = Counter(row.error for row in rows if row.error)
@@ -215,22 +247,41 @@ def summary(rows: list[Row], left_out: LeftOut | None = None) -> str:
     return "\n".join(map(printable, lines))
 
 
+def _lengths(usable: list[Row]) -> list[str]:
+    """How long the files are, compared with the window of the reference configurations."""
+    by_length = sorted(usable, key=lambda row: row.duration)
+    shortest, median, longest = (
+        f"{row.duration:.2f} s ({row.frames} frames)"
+        for row in (by_length[0], by_length[len(by_length) // 2], by_length[-1])
+    )
+    short = sum(REFERENCE_WINDOW.is_short(row.frames, row.seconds) for row in usable)
+    lines = [
+        f"           the shortest file has {shortest}, the median {median}, the longest {longest}",
+        f"  {short:8} files are shorter than a clip of the reference configurations, {REFERENCE_WINDOW.describe()}: "
+        "see dataset.short_clips",
+    ]
+    variable = sum(row.is_variable for row in usable)
+    if variable:
+        lines.append(f"  {variable:8} files have a variable frame rate: dataset.fps takes their frames by time")
+    return lines
+
+
 def _rows(file: str | Path, key: str) -> Iterator[Row]:
     rows = csv_rows(str(file), key, INDEX_FILE)
-    next(rows, None)
+    _, header = next(rows)
     for number, cells in rows:
         try:
-            row = dict(zip(HEADER, cells, strict=True))
+            row = dict(zip(header, cells, strict=True))
             class_index(row["label"])
-            yield Row(**{field.name: field.type(row[field.name]) for field in fields(Row)})
+            yield Row(**{field.name: field.type(row[field.name]) for field in fields(Row) if field.name in row})
         except ValueError as error:
             reason = f": {error}" if "class index" in str(error) else ""
-            raise UserError(f"{file}: row {number}: is not a row of an index ({','.join(HEADER)}){reason}") from None
+            raise UserError(f"{file}: row {number}: is not a row of an index ({','.join(header)}){reason}") from None
 
 
 def _complete_rows(partial: Path) -> list[Row]:
     """The complete rows that an interrupted run wrote; an incomplete last row is removed."""
-    if not is_index(str(partial)):
+    if not has_header(str(partial), HEADER):
         return []
     content = partial.read_bytes()
     end = content.rfind(b"\n") + 1

@@ -46,7 +46,8 @@ def identity(config: Config, context_frames: int, target_frames: int) -> dict:
         key: getattr(backbone, key)
         for key in ("kind", "weights", "architecture", "processor", "frame_stride", "encode")
     }
-    clip = {"n_frames": dataset.n_frames, "stride": dataset.stride}
+    # Older caches have no fps, which counts as null. Beside fps the stride has no effect.
+    clip = {"n_frames": dataset.n_frames, "stride": None if dataset.fps else dataset.stride, "fps": dataset.fps}
     # If context and target are encoded apart, the latents depend on where each begins and ends.
     model = (
         {"num_context_latents": context_frames, "num_target_latents": target_frames}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from flperf.data.samplers import Batches, ClipBatch, ClipRequest, Sampler
-from flperf.data.unreadable import BadClip, UnreadableClips, read_or_replace
+from flperf.data.unreadable import BadClip, Reasons, UnusableClips, read_or_replace
 
 
 class Reader(ABC):
@@ -32,9 +32,10 @@ class Reader(ABC):
     extra_threads = 0  # beside those that were asked for
 
     @abstractmethod
-    def read(self, request: ClipRequest, slot: Tensor) -> None:
-        """Write a clip into `slot`, a tensor of `shape` with arbitrary content. Raises `BadClip` if it can't be read,
-        `UserError` to end the run."""
+    def read(self, request: ClipRequest, slot: Tensor) -> Reasons | None:
+        """Write a clip into `slot`, a tensor of `shape` with arbitrary content. Returns what `shortage` of
+        `flperf.data.unreadable` does, if the file may be short. Raises `BadClip` if the clip can't be used, `UserError`
+        to end the run."""
 
 
 def load_batches(
@@ -47,7 +48,7 @@ def load_batches(
     device: torch.device,
 ) -> Batches:
     """Yield the requested batches, with the clips [b, …] on the reader's device; host memory is pinned if `device`, on
-    which they will be used, is a GPU. Unreadable clips of validation are zeros.
+    which they will be used, is a GPU. Unusable clips of validation are zeros.
 
     `sampler` made the requests, which all have the same length; `labels` are those of all clips of the split.
     `prefetch` batches are read ahead, and at least two clips a thread: else threads would wait for the slowest clip.
@@ -68,20 +69,24 @@ def load_batches(
         ]
         return buffer, tasks
 
-    with UnreadableClips(sampler) as unreadable:
+    with UnusableClips(sampler) as unusable:
         for buffer, tasks in read_ahead(itertools.chain([first], requests), submit, threads, ahead):
-            results = [task.result() for task in tasks]
-            done = [request for request, _ in results]
-            skipped = [clip for _, clips in results for clip in clips]
-            unreadable.count(done, skipped)
-            on_release = memory.hand_over(buffer)
-            yield ClipBatch.of(done, labels, skipped=skipped, on_release=on_release, **{reader.field: buffer})
+            readings = [task.result() for task in tasks]
+            unusable.count(readings)
+            yield ClipBatch.of(
+                [reading.request for reading in readings],
+                labels,
+                skipped=[clip for reading in readings for clip in reading.unreadable],
+                short=[clip for reading in readings for clip in reading.too_short + reading.padded],
+                on_release=memory.hand_over(buffer),
+                **{reader.field: buffer},
+            )
 
 
-def _read(reader: Reader, memory: "BatchMemory", slot: Tensor, request: ClipRequest) -> None:
+def _read(reader: Reader, memory: "BatchMemory", slot: Tensor, request: ClipRequest) -> Reasons:
     with memory.writing():
         try:
-            reader.read(request, slot)
+            return reader.read(request, slot) or []
         except BadClip:
             slot.zero_()
             raise

@@ -19,7 +19,7 @@ from flperf.data.decoding import WrongOrder, decode_frames
 from flperf.data.loader import Reader
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.samplers import ClipRequest, FrameSampling
-from flperf.data.unreadable import BadClip
+from flperf.data.unreadable import BadClip, Reasons, shortage
 from flperf.data.video_file import DECODE_ERRORS, VideoFile, describe
 
 Result = TypeVar("Result")
@@ -35,15 +35,15 @@ class PyAVReader(Reader):
         self.paths, self.frame_sampling, self.preprocessing = paths, frame_sampling, preprocessing
         self.shape = (frame_sampling.n_frames, *preprocessing.size, 3)
 
-    def read(self, request: ClipRequest, slot: Tensor) -> None:
-        path = self.paths[request.clip]
-        with opened(path) as file:
-            in_order(
-                file,
-                lambda: self.write(
-                    file, request, self.frame_sampling.frames(file.timeline.times, request.uniform), slot
-                ),
-            )
+    def read(self, request: ClipRequest, slot: Tensor) -> Reasons:
+        with opened(self.paths[request.clip]) as file:
+            return in_order(file, lambda: self._read(file, request, slot))
+
+    def _read(self, file: VideoFile, request: ClipRequest, slot: Tensor) -> Reasons:
+        times = file.timeline.times
+        short = shortage(file.path, self.frame_sampling, times)
+        self.write(file, request, self.frame_sampling.frames(times, request.uniform), slot)
+        return short
 
     def write(self, file: VideoFile, request: ClipRequest, indices: list[int], slot: Tensor) -> None:
         """Decode frames of a file into `slot`."""

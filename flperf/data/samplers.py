@@ -19,6 +19,8 @@ from torch import Tensor
 from flperf.data.annotations import SourceClips
 from flperf.data.mixture import Mixture
 
+TIME_TOLERANCE = 2e-3  # seconds; see `time_tolerance`
+
 
 @dataclass(frozen=True)
 class BatchShare:
@@ -60,6 +62,8 @@ class ClipBatch:
     latents: Tensor | None = None  # b t h w d
     centres: Tensor | None = None  # fp32 b f 2 2: centres of drawn shapes, (x, y) in pixels of the canvas
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of unreadable clips
+    # (path, length) of clips shorter than the window, whether they are padded or left out
+    short: list[tuple[str, str]] = field(default_factory=list)
     on_release: Callable[[], None] | None = field(default=None, repr=False)
 
     @classmethod
@@ -169,24 +173,80 @@ Sampler = TrainingSampler | ValidationSampler
 
 @dataclass(frozen=True)
 class FrameSampling:
-    """Which frames of a file are read: `n_frames`, `stride` apart; `start` is "first", "random" or "center"."""
+    """Which frames of a file are read: the window of a clip.
+
+    The window has `n_frames` frames, `stride` frames of the file apart. With `fps` it is by time instead: frame i is
+    the last one shown at t + i / fps, where t is the time of the start frame; `stride` then has no meaning. `start` is
+    "first", "random" or "center". A file shorter than the window repeats its last frame, or is left out if
+    `short_clips` is "skip".
+    """
 
     n_frames: int
     stride: int
     start: str
+    fps: float | None = None
+    short_clips: str = "pad"
 
-    def start_frame(self, length: int, uniform: float) -> int:
-        """Index of the first frame in a file of `length` frames; 0 if the file is shorter than the span."""
-        span = (self.n_frames - 1) * self.stride + 1
-        slack = max(length - span, 0)
-        return {"first": 0, "center": slack // 2, "random": int(uniform * (slack + 1))}[self.start]
+    def is_short(self, frames: int, seconds: float) -> bool:
+        """Whether a file is shorter than the window: one of `frames` frames, the last of which is shown `seconds` after
+        the first. Without `fps` only the frames count, with it only the time."""
+        if self.fps is None:
+            return frames < self._frames_spanned
+        return seconds + time_tolerance(self.fps) < self._seconds_spanned
 
     def frames(self, times: np.ndarray, uniform: float) -> list[int]:
-        """Indices of all frames of a file whose frames are shown at `times`, in seconds; past the end of the file its
-        last frame is repeated."""
-        length = len(times)
-        start = self.start_frame(length, uniform)
-        return [min(start + i * self.stride, length - 1) for i in range(self.n_frames)]
+        """Indices of all frames, ascending. `times` are those of every frame of the file in seconds since the first,
+        fp64 [f], strictly ascending; `uniform` in [0, 1) is where a random start falls."""
+        if self.fps is None:
+            last = len(times) - 1
+            first = self._start(last + 2 - self._frames_spanned, uniform)
+            return [min(first + i * self.stride, last) for i in range(self.n_frames)]
+        spare = times[-1] - self._seconds_spanned  # from the first frame to the last possible start
+        if self.start == "center":
+            first = frames_shown(times, np.array([max(spare, 0) / 2]), self.fps)[0]
+        else:
+            fitting = np.searchsorted(times, spare + time_tolerance(self.fps), side="right")
+            first = self._start(int(fitting), uniform)
+        return frames_shown(times, times[first] + np.arange(self.n_frames) / self.fps, self.fps).tolist()
+
+    def describe(self) -> str:
+        """The window in words."""
+        if self.fps is None:
+            return f"{self._frames_spanned} frames ({self.n_frames} at stride {self.stride})"
+        return f"{self._seconds_spanned:.2f} s ({self.n_frames} frames, {self.fps:g} a second)"
+
+    def _start(self, fitting: int, uniform: float) -> int:
+        """The first frame, where the whole window fits at the first `fitting` frames of the file."""
+        last = max(fitting - 1, 0)
+        return {"first": 0, "center": last // 2, "random": int(uniform * (last + 1))}[self.start]
+
+    @property
+    def _frames_spanned(self) -> int:
+        """Frames of a file from the first frame of the window to its last, both included."""
+        return (self.n_frames - 1) * self.stride + 1
+
+    @property
+    def _seconds_spanned(self) -> float:
+        """Seconds from the first frame of the window to its last."""
+        assert self.fps is not None
+        return (self.n_frames - 1) / self.fps
+
+
+def frames_shown(times: np.ndarray, wanted: np.ndarray, fps: float) -> np.ndarray:
+    """Indices int64 [n] of the last frames shown at the times `wanted` [n], which are `1 / fps` apart. `times` [f] are
+    those of all frames, ascending; before the first frame the index is -1."""
+    return np.searchsorted(times, wanted + time_tolerance(fps), side="right") - 1
+
+
+def time_tolerance(fps: float) -> float:
+    """Seconds that a frame may begin after a time and still count as shown at it.
+
+    A file rounds its times to multiples of a unit: 1 ms in Matroska and FLV, 1/600 s in QuickTime. The distance of two
+    frames is therefore wrong by up to one unit, either way. A clip at the file's own rate has every frame once if the
+    tolerance is at least one unit, and less than a frame's duration minus one unit: 2 ms, or half a frame above 250
+    frames a second.
+    """
+    return min(TIME_TOLERANCE, 0.5 / fps)
 
 
 def _uniform(*entropy: int) -> float:

@@ -14,6 +14,7 @@ from flperf.data.dataset import Dataset, load_with, read_splits, training_files
 from flperf.data.loader import Reader
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.samplers import FrameSampling
+from flperf.data.short_clips import ShortClips, count_short
 from flperf.data.text_files import existing_file
 
 NVDEC_PIPELINES = 4  # clips that NVDEC decodes at a time, beside PyAV; an H100 has seven decoders, an A100 five
@@ -22,15 +23,28 @@ NVDEC_PIPELINES = 4  # clips that NVDEC decodes at a time, beside PyAV; an H100 
 def open_videos(config: Config, preprocessing: Preprocessing, seed: int) -> Dataset:
     """The splits whose CSV files `config.dataset` names."""
     dataset = config.dataset
-    splits = read_splits(dataset, lambda file, key: _read_clips(file, key, dataset.limit))
+    windows = {split: frame_sampling(dataset, split) for split in ("train", "validation")}
+    short: dict[str, ShortClips] = {}
+
+    def read(file: str | None, key: str) -> Annotations:
+        split = "validation" if key == "dataset.validation" else "train"
+        name = str(file) if dataset.sources and split == "train" else split
+        annotations, short[name] = count_short(_read_clips(file, key), windows[split], str(file), dataset.limit)
+        return annotations
+
+    splits = read_splits(dataset, read)
     read_labels(dataset.labels, list(splits.values()))  # raises if it is incomplete
-    starts = {"train": dataset.start, "validation": dataset.validation_start}
 
     def open_split(split: str, device: torch.device, training: bool) -> Reader:
-        frame_sampling = FrameSampling(dataset.n_frames, dataset.stride, starts[split])
-        return open_reader(dataset.decoder, splits[split].paths, frame_sampling, preprocessing, device, training)
+        return open_reader(dataset.decoder, splits[split].paths, windows[split], preprocessing, device, training)
 
-    return Dataset(splits, load_with(open_split, splits, dataset), seed, frame_rate=_frame_rate)
+    return Dataset(splits, load_with(open_split, splits, dataset), seed, frame_rate=_frame_rate, short=short)
+
+
+def frame_sampling(dataset: DatasetConfig, split: str) -> FrameSampling:
+    """The window of the clips of a split, "train" or "validation"."""
+    start = dataset.start if split == "train" else dataset.validation_start
+    return FrameSampling(dataset.n_frames, dataset.stride, start, dataset.fps, dataset.short_clips)
 
 
 def check_files(dataset: DatasetConfig) -> None:
@@ -83,13 +97,13 @@ def read_frames(path: str, indices: Sequence[int], decoder: str = "pyav") -> Ten
     return with_dali(path, list(indices), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _read_clips(file: str | None, key: str, limit: int | None) -> Annotations:
+def _read_clips(file: str | None, key: str) -> Annotations:
     if file is not None and os.path.isfile(file):
         from flperf.data import index
 
         if index.is_index(file):
-            return index.read_index(file, limit, key)
-    return read_annotations(file, key, limit)
+            return index.read_index(file, None, key)
+    return read_annotations(file, key, None)
 
 
 def _frame_rate(path: str) -> float:

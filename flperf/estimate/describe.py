@@ -10,6 +10,8 @@ from flperf.models.attention import attention_operator
 from flperf.models.flops import count_parameters
 from flperf.run import Components, flops_per_clip
 
+SPLITS = {"train": "training", "validation": "validation"}
+
 
 def describe(components: Components) -> str:
     """Several lines, the memory last."""
@@ -29,6 +31,7 @@ def describe(components: Components) -> str:
         f"data      {config.dataset.kind}: {components.dataset.train_size} training clips, "
         f"{components.dataset.validation_size} validation clips",
         *source_lines(components.dataset),
+        *short_lines(components.dataset),
         f"latents   {geometry.context_frames} context + {geometry.target_frames} target frames, "
         f"{geometry.height} x {geometry.width} x {geometry.dim} each",
     ]
@@ -45,6 +48,14 @@ def describe(components: Components) -> str:
         f"{memory_gb(device):.2f} GB held now by this process, before activations",
     ]
     return "\n".join(lines)
+
+
+def short_lines(dataset: Dataset) -> Iterator[str]:
+    """A line for each split, or for each of several sources: how many of its clips are shorter than the window."""
+    for name, short in dataset.short.items():
+        yield "clips     " + (
+            short.describe(SPLITS[name]) if name in SPLITS else f"{name}: {short.describe('training')}"
+        )
 
 
 def source_lines(dataset: Dataset) -> Iterator[str]:

@@ -15,7 +15,7 @@ from flperf.estimate.step_time import (
     decode_rate,
     step_time,
 )
-from flperf.estimate.workload import KEYFRAME_INTERVAL, Workload
+from flperf.estimate.workload import FRAME_RATE, KEYFRAME_INTERVAL, Workload
 from flperf.estimate.zero import collectives
 
 STAGES = (0, 1, 2, 3)
@@ -163,7 +163,8 @@ def _assumptions(workload: Workload, device: Device) -> Iterator[str]:
         links = f"{device.link / 1e9:.0f} GB/s in a node, {device.network / 1e9:.0f} GB/s a device between nodes"
         yield f"- {NETWORK_EFFICIENCY:.0%} of links of {links}; rings, without latency and stragglers"
     if workload.frames and device.decode_rate:
-        yield f"- H.264 of {_size(SOURCE_SIZE)}, a keyframe every {KEYFRAME_INTERVAL} frames"
+        rate = f", {FRAME_RATE} frames a second" if workload.config.dataset.fps else ""
+        yield f"- H.264 of {_size(SOURCE_SIZE)}{rate}, a keyframe every {KEYFRAME_INTERVAL} frames"
         yield (
             f"- a small picture takes a decoder at least {SMALLEST_PICTURE:.0%} of the time of one of "
             f"{_size(STATED_SIZE)}"

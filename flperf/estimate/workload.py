@@ -4,6 +4,7 @@ Models are built on the meta device, so that no weights are read or downloaded. 
 counts into estimates for a device.
 """
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -27,6 +28,7 @@ from flperf.objectives.build import build_objective
 from flperf.objectives.flow_matching import FlowMatching
 
 KEYFRAME_INTERVAL = 250  # frames; assumed of all video files, x264's default
+FRAME_RATE = 30  # frames a second; assumed of all video files where `dataset.fps` takes frames by time
 CACHED_BYTES = 2  # of an element of cached latents, bf16
 # Sizes of checkpoints on the hub, so that they need not be downloaded: keys of `backbone.architecture`.
 CHECKPOINTS = {
@@ -91,7 +93,9 @@ class Workload:
         dataset = self.config.dataset
         if dataset.kind in WITHOUT_VIDEO or dataset.kind == "bouncing_shapes":
             return 0
-        return (dataset.n_frames - 1) * dataset.stride + 1 + (0 if dataset.start == "first" else KEYFRAME_INTERVAL // 2)
+        apart = FRAME_RATE / dataset.fps if dataset.fps else dataset.stride
+        span = math.floor((dataset.n_frames - 1) * apart) + 1
+        return span + (0 if dataset.start == "first" else KEYFRAME_INTERVAL // 2)
 
     def states(self, stage: int, processes: int, device: Device) -> States:
         """Bytes of model states on each process at a ZeRO stage."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flperf.data.samplers import ClipBatch
+from flperf.data.unreadable import NONE_USABLE
 from flperf.errors import UserError
 from flperf.evaluation.metrics import (
     ERRORS,
@@ -82,7 +83,7 @@ def evaluate(
 def _scores(norm: str, accumulated: MeanAccumulator, moments: dict[str, Moments], samples: int) -> Scores:
     means = accumulated.means()
     if not accumulated.clips:
-        raise UserError("dataset.validation: none of its clips can be read")
+        raise UserError(f"dataset.validation: {NONE_USABLE}")
 
     def with_overall(key: Key) -> Tensor:
         return torch.cat([means[key], means[key].mean().view(1)])

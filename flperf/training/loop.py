@@ -91,7 +91,7 @@ def train_step(run: TrainingRun, batches: Iterator[ClipBatch], meter: StepMeter)
         with stage("optim"):
             run.engine.step()
         losses.append(loss.detach())
-        meter.skipped_clips += len(batch.skipped)
+        meter.count_clips(batch)
     return torch.stack(losses).mean()
 
 

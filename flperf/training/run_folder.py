@@ -71,6 +71,8 @@ class RunFolder:
                 f"{path}: is damaged; remove it to resume with the current configuration, or start over with "
                 "--overwrite"
             )
+        # A key that is newer than that run had no effect on it, as its default has none.
+        earlier = _completed(earlier, yaml.safe_load(dump_config(Config())))
         changed = [line for line in differences(earlier, current) if not _is_free(line.split(":")[0])]
         if changed:
             raise UserError(f"{path}: that run has another configuration ({'; '.join(changed)}); {START_OVER}")
@@ -116,6 +118,12 @@ class RunFolder:
             return json.loads((self.path / "run.json").read_text())
         except (OSError, ValueError):  # does not exist yet, or is damaged; the run does not depend on it
             return {}
+
+
+def _completed(values: dict, defaults: dict) -> dict:
+    """The values, and the defaults of the keys that have none, in all sections."""
+    sections = [key for key, value in values.items() if isinstance(value, dict) and isinstance(defaults.get(key), dict)]
+    return defaults | values | {key: _completed(values[key], defaults[key]) for key in sections}
 
 
 def _is_free(key: str) -> bool:

@@ -1,6 +1,7 @@
 """The metrics of training steps: loss, throughput, stage times, MFU."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flperf.data.samplers import ClipBatch
 from flperf.engine.devices import memory_gb, peak_flops
 from flperf.run import TrainingRun, flops_per_clip
 from flperf.training.profiler import StepProfile
@@ -25,7 +27,7 @@ class StepMeter:
         flops = sum(flops_per_clip(run).values())
         self.flops_per_step = flops * run.share.batch_size / run.process.world_size
         self.peak = peak_flops(run.process.device, run.dtype)
-        self.skipped_clips = 0  # since this start
+        self.clips = Counter(skipped_clips=0, short_clips=0)  # since this start
         self._restart()
 
     def _restart(self) -> None:
@@ -35,6 +37,10 @@ class StepMeter:
     def add(self, loss: Tensor) -> None:
         """Count a step with this loss, a scalar on the device."""
         self.losses.append(loss)
+
+    def count_clips(self, batch: ClipBatch) -> None:
+        """Count the unreadable and the short clips of a batch."""
+        self.clips.update(skipped_clips=len(batch.skipped), short_clips=len(batch.short))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -50,9 +56,9 @@ class StepMeter:
         self.started += time.perf_counter() - start
 
     def read(self, step: int, epoch: int, rate: float) -> dict[str, Any]:
-        """One line of metrics. Loss and skipped clips are over all processes, times are those of this process."""
+        """One line of metrics. Loss and counts of clips are over all processes, times are those of this process."""
         run, steps = self.run, len(self.losses)
-        loss, skipped_clips = self._reduced()
+        loss, clips = self._reduced()
         seconds = (time.perf_counter() - self.started) / steps
         stages, norm = self.timer.read(steps), run.engine.get_global_grad_norm()
         metrics = {
@@ -68,16 +74,17 @@ class StepMeter:
             "head_ms": stages["forward_ms"] + stages["backward_ms"],
             "mfu": self.flops_per_step / seconds / self.peak,
             "memory_gb": memory_gb(run.process.device),
-            "skipped_clips": skipped_clips,
+            **clips,
             "skipped_updates": run.engine.skipped_steps,
         }
         self._restart()
         return metrics
 
-    def _reduced(self) -> tuple[float, int]:
-        """The mean loss and the number of skipped clips over all processes."""
+    def _reduced(self) -> tuple[float, dict[str, int]]:
+        """The mean loss and the counts of clips over all processes."""
         loss = torch.stack(self.losses).mean().double().cpu()
-        totals = torch.stack([loss, torch.tensor(float(self.skipped_clips)).double()]).to(self.run.process.device)
+        counts = torch.tensor(list(self.clips.values()), dtype=torch.float64)
+        totals = torch.cat([loss[None], counts]).to(self.run.process.device)
         dist.all_reduce(totals)
-        loss_sum, skipped_clips = totals.tolist()
-        return loss_sum / self.run.process.world_size, int(skipped_clips)
+        loss_sum, *summed = totals.tolist()
+        return loss_sum / self.run.process.world_size, dict(zip(self.clips, map(int, summed), strict=True))

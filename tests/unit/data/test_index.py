@@ -3,8 +3,10 @@
 import csv
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from flperf.data import index
@@ -90,6 +92,35 @@ def test_variable_frame_rate(videos):
     row = index.probe_file(videos, "variable.mkv", 0)
     assert row.error == "" and row.frames == 40
     assert row.duration == pytest.approx(3.18 * 40 / 39, abs=0.02)
+    assert row.is_variable and row.shortest_interval == pytest.approx(0.04, abs=0.002)
+    assert row.longest_interval == pytest.approx(0.38, abs=0.002) and row.seconds == pytest.approx(3.18, abs=0.002)
+    for name in ("h264.mp4", "vp9.webm", "h264.ts", "mjpeg.avi"):
+        assert not index.probe_file(videos, name, 0).is_variable
+    assert "1 files have a variable frame rate" in index.summary([row])
+    assert index.frame_intervals(np.array([0.0])) == index.frame_intervals(np.array([])) == (0.0, 0.0)
+
+
+def test_the_summary_says_how_long_files_are(videos):
+    rows = [index.probe_file(videos, name, 0) for name in ("h264.mp4", "short.mp4", "vp9.webm", "empty.webm")]
+    rows.append(replace(rows[0], path="long.mp4", frames=127, duration=5.08))
+    text = index.summary(rows)
+    assert "shortest file has 0.20 s (5 frames), the median 2.80 s (70 frames), the longest 5.08 s (127 frames)" in text
+    assert re.search(r" 3 files are shorter than a clip of the reference configurations, 127 frames", text)
+    assert "variable" not in text and "0 of 1 files are usable" in index.summary([rows[3]])
+
+
+def test_an_older_index_is_read_and_an_older_partial_one_begun_again(annotated, tmp_path):
+    """Before the columns of frame intervals."""
+    out = tmp_path / "index.csv"
+    rows = index.write_index(str(annotated), None, str(out))
+    with open(out, newline="") as file:
+        table = [[cell for name, cell in row.items() if "interval" not in name] for row in csv.DictReader(file)]
+    older = [index.HEADER_WITHOUT_INTERVALS, *table]
+    for name in ("older.csv", "index.csv.partial"):
+        with open(tmp_path / name, "w", newline="") as file:
+            csv.writer(file).writerows(older)
+    assert index.read_index(str(tmp_path / "older.csv"), None) == index.read_index(str(out), None)
+    assert index.write_index(str(annotated), None, str(out)) == rows
 
 
 def test_only_files_are_opened(videos, tmp_path, monkeypatch):
@@ -136,12 +167,14 @@ def test_mistakes_name_the_row(annotated, tmp_path):
     with pytest.raises(UserError, match="row 2: is not a row of an index"):
         index.read_index(str(tmp_path / "bad.csv"), None)
     (tmp_path / "marked.csv").write_text(
-        ",".join(index.HEADER) + "\nclip.mp4,3,h264,,1,1,1,1.0,1.0,,\n", encoding="utf-8-sig"
+        ",".join(index.HEADER) + "\nclip.mp4,3,h264,,1,1,1,1.0,1.0,0.0,0.0,,\n", encoding="utf-8-sig"
     )
     assert index.is_index(str(tmp_path / "marked.csv")) and index.read_index(
         str(tmp_path / "marked.csv"), None
     ).labels == [3]
-    (tmp_path / "none.csv").write_text(",".join(index.HEADER) + "\nclip.mp4,0,,,0,0,0,0.0,0.0,no video stream,\n")
+    (tmp_path / "none.csv").write_text(
+        ",".join(index.HEADER) + "\nclip.mp4,0,,,0,0,0,0.0,0.0,0.0,0.0,no video stream,\n"
+    )
     with pytest.raises(UserError, match="none of its files is usable"):
         index.read_index(str(tmp_path / "none.csv"), None)
 

@@ -1,33 +1,37 @@
-"""Batches read ahead in threads: their order, their memory, unreadable clips, and threads that end."""
+"""Batches read ahead in threads: their order, their memory, unreadable and short clips, and threads that end."""
 
 import logging
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from flperf.data.annotations import SourceClips
 from flperf.data.loader import Reader, cores_per_process, load_batches, read_ahead
-from flperf.data.samplers import BatchShare, TrainingSampler, ValidationSampler
-from flperf.data.unreadable import BadClip
+from flperf.data.samplers import BatchShare, FrameSampling, TrainingSampler, ValidationSampler
+from flperf.data.unreadable import BadClip, shortage
 from flperf.errors import UserError
 
 CPU = torch.device("cpu")
 
 
 class NumberReader(Reader):
-    """Clip i is i everywhere; those of `bad` can't be read."""
+    """Clip i is i everywhere; those of `bad` can't be read, those of `short` have 45 frames."""
 
     field, shape, dtype = "latents", (2, 3, 3, 2), torch.float32
 
-    def __init__(self, bad=()):
-        self.bad = set(bad)
+    def __init__(self, bad=(), short=(), short_clips="pad"):
+        self.bad, self.short = set(bad), set(short)
+        self.frame_sampling = FrameSampling(64, 2, "random", short_clips=short_clips)
 
     def read(self, request, slot):
         slot.fill_(request.clip)
         if request.clip in self.bad:
             raise BadClip(f"clip_{request.clip}", "it is bad")
+        length = 45 if request.clip in self.short else 127
+        return shortage(f"clip_{request.clip}", self.frame_sampling, np.arange(length) / 25)
 
 
 def train(reader, size, share=None, threads=2, sources=()):
@@ -144,6 +148,54 @@ def test_too_many_unreadable_clips_end_the_run():
     with pytest.raises(UserError, match=r"of the first \d+ clips can't be read: .*clip_1"):
         for _, _ in zip(range(20), train(NumberReader([1, 2, 3]), 4), strict=False):
             pass
+
+
+LACK = "only 23 distinct frames in a window of 127 frames (64 at stride 2)"
+
+
+def test_a_padded_short_clip_is_read_and_counted_and_the_first_is_logged(caplog):
+    batches = train(NumberReader(short=[1, 3]), 5)
+    read = [next(batches) for _ in range(5)]  # 20 samples, four of each clip
+    clips = torch.cat([batch.clip for batch in read])
+    assert torch.equal(torch.cat([batch.latents for batch in read])[:, 0, 0, 0, 0].long(), clips)
+    assert sorted(clips.tolist()) == sorted([*range(5)] * 4) and not any(batch.skipped for batch in read)
+    assert sorted(clip for batch in read for clip in batch.short) == [("clip_1", LACK)] * 4 + [("clip_3", LACK)] * 4
+    assert len(caplog.records) == 1 and LACK in caplog.text and "padded with its last frame" in caplog.text
+
+
+def test_a_skipped_short_clip_is_replaced_like_an_unreadable_one_but_counted_apart(caplog):
+    """Four fifths of the clips: unreadable ones would end the run."""
+    sampler, batches = TrainingSampler(5, 0), train(NumberReader(short=[0, 1, 3, 4], short_clips="skip"), 5)
+    for _ in range(40):
+        batch = next(batches)
+        assert batch.clip.tolist() == [2] * 4 and (batch.latents == 2).all() and not batch.skipped
+        attempts = [[sampler.request(sample, attempt).clip for attempt in range(5)] for sample in batch.sample.tolist()]
+        left_out = [f"clip_{clip}" for clips in attempts for clip in clips[: clips.index(2)]]
+        assert [path for path, _ in batch.short] == left_out
+    assert len(caplog.records) == 1 and "replaced by the next one" in caplog.text
+
+
+def test_validation_leaves_out_skipped_short_clips(caplog):
+    batches = list(validate(NumberReader(bad=[5], short=[0, 1, 2, 4], short_clips="skip"), 6))
+    assert torch.cat([batch.valid for batch in batches]).tolist() == [False, False, False, True, False, False]
+    assert [path for batch in batches for path, _ in batch.short] == [f"clip_{clip}" for clip in (0, 1, 2, 4)]
+    assert "4 of 6 clips are shorter than the window and are left out" in caplog.text
+    assert "1 of 6 clips can't be read and are left out" in caplog.text
+    assert all(batch.valid.all() and batch.short for batch in validate(NumberReader(short=range(6)), 6))
+
+
+def test_a_run_without_a_clip_of_the_window_ends_and_names_the_keys(caplog):
+    keys = r"dataset.short_clips=pad, .*dataset.n_frames, dataset.stride, dataset.fps"
+    with pytest.raises(
+        UserError, match=rf"9 clips in a row are shorter than the window; set {keys}.*clip_\d: {LACK[:20]}"
+    ):
+        next(train(NumberReader(short=range(9), short_clips="skip"), 9))
+    with pytest.raises(UserError, match=rf"256 clips in a row are shorter than the window; set {keys}.*and 236 more"):
+        next(train(NumberReader(short=range(900), short_clips="skip"), 900))
+    with pytest.raises(UserError, match=r"9 clips in a row can't be read or are shorter than the window; set"):
+        next(train(NumberReader(bad=[3], short={*range(9)} - {3}, short_clips="skip"), 9))
+    with pytest.raises(UserError, match=rf"all 9 clips are shorter than the window; set {keys}"):
+        list(validate(NumberReader(short=range(9), short_clips="skip"), 9))
 
 
 def test_no_requests_are_no_batches():

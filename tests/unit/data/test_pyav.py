@@ -55,8 +55,21 @@ def test_frames_are_those_of_plain_decoding(videos, decode_all, monkeypatch, nam
         frame_sampling = FrameSampling(n_frames, stride, "random")
         out = torch.full((n_frames, 48, 48, 3), 77, dtype=torch.uint8)
         read_clip(str(videos / name), frame_sampling, uniform, PREPROCESSING, out)
-        expected = everything[frame_sampling.frames(np.arange(len(everything)), uniform)]
+        expected = everything[frame_sampling.frames(np.arange(len(everything)) / 25, uniform)]
         assert torch.equal(out, PREPROCESSING.apply(torch.from_numpy(expected))), (n_frames, stride, uniform)
+
+
+@pytest.mark.parametrize("fps", [3.0, 12.5, 25.0, 40.0])
+def test_frames_by_time_on_a_variable_frame_rate(videos, decode_all, fps):
+    """Frame i of this file begins at 40 i + 20 (i // 4)^2 ms."""
+    everything = decode_all(videos / "variable.mkv")
+    times = np.array([40 * index + 20 * (index // 4) ** 2 for index in range(40)]) / 1000
+    for start, uniform in [("first", 0.0), ("center", 0.0), ("random", 0.3), ("random", 0.999)]:
+        frame_sampling = FrameSampling(8, 1, start, fps)
+        out = torch.full((8, 48, 48, 3), 77, dtype=torch.uint8)
+        assert pyav.read_clip(str(videos / "variable.mkv"), frame_sampling, uniform, PREPROCESSING, out) == []
+        expected = everything[frame_sampling.frames(times, uniform)]
+        assert torch.equal(out, PREPROCESSING.apply(torch.from_numpy(expected))), (start, uniform)
 
 
 def test_a_packet_of_an_unknown_stream_is_passed_over(videos, decode_all):

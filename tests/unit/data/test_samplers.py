@@ -1,13 +1,15 @@
 """The order of samples, and the frames that are read."""
 
 import itertools
+import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 
 from flperf.data.annotations import SourceClips
-from flperf.data.samplers import BatchShare, FrameSampling, TrainingSampler, ValidationSampler
+from flperf.data.samplers import TIME_TOLERANCE, BatchShare, FrameSampling, TrainingSampler, ValidationSampler
 
 
 def samples(sampler, first_step, share, steps):
@@ -79,16 +81,92 @@ def test_validation_reads_each_clip_once_and_every_rank_as_often(size, world_siz
     assert {request.clip for request in requests if not request.valid} <= {size - 1}
 
 
+RATES = [24, 25, 30, 60, 240, Fraction(24000, 1001), Fraction(30000, 1001), Fraction(60000, 1001)]
+UNITS = [None, Fraction(1, 1000), Fraction(1, 600), Fraction(1, 90_000), Fraction(1, 12_800)]  # of the times in a file
+
+
+def frame_times(length, rate=Fraction(25), unit=None, rounding=round):
+    """Times of frames at a constant rate, as a file with this unit has them."""
+    exact = [index / Fraction(rate) for index in range(length)]
+    stamps = exact if unit is None else [rounding(time / unit) * unit for time in exact]
+    return np.array([float(stamp - stamps[0]) for stamp in stamps])
+
+
 @pytest.mark.parametrize("length", [1, 3, 16, 17, 40])
 def test_frames_are_within_the_file(length):
+    times = frame_times(length)
     for start in ("first", "center", "random"):
         frame_sampling = FrameSampling(n_frames=6, stride=3, start=start)
         for uniform in (0.0, 0.5, 0.999999):
-            frames = frame_sampling.frames(np.arange(length), uniform)
+            frames = frame_sampling.frames(times, uniform)
             assert len(frames) == 6 and frames[0] >= 0 and frames[-1] <= length - 1
             assert all(b - a == 3 or b == length - 1 for a, b in itertools.pairwise(frames))
-    assert FrameSampling(6, 3, "center").frames(np.arange(40), 0.0)[0] == 12
-    assert {FrameSampling(6, 3, "random").frames(np.arange(18), u / 100)[0] for u in range(100)} == {0, 1, 2}
+    assert FrameSampling(6, 3, "center").frames(frame_times(40), 0.0)[0] == 12
+    assert {FrameSampling(6, 3, "random").frames(frame_times(18), u / 100)[0] for u in range(100)} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("rounding", [round, math.floor, math.ceil], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("unit", UNITS, ids=str)
+@pytest.mark.parametrize("rate", RATES, ids=str)
+def test_a_rate_of_the_file_over_a_whole_number_is_a_stride(rate, unit, rounding):
+    """At the file's own rate every frame comes once, at half of it every second one, from every start, however the file
+    rounds its times."""
+    times = frame_times(300, rate, unit, rounding)
+    for stride in (1, 2, 5):
+        # half a frame, by which the centre may be off, is near the tolerance at 240 frames a second
+        for start in ("first", "random") if rate == 240 else ("first", "center", "random"):
+            by_time = FrameSampling(24, 99, start, fps=float(rate / stride))
+            by_count = FrameSampling(24, stride, start)
+            for uniform in (0.0, 0.37, 0.5, 0.999999):
+                assert by_time.frames(times, uniform) == by_count.frames(times, uniform), (stride, start, uniform)
+        assert by_time.is_short(23 * stride, times[23 * stride - 1]) and by_count.is_short(23 * stride, 0.0)
+        assert not by_time.is_short(23 * stride + 1, times[23 * stride]) and not by_count.is_short(23 * stride + 1, 0.0)
+
+
+def test_a_rate_with_two_decimals_is_near_enough():
+    times = frame_times(200, Fraction(24000, 1001), Fraction(1, 1000))
+    for fps in (23.98, 23.976):
+        assert FrameSampling(64, 1, "first", fps=fps).frames(times, 0.0) == list(range(64))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_frames_by_time_are_the_last_ones_shown(seed):
+    """On a variable frame rate, at any fps: the definition, frame by frame."""
+    random = np.random.default_rng(seed)
+    times = np.concatenate([[0.0], random.choice([0.008, 0.02, 0.04, 0.5], 400, p=[0.3, 0.3, 0.3, 0.1]).cumsum()])
+    fps = random.choice([5.0, 12.5, 29.97, 60.0])
+    for start in ("first", "center", "random"):
+        frame_sampling = FrameSampling(16, 2, start, fps=fps)
+        frames = frame_sampling.frames(times, random.uniform())
+        shown = times[frames[0]] + np.arange(16) / fps
+        assert frames == [max(i for i, time in enumerate(times) if time <= at + TIME_TOLERANCE) for at in shown]
+        assert shown[-1] <= times[-1] + TIME_TOLERANCE
+        assert not frame_sampling.is_short(len(times), times[-1])
+
+
+def test_random_starts_are_all_frames_at_which_the_window_fits():
+    times = np.array([0.0, 0.1, 0.15, 0.7, 0.8, 1.3, 1.4])  # 0.5 s fit from 0.8 s on at the latest
+    frame_sampling = FrameSampling(3, 1, "random", fps=4.0)
+    starts = [frame_sampling.frames(times, u / 1000)[0] for u in range(1000)]
+    assert [starts.count(frame) for frame in range(5)] == [200] * 5 and len(starts) == 1000
+    assert FrameSampling(3, 1, "center", fps=4.0).frames(times, 0.0) == [2, 2, 2]  # from 0.45 s: between 0.15 and 0.7 s
+
+
+@pytest.mark.parametrize("fps", [None, 12.5])
+def test_a_file_shorter_than_the_window_repeats_its_last_frame(fps):
+    for length in (1, 2, 45, 126):
+        times = frame_times(length)
+        for start in ("first", "center", "random"):
+            frame_sampling = FrameSampling(64, 2, start, fps)
+            assert frame_sampling.is_short(length, times[-1])
+            assert frame_sampling.frames(times, 0.9) == [min(2 * i, length - 1) for i in range(64)]
+    assert not frame_sampling.is_short(127, frame_times(127)[-1])
+
+
+def test_more_frames_a_second_than_the_file_has_repeat_frames():
+    frame_sampling = FrameSampling(8, 1, "first", fps=50.0)
+    assert frame_sampling.frames(frame_times(10), 0.0) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert not frame_sampling.is_short(5, 4 / 25)  # the time is there
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The folder of a run: it is resumed by the same run only, and survives damaged files."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,18 @@ def test_a_configuration_cut_after_any_line_is_damaged(tmp_path):
             folder.check(config)
     path.write_text("".join(lines))
     folder.check(config)
+
+
+def test_a_key_that_is_newer_than_a_run_has_its_default_there(tmp_path):
+    folder, config = opened(tmp_path, "a.mp4"), Config(name="run", experiment=str(tmp_path))
+    path = folder.path / "config.yaml"
+    newer = [line for line in path.read_text().splitlines() if "short_clips" not in line and "  fps:" not in line]
+    path.write_text("\n".join(newer))
+    folder.check(config)
+    for key, value, change in (("short_clips", "skip", "pad -> skip"), ("fps", 12.5, "None -> 12.5")):
+        other = replace(config, dataset=replace(config.dataset, **{key: value}))
+        with pytest.raises(UserError, match=rf"another configuration \(dataset.{key}: {change}\)"):
+            folder.check(other)
 
 
 def test_an_experiment_that_cannot_be_a_folder_is_named(tmp_path):
