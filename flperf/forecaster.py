@@ -5,16 +5,19 @@ Its metadata contains the resolved configuration and the step. The encoder is no
 the encoder's weights.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from flperf.config import Config, parse_config
 from flperf.data.preprocessing import Preprocessing
+from flperf.data.samplers import frames_shown
 from flperf.engine.checkpoint_files import latest_checkpoint, read_weights
 from flperf.engine.engine import load_weights
 from flperf.engine.process import compute_dtype
@@ -101,6 +104,7 @@ class Forecaster:
         forecaster = load_forecaster("forecaster.safetensors")
         latents = forecaster.forecast(video)  # video: uint8 f h w c, any size
 
+    A head trained with `dataset.fps` also needs the video's frame rate: `forecaster.forecast(video, frame_rate=30)`.
     `context_frames` is the number of video frames that it uses; `config`, `geometry` and `statistics` are those of the
     training.
     """
@@ -123,28 +127,47 @@ class Forecaster:
         self.context_frames = self.geometry.context_frames * self.encoder.frames_per_latent
 
     @torch.no_grad()
-    def context(self, video: Tensor) -> Tensor:
+    def context(self, video: Tensor, frame_rate: float | None = None) -> Tensor:
         """Normalised latents `1 t h w d` of the last `context_frames` frames of a video, uint8 `f h w c`, at the stride
-        of the training. Raises `ValueError` for a video of another dtype or shape, or a shorter one."""
-        stride = self.config.dataset.stride
-        frames = video[-1 - (self.context_frames - 1) * stride :: stride]
-        if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[-1] != 3 or len(frames) < self.context_frames:
-            needed = (self.context_frames - 1) * stride + 1
+        or the `dataset.fps` of the training.
+
+        frame_rate: frames a second of the video, needed if `dataset.fps` is set and of no effect otherwise. Raises
+        `ValueError` for a video of another dtype or shape, for a shorter one, and if the frame rate is missing.
+        """
+        indices = self._context_indices(len(video), frame_rate)
+        if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[-1] != 3 or indices[0] < 0:
+            needed = len(video) - int(indices[0])
             raise ValueError(
                 f"video: needs uint8 f h w c of at least {needed} frames, got {video.dtype} {list(video.shape)}"
             )
-        pixels = self.preprocessing.apply(frames)[None].contiguous().to(self.device)
+        pixels = self.preprocessing.apply(video[indices])[None].contiguous().to(self.device)
         return self.normaliser(self.encoder(pixels))
 
+    def _context_indices(self, length: int, frame_rate: float | None) -> Tensor:
+        """Indices int64 [f] of the context in a video of `length` frames, whose last frame is the last one; negative
+        where the video is too short."""
+        fps, back = self.config.dataset.fps, np.arange(1 - self.context_frames, 1)
+        if fps is None:
+            return torch.from_numpy(length - 1 + back * self.config.dataset.stride)
+        if frame_rate is None or not 0 < frame_rate < math.inf:
+            raise ValueError(
+                f"frame_rate: is {frame_rate}; needs the video's frames a second, since dataset.fps is {fps:g} here"
+            )
+        span = math.ceil((self.context_frames - 1) * frame_rate / fps) + 1
+        times = np.arange(-span, 1) / frame_rate  # of frames up to the last one, at 0
+        return torch.from_numpy(length - 1 - span + frames_shown(times, back / fps, fps))
+
     @torch.no_grad()
-    def forecast(self, video: Tensor, frames: int | None = None, seed: int = 0) -> Tensor:
+    def forecast(
+        self, video: Tensor, frames: int | None = None, seed: int = 0, frame_rate: float | None = None
+    ) -> Tensor:
         """fp32 `k t h w d`: samples (one in regression) of the normalised latents that follow a video, uint8 `f h w c`.
 
-        frames: number of latent frames (default: as in training; more are rolled out). Raises `ValueError` as `context`
-        does.
+        frames: number of latent frames (default: as in training; more are rolled out). frame_rate: as for `context`.
+        Raises `ValueError` as `context` does.
         """
         sample = torch.tensor([seed], device=self.device)
-        return forecast(self.objective, self.head, self.context(video), sample, frames)[0]
+        return forecast(self.objective, self.head, self.context(video, frame_rate), sample, frames)[0]
 
 
 def load_forecaster(

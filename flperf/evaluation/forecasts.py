@@ -5,12 +5,15 @@ reported before torch is loaded.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flperf.config import Dataset as DatasetConfig
 from flperf.data.unreadable import BadClip
 from flperf.errors import UserError
 from flperf.evaluation.visualise import Example, write_example
@@ -19,14 +22,26 @@ from flperf.objectives.build import forecast
 from flperf.run import Run
 
 
-def frames_for(seconds: float, stride: int, frames_per_latent: int, rate: float) -> int:
-    """The number of latent frames that covers `seconds` after the last context frame."""
-    return math.ceil(seconds * rate / (frames_per_latent * stride) - 1e-9)
+@dataclass(frozen=True)
+class Pace:
+    """The times of forecast latent frames, in seconds after the last video frame of the context.
 
+    Latent frame k ahead, counted from 0, is computed from `covered` video frames of the clip, the first of the
+    `per_latent` frames from one latent frame to the next. Its time is that of the last of these, frame
+    k per_latent + covered after the context.
+    """
 
-def seconds_ahead(frames: int, stride: int, frames_per_latent: int, rate: float) -> list[float]:
-    """The time of the last video frame of each forecast latent frame, in seconds after the last context frame."""
-    return [(frame + 1) * frames_per_latent * stride / rate for frame in range(frames)]
+    interval: float  # seconds from one frame of the clip to the next
+    per_latent: int
+    covered: int
+
+    def seconds_ahead(self, frames: int) -> list[float]:
+        """The times of the first `frames` forecast latent frames."""
+        return [(frame * self.per_latent + self.covered) * self.interval for frame in range(frames)]
+
+    def frames_for(self, seconds: float) -> int:
+        """The number of latent frames until the time is at least `seconds`."""
+        return 1 + max(0, math.ceil((seconds / self.interval - self.covered) / self.per_latent - 1e-9))
 
 
 @torch.no_grad()
@@ -40,16 +55,16 @@ def write_forecasts(run: Run, out: Path, clips: int, frames: int | None, seconds
     clips = min(clips, run.dataset.validation_size)
     if not clips:
         raise UserError("dataset.validation: is not set; forecasts are made of validation clips")
-    rates = clip_rates(run, clips)
+    paces = clip_paces(run, clips)
     if seconds is not None:
-        if rates is None:
+        if paces is None:
             kind = run.config.dataset.kind
             raise UserError(f"--seconds: clips of dataset.kind {kind!r} have no frame rate; use --frames")
-        frames = frames_for(seconds, run.config.dataset.stride, run.encoder.frames_per_latent, max(rates))
+        frames = max(pace.frames_for(seconds) for pace in paces)
     tensors, videos = _forecasts(run, clips, frames)
-    if rates is not None:
-        pace = (tensors["forecast"].shape[2], run.config.dataset.stride, run.encoder.frames_per_latent)
-        tensors["seconds"] = torch.tensor([seconds_ahead(*pace, rates[clip]) for clip in tensors["clip"].tolist()])
+    if paces is not None:
+        ahead = tensors["forecast"].shape[2]
+        tensors["seconds"] = torch.tensor([paces[clip].seconds_ahead(ahead) for clip in tensors["clip"].tolist()])
     out.mkdir(parents=True, exist_ok=True)
     with atomic_file(out / "forecasts.safetensors") as unfinished:
         save_file(tensors, unfinished)
@@ -76,14 +91,21 @@ def _forecasts(run: Run, clips: int, frames: int | None) -> tuple[dict[str, Tens
     return {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}, videos
 
 
-def clip_rates(run: Run, clips: int) -> list[float] | None:
-    """Frames per second of the first validation clips, 0 for an unreadable file; None if clips are not video files."""
-    if run.dataset.frame_rate is None:
+def clip_paces(run: Run, clips: int) -> list[Pace] | None:
+    """The times of forecasts of the first validation clips; None if clips are not video files."""
+    if run.dataset.frame_rate is None or run.encoder is None:
         return None
-    rates = []
-    for path in run.dataset.splits["validation"].paths[:clips]:
-        try:
-            rates.append(run.dataset.frame_rate(path))
-        except BadClip:  # reported where it is decoded
-            rates.append(0.0)
-    return rates
+    paths = run.dataset.splits["validation"].paths[:clips]
+    intervals = [frame_interval(run.config.dataset, run.dataset.frame_rate, path) for path in paths]
+    return [Pace(interval, run.encoder.frames_per_latent, run.encoder.frames_covered) for interval in intervals]
+
+
+def frame_interval(dataset: DatasetConfig, frame_rate: Callable[[str], float], path: str) -> float:
+    """Seconds from one frame of a file's clips to the next: exact with `dataset.fps`, else by the file's average frame
+    rate. Infinite for an unreadable file, which is reported where it is decoded."""
+    if dataset.fps:
+        return 1 / dataset.fps
+    try:
+        return dataset.stride / frame_rate(path)
+    except BadClip:
+        return math.inf

@@ -29,7 +29,7 @@ def test_a_run_describes_itself_and_is_not_overwritten(tiny, train):
     description = json.loads((folder / "run.json").read_text())
     assert description["world_size"] == 1 and description["versions"]["torch"] and description["command"]
     line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
-    assert {*LOGGED.split(), "skipped_clips"} <= line.keys()
+    assert {*LOGGED.split(), "skipped_clips", "short_clips"} <= line.keys()
 
     other = train("kept", "trainer.max_steps=2", "model.depth=3")
     assert other.returncode != 0 and "model.depth: 2 -> 3" in other.stderr and "Traceback" not in other.stderr

@@ -18,7 +18,6 @@ from flperf.commands.sample import sample
 from flperf.commands.trained import _use_compile_cache_of
 from flperf.data.demo import write_demo
 from flperf.errors import UserError
-from flperf.evaluation.forecasts import frames_for, seconds_ahead
 
 CONFIG = """
 inherits: [{root}/configs/demo.yaml]
@@ -123,13 +122,16 @@ def test_a_horizon_in_seconds_is_rolled_out(folder):
     assert not torch.equal(long["forecast"][:, :, 2:4], short["forecast"])
 
 
-@pytest.mark.parametrize(
-    ("seconds", "rate", "frames"), [(1.0, 24.0, 6), (1.0, 25.0, 7), (0.1, 24.0, 1), (1 / 3, 24.0, 2)]
-)
-def test_frames_reach_the_seconds_asked_for_and_no_further(seconds, rate, frames):
-    assert frames_for(seconds, 2, 2, rate) == frames
-    ahead = seconds_ahead(frames, 2, 2, rate)
-    assert ahead[-1] >= seconds - 1e-9 and (frames == 1 or ahead[-2] < seconds)
+def test_a_horizon_in_seconds_is_by_frames_a_second_where_they_are_set(folder):
+    """The demo has 24 frames a second: 12 of a clip are every second one."""
+    arguments = ["--checkpoint", str(folder / "head.safetensors"), "--clips", "2", "--seconds", "0.8"]
+    sample([*arguments, "--out", str(folder / "by_stride")])
+    sample([*arguments, "--out", str(folder / "by_time"), "dataset.fps=12", "dataset.stride=7"])
+    by_stride, by_time = (load_file(folder / name / "forecasts.safetensors") for name in ("by_stride", "by_time"))
+    assert by_stride.keys() == by_time.keys() and all(torch.equal(by_stride[name], by_time[name]) for name in by_time)
+    sample([*arguments, "--out", str(folder / "slower"), "dataset.fps=4"])
+    slower = load_file(folder / "slower/forecasts.safetensors")
+    torch.testing.assert_close(slower["seconds"][0], torch.tensor([0.5, 1.0]))
 
 
 def test_forecasting_from_python(folder):
@@ -148,6 +150,12 @@ def test_forecasting_from_python(folder):
         latents, forecaster.forecast(frames, seed=1)
     )
     assert forecaster.forecast(frames, frames=5).shape[1] == 5
+    by_time = load_forecaster(folder / "head.safetensors", overrides=["dataset.fps=12"])
+    assert torch.equal(latents, by_time.forecast(frames, frame_rate=24))
+    with pytest.raises(ValueError, match="frame_rate: is None; needs the video's frames a second"):
+        by_time.forecast(frames)
+    with pytest.raises(ValueError, match="at least 7 frames"):
+        by_time.forecast(frames[:6], frame_rate=24)
     with pytest.raises(ValueError, match="at least 7 frames"):
         forecaster.forecast(frames[:6])
     for wrong in (frames[..., :1], frames[0], frames.float()):

@@ -79,13 +79,25 @@ def test_clips_of_each_source_are_read(tiny, tmp_path):
 
 
 def test_unreadable_clips_fail_the_check_with_examples(tiny):
-    batches = [SimpleNamespace(skipped=[("a.mp4", "no video stream")], valid=torch.tensor([True, False]))]
+    unreadable = [("a.mp4", "no video stream")]
+    batches = [SimpleNamespace(skipped=unreadable, short=[], valid=torch.tensor([True, False]))]
     dataset = SimpleNamespace(chosen_batches=lambda *_: batches)
     run = SimpleNamespace(dataset=dataset, process=SimpleNamespace(device="cpu"))
     file = load_config(REFERENCE).dataset.train
     finding = doctor_config.clips_check(run, "train", [0, 1], "train clips", file)
     assert finding.text == "1 of 2 train clips read (a.mp4: no video stream)"
     assert "flperf index --csv data/kinetics_400/train.csv" in finding.fix
+
+
+def test_short_clips_are_counted_and_are_no_failure():
+    short = [("a.mp4", "only 23 distinct frames")]
+    batches = [SimpleNamespace(skipped=[], short=short, valid=torch.tensor([True, True, True]))]
+    dataset = SimpleNamespace(chosen_batches=lambda *_: batches)
+    run = SimpleNamespace(dataset=dataset, process=SimpleNamespace(device="cpu"), config=load_config(REFERENCE))
+    finding = doctor_config.clips_check(run, "train", [0, 1, 2])
+    window = "127 frames (64 at stride 2)"
+    assert finding.text == f"3 of 3 train clips read, 1 of 3 are shorter than the window of {window}"
+    assert not finding.fix
 
 
 @pytest.mark.parametrize(

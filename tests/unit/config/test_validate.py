@@ -21,6 +21,8 @@ def load(tmp_path):
     [
         ("dataset.stride", "0", "at least 1"),
         ("dataset.threads", "0", "at least 1"),  # null by default
+        ("dataset.fps", "0", "above 0"),
+        ("dataset.fps", ".inf", "above 0"),
         ("trainer.warmup_steps", "-1", "at least 0"),
         ("trainer.learning_rate", "nan", "at least 0"),
         ("trainer.max_grad_norm", "inf", "above 0"),
@@ -59,6 +61,7 @@ def test_the_ends_of_a_range_are_allowed(load):
         (["dataset.sources=[{train: a.csv}]", "dataset.kind=demo"], "dataset.sources: dataset.kind 'demo' has its own"),
         (["dataset.sources=[{train: a.csv}]", "dataset.kind=bouncing_shapes"], "dataset.sources: dataset.kind 'bounc"),
         (["evaluation.sampling.guidance=2"], "evaluation.sampling.guidance: needs objective.context_dropout above 0"),
+        (["dataset.kind=bouncing_shapes", "dataset.fps=12"], "dataset.fps: frames of bouncing_shapes have no time"),
         (["objective.kind=flow_matching", "objective.loss=cosine"], "objective.loss: cosine is not defined"),
         (["checkpoint.save_every=never"], "checkpoint.save_every: 'never' is not a number of steps or epochs"),
         (["evaluation.eval_every=0"], "evaluation.eval_every: '0' is not a number of steps or epochs"),

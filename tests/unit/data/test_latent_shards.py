@@ -159,13 +159,34 @@ def test_a_shard_cut_short_or_removed_is_named(cache):
     ("section", "key", "value"),
     [("backbone", "encode", "joint"), ("backbone", "weights", "facebook/vjepa2-vitl-fpc64-256"), ("dataset",
     "n_frames", 16),
-     ("dataset", "stride", 4), ("model", "num_context_latents", 1), ("backbone", "frame_stride", 2)],
+     ("dataset", "stride", 4), ("dataset", "fps", 12.5), ("model", "num_context_latents", 1),
+     ("backbone", "frame_stride", 2)],
 )  # fmt: skip
 def test_latents_of_another_encoding_are_refused(cache, section, key, value):
     config = configuration(cache[0])
     setattr(getattr(config, section), key, value)
     with pytest.raises(UserError, match=f"encoded with another configuration .*{key}"):
         open_dataset(config, None, 0)
+
+
+def test_the_rate_of_a_cache_is_that_of_the_configuration(cache):
+    """An older cache has no rate and counts as one at a stride. Beside a rate, the stride has no effect."""
+    folder, _ = cache
+    for number in range(3):
+        path = latent_shards.shard_path(folder, number)
+        about = latent_shards.open_shard(path).identity
+        del about["dataset"]["fps"]
+        rewrite(path, about)
+    assert open_dataset(configuration(folder), None, 0).train_size == 7
+    with pytest.raises(UserError, match=r"\(dataset.fps: None -> 12.5; dataset.stride: 2 -> None\): encode again"):
+        open_dataset(configuration(folder, fps=12.5), None, 0)
+    for number in range(3):
+        rewrite(latent_shards.shard_path(folder, number), latent_shards.identity(configuration(folder, fps=12.5), 2, 2))
+    for stride in (2, 7):
+        assert open_dataset(configuration(folder, fps=12.5, stride=stride), None, 0).train_size == 7
+    for fps in (None, 25.0):
+        with pytest.raises(UserError, match="encoded with another configuration .*dataset.fps: 12.5 -> "):
+            open_dataset(configuration(folder, fps=fps), None, 0)
 
 
 def rewrite(path, about=None, **tensors):
