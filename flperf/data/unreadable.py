@@ -30,7 +30,10 @@ MIN_OPENED = 32  # clips that training opens before it checks the share
 MAX_SHORT = 256  # clips in a row that are too short or unreadable; more end the run
 LISTED = 20  # clips named in an error
 LONGER_CLIPS = "set dataset.short_clips=pad, or a shorter window (dataset.n_frames, dataset.stride, dataset.fps)"
-NONE_USABLE = f"none of its clips is readable and as long as the window; see the warnings, or {LONGER_CLIPS}"
+NONE_USABLE = (
+    "none of its clips could be used; warnings say which can't be read and which are shorter than the window "
+    "(dataset.short_clips)"
+)
 
 
 class BadClip(Exception):
@@ -105,8 +108,9 @@ class UnusableClips:
                 )
         elif self.unreadable > MAX_UNREADABLE * size:
             raise UserError(f"more than half of the {size} clips can't be read: {_listing(self.reasons)}")
-        elif self.too_short == size:
-            raise UserError(f"all {size} clips are shorter than the window; {LONGER_CLIPS}")
+        elif self.too_short and self.too_short + self.unreadable == size:
+            others = f"; {self.unreadable} can't be read: {_listing(self.reasons)}" if self.unreadable else ""
+            raise UserError(f"{self.too_short} of {size} clips are shorter than the window; {LONGER_CLIPS}{others}")
 
     def __enter__(self) -> "UnusableClips":
         return self

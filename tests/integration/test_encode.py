@@ -127,6 +127,12 @@ def test_latents_of_others_are_not_gone_on_with(encoded):
     assert (folder / "latents/train/manifest.csv").read_text() == before
 
 
+def test_a_split_of_short_clips_alone_is_not_encoded(encoded):
+    folder, _ = encoded
+    with pytest.raises(UserError, match="95 of 96 clips are shorter than the window; set dataset.short_clips=pad"):
+        encode(folder, "short", "dataset.fps=0.1", "dataset.short_clips=skip")
+
+
 def test_a_shard_of_others_is_not_gone_on_with(encoded):
     """Copied into the folder, where it replaces one that is missing."""
     folder, _ = encoded

@@ -194,8 +194,10 @@ def test_a_run_without_a_clip_of_the_window_ends_and_names_the_keys(caplog):
         next(train(NumberReader(short=range(900), short_clips="skip"), 900))
     with pytest.raises(UserError, match=r"9 clips in a row can't be read or are shorter than the window; set"):
         next(train(NumberReader(bad=[3], short={*range(9)} - {3}, short_clips="skip"), 9))
-    with pytest.raises(UserError, match=rf"all 9 clips are shorter than the window; set {keys}"):
+    with pytest.raises(UserError, match=rf"9 of 9 clips are shorter than the window; set {keys}"):
         list(validate(NumberReader(short=range(9), short_clips="skip"), 9))
+    with pytest.raises(UserError, match=rf"8 of 9 clips are shorter .*; set {keys}.*; 1 can't be read: clip_3"):
+        list(validate(NumberReader(bad=[3], short={*range(9)} - {3}, short_clips="skip"), 9))
 
 
 def test_no_requests_are_no_batches():
