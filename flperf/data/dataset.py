@@ -26,9 +26,7 @@ class Dataset:
     latent_shape: tuple[int, int, int, int] | None = None  # (t, h, w, d) of cached latents
     channel_statistics: tuple[Tensor, Tensor] | None = None  # mean and standard deviation [d] taken while encoding
     frame_rate: Callable[[str], float] | None = None  # frames a second of a file, if clips are video files
-    short: dict[str, ShortClips] = field(
-        default_factory=dict
-    )  # by split, or file of a source, if clips are video files
+    short: dict[str, ShortClips] = field(default_factory=dict)  # by split or source, of video files
 
     @property
     def train_size(self) -> int:

@@ -7,6 +7,7 @@ final name and renamed when complete; an interrupted run continues with the rows
 """
 
 import csv
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -56,8 +57,10 @@ class Row:
 
     @property
     def seconds(self) -> float:
-        """Seconds from the first frame to the last."""
-        return self.duration * (self.frames - 1) / self.frames if self.frames else 0.0
+        """Seconds from the first frame to the last; infinite if unknown, so that the file does not count as short."""
+        if self.frames <= 1:
+            return 0.0
+        return self.duration * (self.frames - 1) / self.frames or math.inf
 
     @property
     def is_variable(self) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from flperf.data.annotations import Annotations
 from flperf.data.samplers import FrameSampling
-from flperf.data.unreadable import LONGER_CLIPS
+from flperf.data.unreadable import SHORTEN_WINDOW
 from flperf.errors import UserError
 
 
@@ -32,7 +32,7 @@ class ShortClips:
         return f"{self.short} of {self.clips} {split} clips are shorter than the window of {window}{consequence}"
 
 
-def count_short(
+def choose_clips(
     annotations: Annotations, frame_sampling: FrameSampling, file: str, limit: int | None
 ) -> tuple[Annotations, ShortClips]:
     """The clips of a split to be used, the first `limit` of them, and the number of short ones, which are left out if
@@ -49,6 +49,6 @@ def count_short(
     if not long:
         raise UserError(
             f"{file}: all {found.clips} clips are shorter than the window of "
-            f"{frame_sampling.describe()}; {LONGER_CLIPS}"
+            f"{frame_sampling.describe()}; {SHORTEN_WINDOW}"
         )
     return annotations.chosen(long[:limit]), found

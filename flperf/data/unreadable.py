@@ -29,7 +29,7 @@ MAX_UNREADABLE = 0.5  # a larger share of unreadable clips ends the run
 MIN_OPENED = 32  # clips that training opens before it checks the share
 MAX_SHORT = 256  # clips in a row that are too short or unreadable; more end the run
 LISTED = 20  # clips named in an error
-LONGER_CLIPS = "set dataset.short_clips=pad, or a shorter window (dataset.n_frames, dataset.stride, dataset.fps)"
+SHORTEN_WINDOW = "set dataset.short_clips=pad, a smaller dataset.n_frames or dataset.stride, or a larger dataset.fps"
 NONE_USABLE = (
     "none of its clips could be used; warnings say which can't be read and which are shorter than the window "
     "(dataset.short_clips)"
@@ -110,7 +110,7 @@ class UnusableClips:
             raise UserError(f"more than half of the {size} clips can't be read: {_listing(self.reasons)}")
         elif self.too_short and self.too_short + self.unreadable == size:
             others = f"; {self.unreadable} can't be read: {_listing(self.reasons)}" if self.unreadable else ""
-            raise UserError(f"{self.too_short} of {size} clips are shorter than the window; {LONGER_CLIPS}{others}")
+            raise UserError(f"{self.too_short} of {size} clips are shorter than the window; {SHORTEN_WINDOW}{others}")
 
     def __enter__(self) -> "UnusableClips":
         return self
@@ -159,7 +159,7 @@ def _in_a_row(reading: Reading) -> str:
     if not reading.too_short:
         return f"{count} clips in a row can't be read: {listing}"
     kinds = "can't be read or are shorter than the window" if reading.unreadable else "are shorter than the window"
-    return f"{count} clips in a row {kinds}; {LONGER_CLIPS}: {listing}"
+    return f"{count} clips in a row {kinds}; {SHORTEN_WINDOW}: {listing}"
 
 
 def _listing(reasons: dict[str, str]) -> str:

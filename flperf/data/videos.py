@@ -14,7 +14,7 @@ from flperf.data.dataset import Dataset, load_with, read_splits, training_files
 from flperf.data.loader import Reader
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.samplers import FrameSampling
-from flperf.data.short_clips import ShortClips, count_short
+from flperf.data.short_clips import ShortClips, choose_clips
 from flperf.data.text_files import existing_file
 
 NVDEC_PIPELINES = 4  # clips that NVDEC decodes at a time, beside PyAV; an H100 has seven decoders, an A100 five
@@ -29,7 +29,7 @@ def open_videos(config: Config, preprocessing: Preprocessing, seed: int) -> Data
     def read(file: str | None, key: str) -> Annotations:
         split = "validation" if key == "dataset.validation" else "train"
         name = str(file) if dataset.sources and split == "train" else split
-        annotations, short[name] = count_short(_read_clips(file, key), windows[split], str(file), dataset.limit)
+        annotations, short[name] = choose_clips(_read_clips(file, key), windows[split], str(file), dataset.limit)
         return annotations
 
     splits = read_splits(dataset, read)

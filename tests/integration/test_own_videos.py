@@ -2,6 +2,7 @@
 Python."""
 
 import json
+import re
 
 from runs import ROOT, TINY
 from worlds import flperf, python
@@ -20,10 +21,12 @@ def test_a_folder_of_mixed_videos_becomes_a_forecaster(videos, tmp_path):
         return done.stdout
 
     assert "unusable" in run("index --folder videos --out videos.csv")
-    run(f"train --config own.yaml {DATA} trainer.stop_after=2")
+    started = run(f"train --config own.yaml {DATA} trainer.stop_after=2")
+    assert re.search(r" [1-9]\d* of \d+ training clips are shorter than the window of 8 frames .* repeat", started)
     assert "resumed at step 2" in run(f"train --config own.yaml {DATA}")
-    steps = [json.loads(line)["step"] for line in (tmp_path / "experiment/own/metrics.jsonl").read_text().splitlines()]
-    assert sorted(set(steps)) == [1, 2, 3, 4]
+    lines = [json.loads(line) for line in (tmp_path / "experiment/own/metrics.jsonl").read_text().splitlines()]
+    assert sorted({line["step"] for line in lines}) == [1, 2, 3, 4]
+    assert all(line["short_clips"] >= 0 for line in lines if "split" not in line)
     run("evaluate --checkpoint experiment/own")
     run("export --checkpoint experiment/own --out own.safetensors")
 

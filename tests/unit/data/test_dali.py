@@ -70,14 +70,16 @@ OF_NVDEC = ["h264.mp4", "hevc_large.mp4", "vp9_large.webm", "vp8.webm", "variabl
     "device, name",
     [*((CPU, name) for name in SMALL_FILES), *(pytest.param(GPU, name, marks=pytest.mark.gpu) for name in OF_NVDEC)],
 )
-@pytest.mark.parametrize("stride", [1, 4])
-def test_agrees_with_pyav(videos, device, name, stride):
+@pytest.mark.parametrize(("stride", "fps"), [(1, None), (4, None), (1, 10.0), (1, 40.0)])
+def test_agrees_with_pyav(videos, device, name, stride, fps):
     ours, reference = (
         take(stream, 2)
-        for stream in pairs(videos, [name], device, frame_sampling=FrameSampling(10, stride, "random"), batch_size=2)
+        for stream in pairs(
+            videos, [name], device, frame_sampling=FrameSampling(10, stride, "random", fps), batch_size=2
+        )
     )
     for a, b in zip(ours, reference, strict=True):
-        assert a.video.device == device
+        assert a.video.device == device and a.short == b.short
         difference = levels(a, b)
         assert difference.mean() <= MEAN_LEVELS and difference.max() <= MAX_LEVELS
 

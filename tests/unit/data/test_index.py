@@ -1,6 +1,7 @@
 """The index of a dataset's files."""
 
 import csv
+import math
 import os
 import re
 from dataclasses import replace
@@ -106,6 +107,7 @@ def test_the_summary_says_how_long_files_are(videos):
     text = index.summary(rows)
     assert "shortest file has 0.20 s (5 frames), the median 2.80 s (70 frames), the longest 5.08 s (127 frames)" in text
     assert re.search(r" 3 files are shorter than a clip of the reference configurations, 127 frames", text)
+    assert replace(rows[0], duration=0.0).seconds == math.inf and replace(rows[0], frames=1).seconds == 0
     assert "variable" not in text and "0 of 1 files are usable" in index.summary([rows[3]])
 
 
