@@ -66,7 +66,7 @@ def test_an_evaluation_without_a_readable_clip_is_refused():
     context, target = latents(2, 2, 1), latents(2, 3, 2)
     invalid = ClipBatch(torch.zeros(2), torch.zeros(2), torch.arange(2), torch.zeros(2, dtype=torch.bool))
     objective = build_objective(Config(), GEOMETRY)
-    with pytest.raises(UserError, match="none of its clips can be read"):
+    with pytest.raises(UserError, match="none of its clips could be used"):
         evaluate(repeat_first, objective, [invalid], lambda _: (context, target), BASELINES_OF_ZERO, "none")
 
 
