@@ -69,14 +69,15 @@ class Row:
 
 
 HEADER = [field.name for field in fields(Row)]
-HEADER_WITHOUT_INTERVALS = [name for name in HEADER if not name.endswith("_interval")]  # of older indices
+NEW_COLUMNS = ("shortest_interval", "longest_interval", "notes")  # older indices don't have them
+OLDER_HEADER = [name for name in HEADER if name not in NEW_COLUMNS]
 # How an index is written: bytes of a path that are not UTF-8 are written as they are.
 TEXT: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
 
 
 def is_index(file: str | None) -> bool:
     """Whether a CSV is an index, by its first line."""
-    return has_header(file, HEADER) or has_header(file, HEADER_WITHOUT_INTERVALS)
+    return has_header(file, HEADER) or has_header(file, OLDER_HEADER)
 
 
 def read_index(file: str, limit: int | None, key: str = "dataset.train") -> Annotations:
@@ -271,11 +272,11 @@ def _lengths(usable: list[Row]) -> list[str]:
 
 def _rows(file: str | Path, key: str) -> Iterator[Row]:
     rows = csv_rows(str(file), key, INDEX_FILE)
-    _, header = next(rows)
+    _, header = next(rows, (1, HEADER))
     for number, cells in rows:
         try:
             row = dict(zip(header, cells, strict=True))
-            class_index(row["label"])
+            class_index(row.get("label", ""))
             yield Row(**{field.name: field.type(row[field.name]) for field in fields(Row) if field.name in row})
         except ValueError as error:
             reason = f": {error}" if "class index" in str(error) else ""

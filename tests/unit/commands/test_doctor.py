@@ -94,7 +94,7 @@ def test_short_clips_are_counted_and_are_no_failure():
     batches = [SimpleNamespace(skipped=[], short=short, valid=torch.tensor([True, True, True]))]
     dataset = SimpleNamespace(chosen_batches=lambda *_: batches)
     run = SimpleNamespace(dataset=dataset, process=SimpleNamespace(device="cpu"), config=load_config(REFERENCE))
-    finding = doctor_config.clips_check(run, "train", [0, 1, 2])
+    finding = doctor_config.clips_check(run, "train", [0, 1, 2], "train clips", "train.csv")
     window = "127 frames (64 at stride 2)"
     assert finding.text == f"3 of 3 train clips read, 1 of 3 are shorter than the window of {window}"
     assert not finding.fix

@@ -112,17 +112,17 @@ def test_the_summary_says_how_long_files_are(videos):
 
 
 def test_an_older_index_is_read_and_an_older_partial_one_begun_again(annotated, tmp_path):
-    """Before the columns of frame intervals."""
+    """Before the columns of frame intervals and notes."""
     out = tmp_path / "index.csv"
-    rows = index.write_index(str(annotated), None, str(out))
+    rows = index.write_index(index.read_listed(str(annotated), None), str(out))
     with open(out, newline="") as file:
-        table = [[cell for name, cell in row.items() if "interval" not in name] for row in csv.DictReader(file)]
-    older = [index.HEADER_WITHOUT_INTERVALS, *table]
+        table = [[cell for name, cell in row.items() if name not in index.NEW_COLUMNS] for row in csv.DictReader(file)]
+    older = [index.OLDER_HEADER, *table]
     for name in ("older.csv", "index.csv.partial"):
         with open(tmp_path / name, "w", newline="") as file:
             csv.writer(file).writerows(older)
     assert index.read_index(str(tmp_path / "older.csv"), None) == index.read_index(str(out), None)
-    assert index.write_index(str(annotated), None, str(out)) == rows
+    assert index.write_index(index.read_listed(str(annotated), None), str(out)) == rows
 
 
 def test_only_files_are_opened(videos, tmp_path, monkeypatch):

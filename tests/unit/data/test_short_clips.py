@@ -18,7 +18,7 @@ def files(videos, tmp_path):
     """A CSV of videos, and an index of it."""
     (tmp_path / "videos").symlink_to(videos)
     (tmp_path / "clips.csv").write_text("".join(f"videos/{name} {label}\n" for label, name in enumerate(LENGTHS)))
-    index.write_index(str(tmp_path / "clips.csv"), None, str(tmp_path / "index.csv"))
+    index.write_index(index.read_listed(str(tmp_path / "clips.csv"), None), str(tmp_path / "index.csv"))
     return tmp_path
 
 
