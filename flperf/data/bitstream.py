@@ -5,10 +5,12 @@ can start there, and whether it is damaged. For codecs that are not here, and fo
 a frame, only the decoder knows.
 """
 
-import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from av.buffer import Buffer
 
 
 class Content(NamedTuple):
@@ -20,23 +22,24 @@ class Content(NamedTuple):
     is_reference: bool = True  # later frames may refer to it
 
 
-Scan = Callable[[bytes], Content]
+Scan = Callable[[Buffer], Content]
 
 UNKNOWN = Content(None)
+INTRA = Content(1, is_entry=True)
 REORDERED = ("h264", "hevc")  # the scanned codecs whose packets are in another order than their frames
 
 
 def open_scanner(codec: str, intra_only: bool, extradata: bytes | None) -> Scan | None:
     """The scanner of a stream, called with its packets in the order of the file; None for other codecs."""
-    if intra_only:
-        return lambda packet: Content(1, True)
     match codec:
+        case _ if intra_only:
+            return lambda packet: INTRA
         case "vp8":
-            return scan_vp8
+            return lambda packet: scan_vp8(bytes(packet))
         case "vp9":
-            return scan_vp9
+            return lambda packet: scan_vp9(bytes(packet))
         case "av1":
-            return scan_av1
+            return lambda packet: scan_av1(bytes(packet))
         case "h264":
             return H264Scanner(extradata or b"")
         case "hevc":
@@ -111,7 +114,8 @@ class NalUnits:
     def of(self, packet: bytes) -> list[bytes] | None:
         """The units of a packet; None if their lengths don't add up."""
         if self.length_size is None:
-            return [unit for unit in re.split(b"\0\0+\1", packet)[1:] if unit]
+            parts = packet.split(b"\0\0\1")[1:]
+            return [unit for unit in (part.rstrip(b"\0") for part in parts) if unit]
         units, position, size = [], 0, len(packet)
         while position < size:
             start = position + self.length_size
@@ -122,16 +126,10 @@ class NalUnits:
                 units.append(packet[start:position])
         return units
 
-
-def forbidden_bytes(unit: bytes) -> bool:
-    """Whether a NAL unit holds three bytes that encoders break up (H.264, 7.4.1; HEVC, 7.4.2.2), such as the zeros of a
-    part that was never written."""
-    if b"\0\0" not in unit:
-        return False
-    return FORBIDDEN.search(unit.rstrip(b"\0")) is not None
-
-
-FORBIDDEN = re.compile(b"\0\0[\0\1\2]")
+    def are_overwritten(self, packet: bytes) -> bool:
+        """Whether a unit holds three zeros, which encoders break up (H.264, 7.4.1; HEVC, 7.4.2.2): a part of the file
+        was never written, or is lost."""
+        return any(b"\0\0\0" in unit.rstrip(b"\0") for unit in self.of(packet) or [])
 
 
 class Bits:
@@ -150,10 +148,9 @@ class Bits:
 
     def golomb(self) -> int:
         """An unsigned Exp-Golomb number (H.264, 9.1)."""
-        zeros = 0
-        while not self.read(1):
-            zeros += 1
-        return (1 << zeros) - 1 + self.read(zeros)
+        rest = self.value & ((1 << self.left) - 1)
+        zeros = self.left - rest.bit_length()
+        return self.read(2 * zeros + 1) - 1
 
     def signed_golomb(self) -> int:
         number = self.golomb()
@@ -218,30 +215,40 @@ def _skip_scaling_list(bits: Bits, size: int) -> None:
 SLICE_HEAD = 32  # bytes of a slice that hold what is read of its header
 
 
-class H264Scanner:
+class NalScanner(ABC):
+    """Scans packets of NAL units."""
+
+    def __init__(self, length_size: int | None):
+        self.units = NalUnits(length_size)
+
+    def __call__(self, packet: Buffer) -> Content:
+        units = self.units.of(bytes(packet))
+        return Content(1, damage="its NAL units don't fit") if units is None else self.scan(units)
+
+    @abstractmethod
+    def scan(self, units: list[bytes]) -> Content:
+        """What the units of a packet say about it."""
+
+
+class H264Scanner(NalScanner):
     """Slices are NAL units of type 1 and 5 (a picture that can be decoded without any other), parameters of type 7."""
 
     def __init__(self, extradata: bytes):
         is_avcc = extradata[:1] == b"\1" and len(extradata) > 6
-        self.units = NalUnits((extradata[4] & 3) + 1 if is_avcc else None)
+        super().__init__((extradata[4] & 3) + 1 if is_avcc else None)
         self.parameters: SequenceParameters | None = None
         self.known: dict[bytes, SequenceParameters] = {}
         self.reference: int | None = None  # number of the last frame that others refer to
         for unit in _avcc_parameters(extradata) if is_avcc else self.units.of(extradata) or []:
             self._read_parameters(unit)
 
-    def __call__(self, packet: bytes) -> Content:
-        units = self.units.of(packet)
-        if units is None:
-            return Content(1, damage="its NAL units don't fit")
+    def scan(self, units: list[bytes]) -> Content:
         frames, is_entry, damage, is_reference = 0, False, "", False
         for unit in units:
             kind = unit[0] & 31
             if kind == 7:
                 self._read_parameters(unit)
             elif kind in (1, 2, 5):
-                if forbidden_bytes(unit):
-                    damage = "it holds bytes that no encoder writes"
                 is_entry |= kind == 5
                 is_reference |= bool(unit[0] >> 5 & 3)
                 if unit[1] & 128:  # first_mb_in_slice is 0
@@ -283,21 +290,18 @@ def _avcc_parameters(extradata: bytes) -> list[bytes]:
     return [unit for unit in units if unit]
 
 
-class HevcScanner:
+class HevcScanner(NalScanner):
     """Slices are NAL units of types 0 to 31, those from 16 on begin a part that can be decoded on its own; broken links
     (16 to 18) and ends of a sequence (36, 37) make the decoder leave out the pictures that lead the next one."""
 
     def __init__(self, extradata: bytes):
         is_hvcc = extradata[:1] == b"\1" and len(extradata) > 22
-        self.units = NalUnits((extradata[21] & 3) + 1 if is_hvcc else None)
+        super().__init__((extradata[21] & 3) + 1 if is_hvcc else None)
         self.has_ended = False
         self.scanned = 0
         self.highest = 0  # temporal sub-layer
 
-    def __call__(self, packet: bytes) -> Content:
-        units = self.units.of(packet)
-        if units is None:
-            return Content(1, damage="its NAL units don't fit")
+    def scan(self, units: list[bytes]) -> Content:
         frames, is_entry, breaks, damage, is_reference = 0, False, self.has_ended, "", False
         for unit in units:
             kind, layer = unit[0] >> 1 & 63, unit[1] & 7
@@ -308,8 +312,6 @@ class HevcScanner:
                 # even types below 16 are referred to by higher sub-layers only
                 self.highest = max(self.highest, layer)
                 is_reference |= kind >= 16 or kind % 2 == 1 or layer < self.highest
-                if forbidden_bytes(unit):
-                    damage = "it holds bytes that no encoder writes"
             self.has_ended |= kind in (36, 37)
         self.scanned += 1
         return Content(None if breaks or frames > 1 else frames, is_entry, damage, is_reference)

@@ -100,8 +100,9 @@ class _Attempt:
         if packet is not None:
             if self.context.name == "h264" and not self.counts:
                 self.context.skip_frame = "DEFAULT" if position in self.packets else "NONREF"
-            if self.file.infos[position].content.damage:
-                self.damage[position] = self.file.infos[position].content.damage
+            damage = self.file.damage(position, packet)
+            if damage:
+                self.damage[position] = damage
         try:
             return decode(self.context, position, packet)
         except DECODE_ERRORS as error:

@@ -183,7 +183,7 @@ def probe_file(folder: Path, path: str, label: int) -> Row:
             first, context = file.first_frame(), file.context
             frames, duration = len(file.timeline), file.timeline.duration
             shortest, longest = frame_intervals(file.timeline.times)
-            height, width = turn(torch.empty(first.height, first.width, 1), first).shape[:2]
+            height, width = turn(torch.empty(first.height, first.width, 1), display_matrix(first)).shape[:2]
             return Row(
                 path,
                 label,

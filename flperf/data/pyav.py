@@ -100,16 +100,18 @@ def write_frames(file: VideoFile, indices: list[int], out: Tensor, preprocessing
 def read_pixels(file: VideoFile, wanted: list[int]) -> Iterator[tuple[int, Tensor]]:
     """(index, frame as uint8 `h w c`, turned as it is displayed) of the wanted frames. A frame may come twice, if
     decoding starts again; the last one counts."""
-    reformatter = VideoReformatter()
-    for index, frame in decode_frames(file, wanted):
+    reformatter, matrix = VideoReformatter(), None
+    for number, (index, frame) in enumerate(decode_frames(file, wanted)):
+        if number == 0 or frame.key_frame:  # looking it up takes a tenth of the time of a conversion
+            matrix = display_matrix(frame)
         pixels = torch.from_numpy(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray())
-        yield index, turn(pixels, frame)
+        yield index, turn(pixels, matrix)
 
 
-def turn(pixels: Tensor, frame: VideoFrame) -> Tensor:
-    """Turn and mirror pixels `h w c` as the frame is displayed. Raises `ValueError` for another angle than a quarter
-    turn."""
-    match display_matrix(frame):
+def turn(pixels: Tensor, matrix: list[int] | None) -> Tensor:
+    """Turn and mirror pixels `h w c` by the display matrix of their frame. Raises `ValueError` for another angle than a
+    quarter turn."""
+    match matrix:
         case None:
             return pixels
         case [0, vertical, horizontal, 0] if vertical and horizontal:

@@ -21,7 +21,7 @@ import av
 import numpy as np
 from av.stream import Disposition
 
-from flperf.data.bitstream import REORDERED, UNKNOWN, Content, Scan, open_scanner
+from flperf.data.bitstream import REORDERED, UNKNOWN, Content, NalScanner, Scan, open_scanner
 from flperf.data.unreadable import BadClip
 
 DECODE_ERRORS = (av.error.FFmpegError, OSError, ValueError, RuntimeError)  # of a damaged file
@@ -77,6 +77,7 @@ class VideoFile:
         try:
             self.stream = video_stream(self.container)
             self.context = open_context(self.stream)
+            self.scan = _scanner(self.context)
             self.infos: list[PacketInfo] = []
             self.kept: list[av.Packet] | None = []  # None for a long video
             self._read_packets()
@@ -94,9 +95,9 @@ class VideoFile:
         self.container.close()
 
     def _read_packets(self) -> None:
-        scan, size = _scanner(self.context), 0
+        size = 0
         for packet in demux(self.container, self.stream):
-            content = _scan(scan, packet)
+            content = _scan(self.scan, packet)
             self.infos.append(PacketInfo(packet.pts, packet.is_keyframe, packet.is_discard, packet.is_corrupt, content))
             size += packet.size
             if size > KEPT_BYTES:
@@ -138,6 +139,13 @@ class VideoFile:
             return
         with open_container(self.path) as container:
             yield from itertools.islice(enumerate(demux(container, video_stream(container))), position, None)
+
+    def damage(self, position: int, packet: av.Packet) -> str:
+        """What is known to be wrong with a packet without decoding it; else empty."""
+        found = self.infos[position].content.damage
+        if not found and isinstance(self.scan, NalScanner) and self.scan.units.are_overwritten(bytes(packet)):
+            return "a part of it is zeros"
+        return found
 
     def first_frame(self) -> av.VideoFrame:
         """The first frame that the decoder puts out. Raises one of DECODE_ERRORS if there is none."""
@@ -321,7 +329,7 @@ def _scan(scan: Scan | None, packet: av.Packet) -> Content:
     if scan is None:
         return UNKNOWN
     try:
-        return scan(bytes(packet))
+        return scan(packet)
     except (ValueError, IndexError):  # it ends too early
         return UNKNOWN._replace(damage="its header is damaged")
 
