@@ -24,6 +24,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 from flperf import cli
 from flperf.config import Config, load_config
+from flperf.data.demo import write_demo
 
 DOCS = ROOT / "docs"
 ALL_PAGES = [*PAGES, ROOT / "benchmarks/NOTES.md"]
@@ -199,6 +200,14 @@ def test_the_picture_of_the_data_flow_can_be_drawn(tmp_path):
 def test_the_python_interface_is_a_page():
     page = module_of("api.py").page()
     assert {"load_forecaster", "load_config", "LatentGeometry", "flow_matching_loss"} <= set(re.findall(r"\w+", page))
+
+
+def test_frames_are_read_as_the_page_on_data_shows(tmp_path, monkeypatch):
+    write_demo(tmp_path / "data/demo", {"train": 2, "validation": 1})
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    exec("\n".join(blocks(DOCS / "data.md", "python")), namespace)
+    assert namespace["frames"].shape[::3] == (4, 3) and namespace["frames"].dtype == torch.uint8
 
 
 def test_the_guide_expects_what_the_command_estimates(capsys, monkeypatch):
