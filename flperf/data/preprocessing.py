@@ -9,6 +9,7 @@ compiled encoder does the rest, so that only bytes are copied to the device.
 import math
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -100,10 +101,8 @@ class Preprocessing:
         Pixels right of and below the crop are not computed, which saves a quarter of the time at 340 × 256. The kernel
         gets the scale as an argument, so it needs neither the whole frame nor the whole output. Returns a view.
         """
-        geometry = self.geometry(frames.shape[1], frames.shape[2])
-        (top, left), (height, width) = geometry.offset, self.size
-        rows = _extent(frames.shape[1], geometry.resized[0], top + height)
-        columns = _extent(frames.shape[2], geometry.resized[1], left + width)
+        (top, left), (height, width) = self.geometry(frames.shape[1], frames.shape[2]).offset, self.size
+        rows, columns = _extents(self, frames.shape[1], frames.shape[2])
         # f c h w by strides only, as the kernel requires
         needed = frames[:, : rows.source, : columns.source].permute(0, 3, 1, 2)
         if needed.is_cuda:
@@ -120,6 +119,16 @@ class _Extent:
     source: int
     resized: int
     factor: float
+
+
+@lru_cache
+def _extents(preprocessing: Preprocessing, height: int, width: int) -> tuple[_Extent, _Extent]:
+    """What `apply` reads and computes of the rows and columns of a frame; the frames of a clip are resized one by
+    one."""
+    geometry = preprocessing.geometry(height, width)
+    ends = (offset + size for offset, size in zip(geometry.offset, preprocessing.size, strict=True))
+    rows, columns = map(_extent, (height, width), geometry.resized, ends)
+    return rows, columns
 
 
 def _extent(source: int, resized: int, end: int) -> _Extent:
