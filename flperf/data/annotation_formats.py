@@ -11,9 +11,17 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
-from flperf.data.annotations import UNLABELLED, Annotations, class_index, class_name, number_classes
+from flperf.data.annotations import UNLABELLED, Annotations, class_index, class_name, number_classes, spaced
 from flperf.data.text_files import csv_rows, is_utf8, not_text, read_json
-from flperf.data.video_folders import LeftOut, Listing, check_folder, has_video_suffix, list_files, why_no_video
+from flperf.data.video_folders import (
+    LeftOut,
+    Listing,
+    absolute,
+    check_folder,
+    has_video_suffix,
+    list_files,
+    why_no_video,
+)
 from flperf.errors import UserError
 
 KINETICS_FILE = "Kinetics' CSV with the header label,youtube_id,time_start,time_end,split"
@@ -97,7 +105,7 @@ def _find_clips(
     if labels and os.path.lexists(labels) and UNLABELLED in used - set(names):
         raise UserError(f"{file}: has clips without a class, which {labels} can't number; leave --labels out")
     numbers = number_classes(_class_list(names, used), used, labels)
-    root = os.path.abspath(videos)
+    root = absolute(videos)
     paths = {os.path.join(root, chosen.get(key) or clip.file): clip for key, clip in unique.items()}
     missing = frozenset(os.path.join(root, clip.file) for key, clip in unique.items() if not chosen.get(key))
     annotations = Annotations(list(paths), [numbers[clip.label or UNLABELLED] for clip in paths.values()])
@@ -128,9 +136,7 @@ def _choose(files: list[str], label: str, videos: str, left_out: LeftOut) -> str
     candidates = [file for file in files if has_video_suffix(file)] or [
         file for file in files if not why_no_video(os.path.join(videos, file))
     ]
-    candidates.sort(
-        key=lambda file: os.path.basename(os.path.dirname(file)).replace("_", " ") != label.replace("_", " ")
-    )
+    candidates.sort(key=lambda file: spaced(os.path.basename(os.path.dirname(file))) != spaced(label))
     if len(candidates) > 1:
         left_out["further files of a clip"] += candidates[1:]
     return candidates[0] if candidates else None
@@ -143,9 +149,10 @@ def _kinetics_rows(file: str) -> list[tuple[int, dict[str, str]]]:
     columns = [column.strip().lower() for column in header]
     lacking = [column for column in KINETICS_COLUMNS if column not in columns]
     if lacking:
+        separated = re.search(r"youtube_id\s*[;\t]|[;\t]\s*youtube_id", columns[0]) if columns else None
+        advice = "separate the columns by commas" if separated else "rows of 'path class_index' are for --csv"
         raise UserError(
-            f"{file}: row 1: is not the header of {KINETICS_FILE}: there is no column {', '.join(lacking)}; rows of "
-            "'path class_index' are for --csv"
+            f"{file}: row 1: is not the header of {KINETICS_FILE}: there is no column {', '.join(lacking)}; {advice}"
         )
     named = []
     for number, cells in rows:
@@ -153,6 +160,8 @@ def _kinetics_rows(file: str) -> list[tuple[int, dict[str, str]]]:
             raise not_text(f"{file}: row {number}", "--kinetics", KINETICS_FILE)
         if len(cells) != len(columns):
             raise UserError(f"{file}: row {number}: has {len(cells)} columns, the header has {len(columns)}")
+        if any("\n" in cell for cell in cells):
+            raise UserError(f"{file}: row {number}: goes on in the next line; close its quotes")
         named.append((number, dict(zip(columns, (cell.strip() for cell in cells), strict=True))))
     if not named:
         raise UserError(f"{file}: holds no clips")

@@ -81,6 +81,8 @@ def read_annotations(csv: str | None, key: str, limit: int | None) -> Annotation
     rows = 0
     for row, line in text_rows(csv, key, CLIPS_FILE):
         path, label = _path_and_class(csv, row, line)
+        if path != path.strip() and not os.path.exists(os.path.join(folder, path)):
+            path = path.strip()  # no name with spaces at its ends, but a careless row
         if DOUBTFUL_PATH.search(path) and not os.path.exists(os.path.join(folder, path)):
             if not is_utf8(path):
                 raise not_text(f"{csv}: row {row}", key, CLIPS_FILE)
@@ -181,15 +183,14 @@ def _write_labels(file: Path, names: list[str]) -> None:
 
 def _path_and_class(csv: str | None, row: int, line: str) -> tuple[str, int]:
     """The columns of a row of a Kinetics CSV. Raises `UserError` that names it."""
-    path, _, label = line.rpartition(" ")
-    path = path.rstrip()
+    path, _, label = line.rstrip().rpartition(" ")
     try:
-        if not path:
+        if not path.strip():
             raise ValueError
         return path, class_index(label)
     except ValueError as error:
         plain = path and not DOUBTFUL_PATH.search(path) and re.fullmatch(r"-?\d+(\.\d*)?", label)
-        advice = error if plain else f"expected 'path class_index', got {line[:200]!r}{_advice(csv, line)}"
+        advice = error if plain else f"expected 'path class_index', got {line.strip()[:200]!r}{_advice(csv, line)}"
         raise UserError(f"{csv}: row {row}: {advice}") from None
 
 
@@ -197,11 +198,11 @@ def _index_and_name(where: str, line: str, key: str) -> tuple[int, str]:
     """The columns of a row of a labels file. Raises `UserError` that begins with `where`."""
     if not is_utf8(line):
         raise not_text(where, key, LABELS_FILE)
-    index, _, name = line.partition(" ")
+    index, _, name = line.strip(" \t").partition(" ")
     try:
-        if not name.strip():
+        if not name:
             raise ValueError("there is no name")
-        return class_index(index), name.strip()
+        return class_index(index), name.lstrip(" ")
     except ValueError as error:
         separated = re.match(r"-?\d+[,;\t]", line)
         advice = "columns are separated by a space" if separated else error
@@ -211,6 +212,6 @@ def _index_and_name(where: str, line: str, key: str) -> tuple[int, str]:
 def _advice(csv: str | None, line: str) -> str:
     """What to do about a row that isn't 'path class_index'; empty if nothing is known."""
     for pattern, advice in MISTAKES.items():
-        if re.fullmatch(pattern, line):
+        if re.fullmatch(pattern, line.strip()):
             return ": " + advice.replace("{csv}", str(csv))
     return ""

@@ -1,72 +1,38 @@
 """An index of a dataset's files: one CSV with the properties of each file. Training takes it instead of the dataset's
 CSV.
 
-Probing demuxes a file from end to end and decodes its first frame. So an index lists files that are missing, empty, cut
-short or not videos before a run opens them, and training with it leaves them out. It is written row by row beside its
-final name and renamed when complete; an interrupted run continues with the rows it has.
+Rows are written one by one to a file beside it, so that an interrupted run continues with those. The index itself is
+written when all are there.
 """
 
 import csv
-import math
+import fcntl
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-import av
-import numpy as np
-import torch
 from tqdm import tqdm
 
 from flperf.data.annotations import Annotations, class_index, read_annotations, read_labels
-from flperf.data.pyav import display_matrix, turn
-from flperf.data.samplers import TIME_TOLERANCE, FrameSampling
+from flperf.data.probing import Row, probe_file
+from flperf.data.samplers import FrameSampling
 from flperf.data.text_files import csv_rows, has_header
-from flperf.data.video_file import DECODE_ERRORS, VideoFile, describe
-from flperf.data.video_folders import LeftOut, Listing, describe_left_out
+from flperf.data.video_folders import LeftOut, Listing, absolute, describe_left_out
 from flperf.errors import UserError, printable
 from flperf.files import atomic_file, writing
+
+logger = logging.getLogger(__name__)
 
 INDEX_FILE = "an index that `flperf index` wrote"
 MISSING = "missing"  # the error of a clip that annotations name and that has no file
 REFERENCE_WINDOW = FrameSampling(64, 2, "random")  # configs/references
 MANY_RESOLUTIONS = 64  # NVDEC keeps a decoder for each size; above this number the summary advises fewer
-
-
-@dataclass(frozen=True)
-class Row:
-    """One file. If `error` gives a reason, the file is unusable and the numbers may be 0."""
-
-    path: str  # absolute, or relative to the index
-    label: int
-    codec: str = ""
-    pixel_format: str = ""
-    width: int = 0
-    height: int = 0
-    frames: int = 0
-    frame_rate: float = 0.0  # frames a second, on average
-    duration: float = 0.0  # seconds
-    # seconds from one frame to the next, at least and at most; 0 if unknown
-    shortest_interval: float = 0.0
-    longest_interval: float = 0.0
-    error: str = ""
-    notes: str = ""  # what is unusual about a usable file
-
-    @property
-    def seconds(self) -> float:
-        """Seconds from the first frame to the last; infinite if unknown, so that the file does not count as short."""
-        if self.frames <= 1:
-            return 0.0
-        return self.duration * (self.frames - 1) / self.frames or math.inf
-
-    @property
-    def is_variable(self) -> bool:
-        """Whether the frame rate is variable. Rounded times alone differ by less than twice the tolerance."""
-        return self.longest_interval - self.shortest_interval > 2 * TIME_TOLERANCE
-
 
 HEADER = [field.name for field in fields(Row)]
 NEW_COLUMNS = ("shortest_interval", "longest_interval", "notes")  # older indices don't have them
@@ -105,18 +71,23 @@ def read_listed(file: str, labels: str | None) -> Listing:
 
 def write_index(listing: Listing, out: str, threads: int | None = None) -> list[Row]:
     """Probe all files of a listing in parallel and write the index, whose rows are in the same order. A path is written
-    with the bytes that it has, be they UTF-8 or not. Raises `UserError` if the index can't be written."""
-    folder, clips = Path(out).absolute().parent, listing.clips
-    missing = {_relative(path, folder) for path in listing.missing}
-    wanted = {_relative(path, folder): label for path, label in zip(clips.paths, clips.labels, strict=True)}
-    partial = Path(f"{out}.partial")
-    probed = _probe_files(folder, {path: wanted[path] for path in wanted if path not in missing}, partial, threads)
-    rows = [probed[path] if path in probed else Row(path, label, error=MISSING) for path, label in wanted.items()]
-    with atomic_file(Path(out)) as unfinished, open(unfinished, "w", **TEXT) as lines:
-        writer = csv.DictWriter(lines, HEADER)
-        writer.writeheader()
-        writer.writerows(map(asdict, rows))
-    partial.unlink()
+    with the bytes that it has, be they UTF-8 or not. Raises `UserError` if the index can't be written, or if a file has
+    two classes."""
+    folder = absolute(os.path.dirname(out))
+    missing = {_path_in_index(path, folder) for path in listing.missing}
+    wanted: dict[str, int] = {}
+    for path, label in zip(listing.clips.paths, listing.clips.labels, strict=True):
+        if wanted.setdefault(_path_in_index(path, folder), label) != label:
+            first = wanted[_path_in_index(path, folder)]
+            raise UserError(f"{path}: is listed twice, with class {first} and with class {label}")
+    with _locked(Path(f"{out}.partial")) as partial:
+        probed = _probe_files(folder, {path: wanted[path] for path in wanted if path not in missing}, partial, threads)
+        rows = [probed[path] if path in probed else Row(path, label, error=MISSING) for path, label in wanted.items()]
+        with atomic_file(Path(out)) as unfinished, open(unfinished, "w", **TEXT) as lines:
+            writer = csv.DictWriter(lines, HEADER)
+            writer.writeheader()
+            writer.writerows(map(asdict, rows))
+        Path(partial.name).unlink(missing_ok=True)
     return rows
 
 
@@ -150,77 +121,45 @@ def _is_replaceable(out: str) -> bool:
     return not head or head.removeprefix(b"\xef\xbb\xbf").startswith(",".join(HEADER[:3]).encode())
 
 
-def _relative(path: str, folder: Path) -> str:
-    """A path as the index holds it: absolute, or relative to the folder of the index."""
-    return path if os.path.isabs(path) else os.path.relpath(path, folder)
+def _path_in_index(path: str, folder: str) -> str:
+    """A path as the index holds it: an absolute one as it is, another relative to the folder of the index, unless that
+    leads up from a link, which the system and a user follow differently."""
+    found = absolute(path)
+    relative = os.path.relpath(found, folder)
+    leads_up = relative.split(os.sep)[0] == os.pardir
+    return found if os.path.isabs(path) or (leads_up and os.path.realpath(folder) != folder) else relative
 
 
-def _probe_files(folder: Path, wanted: dict[str, int], partial: Path, threads: int | None) -> dict[str, Row]:
+@contextmanager
+def _locked(path: Path) -> Iterator[TextIO]:
+    """The file, made if it does not exist, while no other process has it. Raises `UserError` if one has."""
+    with writing(path), open(path, "a", **TEXT) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path}: another `flperf index` is writing it; wait for that, or change --out") from None
+        except OSError as error:  # a file system without locks
+            logger.debug("%s: is not locked: %s", path, error)
+        yield file
+
+
+def _probe_files(folder: str, wanted: dict[str, int], partial: TextIO, threads: int | None) -> dict[str, Row]:
     """Probe the files (path → label) that are not in the partial index yet, and append them to it; all rows by path."""
     # A label may have been corrected since.
-    probed = {row.path: replace(row, label=wanted[row.path]) for row in _complete_rows(partial) if row.path in wanted}
+    complete = _complete_rows(Path(partial.name))
+    probed = {row.path: replace(row, label=wanted[row.path]) for row in complete if row.path in wanted}
     todo = [(path, label) for path, label in wanted.items() if path not in probed]
-    with (
-        writing(partial),
-        open(partial, "a" if probed else "w", **TEXT) as lines,
-        ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool,
-    ):
-        writer = csv.DictWriter(lines, HEADER)
+    with ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1)) as pool:
+        writer = csv.DictWriter(partial, HEADER)
         if not probed:
+            partial.truncate(0)
             writer.writeheader()
         found = pool.map(lambda item: probe_file(folder, *item), todo)
         for row in tqdm(found, total=len(wanted), initial=len(probed), desc="probing", unit="file", disable=None):
             writer.writerow(asdict(row))
             probed[row.path] = row
+    partial.flush()
     return probed
-
-
-def probe_file(folder: Path, path: str, label: int) -> Row:
-    """Demux one file and decode its first frame; `path` is relative to `folder`. A file whose packets don't show its
-    frames is decoded from end to end."""
-    try:
-        with VideoFile(os.path.join(folder, path)) as file:
-            first, context = file.first_frame(), file.context
-            frames, duration = len(file.timeline), file.timeline.duration
-            shortest, longest = frame_intervals(file.timeline.times)
-            height, width = turn(torch.empty(first.height, first.width, 1), display_matrix(first)).shape[:2]
-            return Row(
-                path,
-                label,
-                codec=context.name,
-                pixel_format=context.pix_fmt or "",
-                width=width,
-                height=height,
-                frames=frames,
-                frame_rate=round(frames / duration if duration else float(file.stream.average_rate or 0), 4),
-                duration=round(duration, 4),
-                shortest_interval=shortest,
-                longest_interval=longest,
-                error="the first frame is damaged" if first.is_corrupt else "",
-                notes="; ".join(_notes(file, first)),
-            )
-    except DECODE_ERRORS as error:
-        return Row(path, label, error=" ".join(describe(error).split()))
-
-
-def _notes(file: VideoFile, first: av.VideoFrame) -> Iterator[str]:
-    """What a user should know about a usable file."""
-    if file.is_cut_short:
-        yield f"cut short: {file.timeline.duration:.2f} of {file.promised_seconds:.2f} s"
-    shape = file.stream.sample_aspect_ratio
-    if shape and shape != 1:
-        yield f"pixels are not square: {shape.numerator}:{shape.denominator}"
-    if display_matrix(first):
-        yield "turned or mirrored"
-    if file.timeline.counted:
-        yield f"frames are counted by decoding: {file.timeline.counted}"
-
-
-def frame_intervals(times: np.ndarray) -> tuple[float, float]:
-    """The shortest and the longest time from one frame to the next, in seconds to 0.1 ms; `times` [f] ascend. Zeros for
-    a single frame."""
-    intervals = np.diff(times)
-    return (round(float(intervals.min()), 4), round(float(intervals.max()), 4)) if len(intervals) else (0.0, 0.0)
 
 
 def summary(rows: list[Row], left_out: LeftOut | None = None) -> str:
@@ -244,7 +183,7 @@ def summary(rows: list[Row], left_out: LeftOut | None = None) -> str:
         )
     lines += _lengths(usable) if usable else []
     notes = Counter(note.partition(":")[0] for row in usable for note in row.notes.split("; ") if note)
-    lines += [f"  {count:8} {note}" for note, count in notes.most_common()]
+    lines += [f"  {count:8} files: {note}" for note, count in notes.most_common()]
     reasons = Counter(row.error for row in rows if row.error)
     lines += [f"  {count:8} unusable: {reason}" for reason, count in reasons.most_common()]
     lines += [f"  {line}" for line in describe_left_out(left_out or {})]

@@ -47,7 +47,7 @@ def text_rows(file: str | None, key: str, what: str) -> Iterator[tuple[int, str]
             if "\0" in line:
                 raise not_text(f"{file}: row {row}", key, what)
             if line.strip():
-                yield row, line.strip()
+                yield row, line.rstrip("\n")
 
 
 def csv_rows(file: str | None, key: str, what: str) -> Iterator[tuple[int, list[str]]]:

@@ -6,6 +6,7 @@ it. Any other file is looked into: its first bytes show text, and a demuxer gets
 keeps it quick for files that are no videos.
 """
 
+import codecs
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -60,7 +61,7 @@ def read_folder(folder: str, labels: str | None, threads: int | None = None) -> 
         raise UserError(f"--folder: {folder} holds no videos: {listing}")
     classes = [class_name(file.split(os.sep)[0]) if os.sep in file else UNLABELLED for file in files]
     numbers = number_classes(sorted(set(classes)), set(classes), labels)
-    paths = [os.path.join(os.path.abspath(folder), file) for file in files]
+    paths = [os.path.join(absolute(folder), file) for file in files]
     return Listing(Annotations(paths, [numbers[name] for name in classes]), left_out=left_out)
 
 
@@ -69,6 +70,13 @@ def check_folder(folder: str, option: str) -> None:
     if not os.path.isdir(folder):
         state = f"{folder} is not a folder" if os.path.lexists(folder) else f"there is no folder {folder}"
         raise UserError(f"{option}: {state}; point it to a folder of videos")
+
+
+def absolute(path: str) -> str:
+    """An absolute path without `..`, which leads elsewhere behind a link than its name says."""
+    parts = path.split(os.sep)
+    ups = len(parts) - parts[::-1].index(os.pardir) if os.pardir in parts else 0
+    return os.path.abspath(os.path.join(os.path.realpath(os.sep.join(parts[:ups])), *parts[ups:]) if ups else path)
 
 
 def find_videos(folder: str, threads: int | None, left_out: LeftOut) -> list[str]:
@@ -137,7 +145,7 @@ def why_no_video(path: str) -> str:
         return "text"
     try:
         options = {"formatprobesize": str(FORMAT_BYTES)}
-        with av.open(os.path.abspath(path), metadata_errors="ignore", options=options) as container:
+        with av.open(absolute(path), metadata_errors="ignore", options=options) as container:
             return _why_not_moving(container)
     except (av.error.FFmpegError, OSError, ValueError, RuntimeError, LookupError):
         return "no video"
@@ -172,17 +180,11 @@ def _why_not_moving(container: av.container.InputContainer) -> str:
 
 def _is_text(head: bytes) -> bool:
     """Whether the first bytes of a file are UTF-8 text; a character may be cut off at their end."""
-    if head.translate(None, CONTROL_CHARACTERS) != head:
-        return False
-    return any(_decodes(head[: len(head) - cut]) for cut in range(4))
-
-
-def _decodes(content: bytes) -> bool:
     try:
-        content.decode()
+        codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
         return False
-    return True
+    return head.translate(None, CONTROL_CHARACTERS) == head
 
 
 def _kind(entry: os.DirEntry[str]) -> str:

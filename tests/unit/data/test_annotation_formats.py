@@ -114,6 +114,9 @@ def test_clips_without_labels_are_of_one_class(kinetics, tmp_path):
     ("text", "message"),
     [
         ("a.mp4 0\nb.mp4 1\n", "row 1: is not the header of .* no column youtube_id, .* are for --csv"),
+        (f"{HEADER}\na,b,1,2,train\n".replace(",", "\t"), "no column youtube_id, .*; separate the columns by commas"),
+        (f"{HEADER}\na,b,1,2,train\n".replace(",", ";"), "no column youtube_id, .*; separate the columns by commas"),
+        (f'{HEADER}\na,b,1,2,"train\na,c,1,2,train\n', "row 2: goes on in the next line; close its quotes"),
         (HEADER + "\n", "holds no clips"),
         (f"{HEADER}\na,b,1,2\n", "row 2: has 4 columns, the header has 5"),
         (f"{HEADER}\na,b,1,2,train\na,b,one,2,train\n", "row 3: expected an identifier and two numbers of seconds"),

@@ -37,6 +37,16 @@ def test_a_byte_order_mark_and_extra_spaces_are_not_part_of_a_path(tmp_path):
     ]
 
 
+def test_spaces_at_the_ends_belong_to_a_name_if_there_is_such_a_file(tmp_path):
+    for name in (" lead.mp4", "trail.mp4 ", "both.mp4", " both.mp4 "):
+        (tmp_path / name).touch()
+    (tmp_path / "a.csv").write_text(" lead.mp4 0\ntrail.mp4  0\n both.mp4  0\nboth.mp4 0 \n  none.mp4 \t 0\r\n")
+    paths = read_annotations(str(tmp_path / "a.csv"), "dataset.train", None).paths
+    assert [path.removeprefix(f"{tmp_path}/") for path in paths] == [
+        *(" lead.mp4", "trail.mp4 ", " both.mp4 ", "both.mp4", "none.mp4")
+    ]
+
+
 @pytest.mark.parametrize(
     "content",
     [

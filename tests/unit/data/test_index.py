@@ -7,7 +7,6 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from flperf.data import index
@@ -88,19 +87,6 @@ def test_labels_corrected_meanwhile_are_the_new_ones(annotated, tmp_path):
     ).labels
 
 
-def test_variable_frame_rate(videos):
-    """The frames of this file begin 40 ms apart, then ever later; the last begins at 3.18 s."""
-    row = index.probe_file(videos, "variable.mkv", 0)
-    assert row.error == "" and row.frames == 40
-    assert row.duration == pytest.approx(3.18 * 40 / 39, abs=0.02)
-    assert row.is_variable and row.shortest_interval == pytest.approx(0.04, abs=0.002)
-    assert row.longest_interval == pytest.approx(0.38, abs=0.002) and row.seconds == pytest.approx(3.18, abs=0.002)
-    for name in ("h264.mp4", "vp9.webm", "h264.ts", "mjpeg.avi"):
-        assert not index.probe_file(videos, name, 0).is_variable
-    assert "1 files have a variable frame rate" in index.summary([row])
-    assert index.frame_intervals(np.array([0.0])) == index.frame_intervals(np.array([])) == (0.0, 0.0)
-
-
 def test_the_summary_says_how_long_files_are(videos):
     rows = [index.probe_file(videos, name, 0) for name in ("h264.mp4", "short.mp4", "vp9.webm", "empty.webm")]
     rows.append(replace(rows[0], path="long.mp4", frames=127, duration=5.08))
@@ -133,6 +119,48 @@ def test_only_files_are_opened(videos, tmp_path, monkeypatch):
     Path("clips.csv").write_text("a:b.webm 0\npipe.mp4 0\n")
     rows = index_csv("clips.csv", None, "index.csv")
     assert [row.error for row in rows] == ["", "is not a file (OSError)"]
+
+
+def test_two_commands_do_not_write_one_index(annotated, tmp_path, monkeypatch):
+    """The second is refused while the first probes, and the first ends as if alone."""
+    out, probe, refused = tmp_path / "index.csv", index.probe_file, []
+
+    def probe_while_another_starts(*arguments):
+        if not refused:
+            with pytest.raises(UserError, match=r"index\.csv\.partial: another `flperf index` is writing it; .* --out"):
+                refused.append(None) or index_csv(annotated, None, out)
+        return probe(*arguments)
+
+    monkeypatch.setattr(index, "probe_file", probe_while_another_starts)
+    assert len(index_csv(annotated, None, out, threads=1)) == len(GOOD + BROKEN) and refused
+    assert len(index.read_index(str(out), None)) == len(GOOD)
+
+
+def test_paths_through_links_and_parent_folders_name_the_same_file(videos, tmp_path):
+    """`linked/..` is the parent of the folder that the link names, for the system as for the index, wherever it is
+    written to and read from."""
+    for folder, name in (("real/deep", "h264.mp4"), ("near", "vp9.webm")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder.split("/")[0] / "a").write_bytes((videos / name).read_bytes())
+    (tmp_path / "near/linked").symlink_to("../real/deep")
+    (tmp_path / "near/up.csv").write_text("linked/../a 0\n")  # real/a
+    (tmp_path / "near/here.csv").write_text("a 0\n")
+    for file, codec, frames in (("up.csv", "h264", 70), ("here.csv", "vp9", None)):
+        for out in ("near/i.csv", "near/linked/i.csv", "real/i.csv", "near/linked/../j.csv", "elsewhere/i.csv"):
+            (row,) = index_csv(tmp_path / "near" / file, None, tmp_path / out)
+            assert row.codec == codec and row.frames in (frames, row.frames), (file, out)
+            direct = os.path.realpath(tmp_path / out)  # the same index by another way
+            for place in (str(tmp_path / out), direct):
+                (path,) = index.read_index(place, None).paths
+                wanted = tmp_path / ("real/a" if codec == "h264" else "near/a")
+                assert os.path.samefile(path, wanted), (file, out, place)
+
+
+def test_a_file_by_two_paths_with_two_classes_is_refused(videos, tmp_path):
+    (tmp_path / "videos").symlink_to(videos)
+    (tmp_path / "a.csv").write_text("videos/h264.mp4 0\n./videos/h264.mp4 1\n")
+    with pytest.raises(UserError, match=r"videos/h264\.mp4: is listed twice, with class 0 and with class 1"):
+        index_csv(tmp_path / "a.csv", None, tmp_path / "index.csv")
 
 
 def test_mistaken_options_are_named(annotated, tmp_path):

@@ -170,7 +170,20 @@ def test_a_folder_that_cannot_be_read_is_named(videos, tmp_path, monkeypatch):
 
 
 def test_any_class_name_gets_the_same_number_in_another_split(videos, tmp_path):
-    names = ["plain", "two words", "caf\udce9", "line\nbreak", " spaces ", "über", "tab\t", "%d", '"quoted"', "#1", "1"]
+    names = [
+        "plain",
+        "two words",
+        "caf\udce9",
+        "line\nbreak",
+        " spaces ",
+        "über",
+        "tab\t",
+        "%d",
+        '"quoted"',
+        "#1",
+        "1",
+        "\xa0",
+    ]
     for split, chosen in (("train", names), ("val", names[::-2])):
         for name in chosen:
             (tmp_path / split / name).mkdir(parents=True)
