@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
-from flperf.errors import UserError
+from flperf.errors import UserError, first_line
 
 if TYPE_CHECKING:  # some commands use files but not torch, which takes seconds to import
     import numpy as np
@@ -47,13 +47,13 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an `OSError` in the context into a `UserError` that names its file, or `path` if it has none."""
+    """Turn an error of writing in the context into a `UserError` that names its file, or `path` if it has none."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        file, reason = getattr(error, "filename", None) or path, getattr(error, "strerror", None) or first_line(error)
         raise UserError(
-            f"{error.filename or path}: cannot be written: {error.strerror}; "
-            "fix that and start again; files that were complete before are intact"
+            f"{file}: cannot be written: {reason}; fix that and start again; files that were complete before are intact"
         ) from error
 
 

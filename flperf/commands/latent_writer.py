@@ -5,6 +5,7 @@ reported before torch is loaded.
 """
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from flperf.data.text_files import read_json
 from flperf.data.unreadable import NONE_USABLE
 from flperf.engine.process import Process, compute_dtype
 from flperf.errors import UserError
-from flperf.files import atomic_file, write_atomically
+from flperf.files import write_atomically
 from flperf.models.encoder import Encoder, build_encoder, encode_clip
 from flperf.models.latents import LatentGeometry, latent_geometry
 from flperf.run import evaluation_share
@@ -129,8 +130,9 @@ class SplitEncoding:
         missing = [batch for batch in batches if not all(self._file(clip).exists() for clip in batch)]
         for clips, latents in self._encode(missing):
             for clip, clip_latents in zip(clips.tolist(), latents, strict=True):
-                with atomic_file(self._file(clip)) as unfinished:
-                    torch.save(rearrange(clip_latents, "t h w d -> d t h w").contiguous(), unfinished)
+                content = io.BytesIO()
+                torch.save(rearrange(clip_latents, "t h w d -> d t h w").contiguous(), content)
+                write_atomically(self._file(clip), content.getvalue())
         dist.barrier()
         if self.process.is_main:
             rows = [
