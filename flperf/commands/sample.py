@@ -1,5 +1,6 @@
 """`flperf sample`: write forecasts of validation clips."""
 
+import math
 from pathlib import Path
 
 from flperf.commands.trained import add_configuration, trained_parser, trained_run
@@ -23,8 +24,8 @@ def sample(arguments: list[str]) -> None:
     options = parser.parse_intermixed_args(arguments)
     for name in ("clips", "frames", "seconds"):
         value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise UserError(f"--{name}: must be above 0, is {value}")
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name}: must be above 0{' and finite' if value > 0 else ''}, is {value}")
     _, run = trained_run(options)
     from flperf.evaluation.forecasts import write_forecasts
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flperf.config import Dataset as DatasetConfig
-from flperf.data.unreadable import BadClip
+from flperf.data.unreadable import NONE_USABLE, BadClip
 from flperf.errors import UserError
 from flperf.evaluation.visualise import Example, write_example
 from flperf.files import atomic_file
@@ -62,6 +62,8 @@ def write_forecasts(run: Run, out: Path, clips: int, frames: int | None, seconds
             raise UserError(f"--seconds: clips of dataset.kind {kind!r} have no frame rate; use --frames")
         frames = max(pace.frames_for(seconds) for pace in paces)
     tensors, videos = _forecasts(run, clips, frames)
+    if not len(tensors["clip"]):
+        raise UserError(f"dataset.validation: {NONE_USABLE}")
     if paces is not None:
         ahead = tensors["forecast"].shape[2]
         tensors["seconds"] = torch.tensor([paces[clip].seconds_ahead(ahead) for clip in tensors["clip"].tolist()])

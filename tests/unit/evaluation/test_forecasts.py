@@ -7,9 +7,12 @@ import pytest
 import torch
 from runs import BACKBONES, FOUR_DS, TINY
 
+from flperf.commands.sample import sample
 from flperf.config import Dataset, parse_config
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.unreadable import BadClip
+from flperf.errors import UserError
+from flperf.evaluation import forecasts
 from flperf.evaluation.forecasts import Pace, clip_paces, frame_interval
 from flperf.forecaster import Forecaster
 from flperf.models.encoder import Encoder
@@ -101,3 +104,19 @@ def test_the_context_of_a_video_in_memory_ends_with_its_last_frame():
 def test_a_missing_frame_rate_is_named(frame_rate):
     with pytest.raises(ValueError, match=r"frame_rate: is .*; needs the video's frames a second, .*dataset.fps is 10"):
         indices(20, frame_rate, fps=10.0)
+
+
+@pytest.mark.parametrize("option", ["--seconds=nan", "--seconds=inf", "--seconds=-1", "--frames=0", "--clips=0"])
+def test_a_horizon_without_end_is_refused(option, tmp_path):
+    name = option.split("=")[0]
+    with pytest.raises(UserError, match=f"{name}: must be above 0"):
+        sample(["--checkpoint", str(tmp_path), "--out", str(tmp_path), option])
+
+
+def test_forecasts_of_no_usable_clip_are_an_error(tmp_path, monkeypatch):
+    """All of the first clips may be short and left out."""
+    run = SimpleNamespace(dataset=SimpleNamespace(validation_size=3, frame_rate=None))
+    monkeypatch.setattr(forecasts, "_forecasts", lambda *_: ({"clip": torch.empty(0, dtype=torch.int64)}, {}))
+    with pytest.raises(UserError, match=r"dataset\.validation: none of its clips could be used; .*short_clips"):
+        forecasts.write_forecasts(run, tmp_path / "out", 2, None, None)
+    assert not (tmp_path / "out").exists()
