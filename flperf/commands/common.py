@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import signal
 import sys
 import textwrap
 from collections.abc import Callable
@@ -54,3 +55,8 @@ def run_command(command: Callable[[list[str]], None], arguments: list[str] | Non
         if "--debug" in arguments:
             raise
         sys.exit(f"flperf: {printable(str(error))}")
+    except KeyboardInterrupt:
+        if "--debug" in arguments:
+            raise
+        print("flperf: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from flperf.commands.doctor_machine import Finding, cached_weights
@@ -145,6 +146,7 @@ def spread(size: int, count: int) -> list[int]:
 def clips_check(run: "Components", split: str, clips: list[int], what: str, file: str | None) -> Finding:
     """Whether the given clips of a split can be read, and how many are shorter than the window: `what`, which `file`
     lists."""
+    from flperf.data.index import is_index
     from flperf.data.videos import frame_sampling
 
     skipped, short, read = [], 0, 0
@@ -159,5 +161,7 @@ def clips_check(run: "Components", split: str, clips: list[int], what: str, file
     if not skipped:
         return Finding("clips", text)
     examples = "; ".join(f"{clip}: {reason}" for clip, reason in skipped[:3])
-    fix = f"find out why: flperf index --csv {file} --out index.csv"
+    fix = f"find out why: flperf index --csv {quote(str(file))} --out index.csv"
+    if is_index(file):
+        fix = "write the index again with `flperf index`, from what it was made of"
     return Finding("clips", f"{text} ({examples})", fix)

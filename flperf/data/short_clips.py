@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from flperf.data.annotations import Annotations
 from flperf.data.samplers import FrameSampling
@@ -25,7 +26,7 @@ class ShortClips:
             index = Path(self.file).with_suffix(".index.csv")
             return (
                 f"how many {split} clips are shorter than the window of {window} is unknown without an index: "
-                f"flperf index --csv {self.file} --out {index}"
+                f"flperf index --csv {quote(self.file)} --out {quote(str(index))}"
             )
         done = {"pad": "repeat their last frame", "skip": "are left out"}[self.frame_sampling.short_clips]
         consequence = f" and {done} (dataset.short_clips: {self.frame_sampling.short_clips})" if self.short else ""

@@ -50,7 +50,8 @@ def shortage(path: str, frame_sampling: FrameSampling, times: np.ndarray) -> Rea
     if not frame_sampling.is_short(len(times), float(times[-1])):
         return []
     distinct = len(set(frame_sampling.frames(times, 0.0)))
-    lack = f"only {distinct} distinct frames in a window of {frame_sampling.describe()}"
+    ends = f"its {len(times)} frames end at {times[-1]:.2f} s"
+    lack = f"{ends}: {distinct} distinct frames in a window of {frame_sampling.describe()}"
     if frame_sampling.short_clips == "skip":
         raise ShortClip(path, lack)
     return [(path, lack)]

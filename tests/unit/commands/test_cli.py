@@ -45,6 +45,15 @@ def test_a_mistake_is_one_line_and_a_traceback_with_debug():
         run_command(fail, ["--debug"])
 
 
+def test_ctrl_c_ends_a_command_in_one_line(capsys):
+    def interrupted(arguments: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(interrupted, [])
+    assert ended.value.code == 130 and capsys.readouterr().err == "flperf: interrupted\n"
+
+
 @pytest.mark.parametrize(
     ("typed", "hint"), [("evalute", "did you mean evaluate?"), ("bogus", "known: doctor, estimate")]
 )

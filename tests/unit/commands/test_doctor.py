@@ -78,7 +78,7 @@ def test_clips_of_each_source_are_read(tiny, tmp_path):
     assert any(f"{tmp_path}/b.csv: 3 clips, 0.75 of the samples" in line for line in found)
 
 
-def test_unreadable_clips_fail_the_check_with_examples(tiny):
+def test_unreadable_clips_fail_the_check_with_examples(monkeypatch):
     unreadable = [("a.mp4", "no video stream")]
     batches = [SimpleNamespace(skipped=unreadable, short=[], valid=torch.tensor([True, False]))]
     dataset = SimpleNamespace(chosen_batches=lambda *_: batches)
@@ -87,10 +87,12 @@ def test_unreadable_clips_fail_the_check_with_examples(tiny):
     finding = doctor_config.clips_check(run, "train", [0, 1], "train clips", file)
     assert finding.text == "1 of 2 train clips read (a.mp4: no video stream)"
     assert "flperf index --csv data/kinetics_400/train.csv" in finding.fix
+    monkeypatch.setattr("flperf.data.index.is_index", lambda file: True)  # which --csv does not take
+    assert "--csv" not in doctor_config.clips_check(run, "train", [0, 1], "train clips", file).fix
 
 
 def test_short_clips_are_counted_and_are_no_failure():
-    short = [("a.mp4", "only 23 distinct frames")]
+    short = [("a.mp4", "23 distinct frames")]
     batches = [SimpleNamespace(skipped=[], short=short, valid=torch.tensor([True, True, True]))]
     dataset = SimpleNamespace(chosen_batches=lambda *_: batches)
     run = SimpleNamespace(dataset=dataset, process=SimpleNamespace(device="cpu"), config=load_config(REFERENCE))

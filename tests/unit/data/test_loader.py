@@ -150,7 +150,7 @@ def test_too_many_unreadable_clips_end_the_run():
             pass
 
 
-LACK = "only 23 distinct frames in a window of 127 frames (64 at stride 2)"
+LACK = "its 45 frames end at 1.76 s: 23 distinct frames in a window of 127 frames (64 at stride 2)"
 
 
 def test_a_padded_short_clip_is_read_and_counted_and_the_first_is_logged(caplog):
