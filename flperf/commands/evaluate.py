@@ -1,5 +1,6 @@
 """`flperf evaluate`: compare a trained head with the baselines."""
 
+import argparse
 from pathlib import Path
 
 from flperf.commands.common import make_parent_folder
@@ -7,8 +8,7 @@ from flperf.commands.trained import add_configuration, trained_parser, trained_r
 from flperf.files import writing
 
 
-def evaluate(arguments: list[str]) -> None:
-    """Print the comparison and append it to the metrics of the run."""
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = trained_parser(
         "evaluate",
         "Compare a trained head with the baselines on the validation clips; with class labels also by a linear probe.",
@@ -25,7 +25,12 @@ def evaluate(arguments: list[str]) -> None:
     parser.add_argument(
         "--locator", metavar="FILE", help="written by `flperf locator`: also measure the error of the shapes' positions"
     )
-    options = parser.parse_intermixed_args(arguments)
+    return parser.parse_intermixed_args(arguments)
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Print the comparison and append it to the metrics of the run."""
+    options = parse_arguments(arguments)
     if options.out:  # before the evaluation, which takes long
         make_parent_folder(options.out)
     trained, run = trained_run(options)
