@@ -27,7 +27,7 @@ from torch import Tensor
 
 from flperf.data.decoding import check_indices
 from flperf.data.preprocessing import Preprocessing
-from flperf.data.pyav import PyAVReader, display_matrix, frames_of, in_order, opened
+from flperf.data.pyav import PyAVReader, display_orientation, frames_of, in_order, opened
 from flperf.data.samplers import ClipRequest, FrameSampling
 from flperf.data.video_file import VideoFile
 
@@ -38,6 +38,10 @@ CPU_CODECS = ("vp8", "vp9", "mjpeg")
 # came out wrong.
 GPU_CODECS = {"h264": (16, 48), "hevc": (144, 144), "vp8": (16, 48), "vp9": (128, 128), "av1": (128, 128)}
 GPU_FORMATS = ("yuv420p", "yuvj420p")  # every NVDEC decodes these codecs in these pixel formats
+# Shares of red and blue in luma, by colour space (ITU-T H.273, MatrixCoefficients). DALI always converts by BT.601
+BT_601 = 0.299, 0.114
+LUMA_SHARES = {1: (0.2126, 0.0722), 7: (0.212, 0.087), 9: (0.2627, 0.0593)} | dict.fromkeys((2, 4, 5, 6), BT_601)
+PROGRESSIVE = 1  # field order (FFmpeg, AVFieldOrder); 0 is unknown
 DALI_ERRORS = (RuntimeError, IndexError, ValueError)
 RESIZED_BYTES = 2**24  # of frames resized by one call; on a GPU they are fp32, four times as large
 
@@ -68,7 +72,8 @@ class DaliReader(PyAVReader):
         obstacle = find_obstacle(file, self.device) if pipeline else None
         if pipeline and obstacle is None:
             try:
-                return pipeline.read(file.path, indices, request.sample, self.preprocessing, slot)
+                colours = colour_correction(file, slot.device)
+                return pipeline.read(file.path, indices, request.sample, self.preprocessing, slot, colours)
             except DaliError as error:
                 obstacle = str(error)
         self._warn_once(obstacle, file.path)
@@ -105,7 +110,8 @@ def read_frames(path: str, indices: list[int], device: torch.device) -> Tensor:
         if find_obstacle(file, device) is None:
             check_indices(file, indices)
             with suppress(DaliError):
-                return ClipPipeline(device).decode(path, indices, 0).cpu().clone()
+                decoded = ClipPipeline(device).decode(path, indices, 0)
+                return recolour(decoded, colour_correction(file, device)).cpu().clone()
         return in_order(file, lambda: frames_of(file, indices))
 
 
@@ -126,13 +132,21 @@ class ClipPipeline:
         backend = "mixed" if self.device.type == "cuda" else "cpu"
         self.pipeline = build_pipeline(lambda: self.inputs, backend, self.device.index or 0)
 
-    def read(self, path: str, indices: list[int], sample: int, preprocessing: Preprocessing, out: Tensor) -> None:
-        """Decode the frames of a clip into `out`, uint8 `f h w c`. Raises `DaliError` if DALI fails, and builds the
-        pipeline again."""
+    def read(
+        self,
+        path: str,
+        indices: list[int],
+        sample: int,
+        preprocessing: Preprocessing,
+        out: Tensor,
+        colours: Tensor | None,
+    ) -> None:
+        """Decode the frames of a clip into `out`, uint8 `f h w c`, with their colours corrected. Raises `DaliError` if
+        DALI fails, and builds the pipeline again."""
         decoded = self.decode(path, indices, sample)
         together = max(1, RESIZED_BYTES // decoded[0].nbytes)
         for some, slots in zip(decoded.split(together), out.split(together), strict=True):
-            slots.copy_(preprocessing.apply(some))
+            slots.copy_(recolour(preprocessing.apply(some), colours))
         if out.is_cuda:
             torch.cuda.current_stream().synchronize()  # DALI may now overwrite its output
 
@@ -166,6 +180,30 @@ def build_pipeline(source: Callable[[], Inputs | None], backend: str, device_id:
     return pipeline
 
 
+def colour_correction(file: VideoFile, device: torch.device) -> Tensor | None:
+    """The matrix, fp32 `c c`, that maps RGB as DALI converts it to that of the file's colour space; None if they agree.
+    It is the same for the full and the limited range."""
+    shares = LUMA_SHARES[file.context.colorspace]
+    if shares == BT_601:
+        return None
+    return (_to_rgb(*shares) @ torch.linalg.inv(_to_rgb(*BT_601))).float().to(device)
+
+
+def _to_rgb(red: float, blue: float) -> Tensor:
+    """The matrix from (Y, U, V) to RGB by the shares of red and blue in luma."""
+    green = 1 - red - blue
+    of_u = [0, -2 * blue * (1 - blue) / green, 2 * (1 - blue)]
+    of_v = [2 * (1 - red), -2 * red * (1 - red) / green, 0]
+    return torch.tensor([[1, 1, 1], of_u, of_v], dtype=torch.float64).T
+
+
+def recolour(frames: Tensor, colours: Tensor | None) -> Tensor:
+    """Correct the colours of frames, uint8 `... c`."""
+    if colours is None:
+        return frames
+    return (frames.float() @ colours.T).round_().clamp_(0, 255).to(torch.uint8)
+
+
 def find_obstacle(file: VideoFile, device: torch.device) -> str | None:
     """Why DALI can't decode a file on this device, or might choose other frames than PyAV; None if nothing is known
     against it. DALI relies on the header and the order of presentation times."""
@@ -177,9 +215,15 @@ def find_obstacle(file: VideoFile, device: torch.device) -> str | None:
         return "DALI doesn't apply edit lists"
     if len(file.container.streams.video) > 1:
         return "DALI doesn't choose between video streams"
+    if file.context.field_order > PROGRESSIVE:
+        return "DALI doesn't say what it does with interlaced video"
+    if not file.has_one_size:
+        return "DALI doesn't decode frames of several sizes"
     unsupported = _unsupported(file.context, "mixed" if device.type == "cuda" else "cpu")
-    if unsupported is None and display_matrix(file.first_frame()):
+    if unsupported is None and (file.orientations or display_orientation(file.first_frame())):
         return "DALI doesn't apply display matrices"
+    if unsupported is None and file.context.colorspace not in LUMA_SHARES:
+        return f"DALI doesn't convert colour space {file.context.colorspace}"
     return unsupported
 
 

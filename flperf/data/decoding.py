@@ -50,10 +50,10 @@ def decode_frames(file: VideoFile, wanted: list[int]) -> Iterator[tuple[int, av.
     for entry in [*(entry for entry in entries if timeline.packets[entry]), None]:
         attempt = _Attempt(file, wanted, entry)
         yield from attempt.frames()
-        if not attempt.remaining:
-            attempt.check()
+        fault = attempt.fault()
+        if not fault:
             return
-    raise ValueError(f"frame {min(attempt.remaining)} can't be decoded{attempt.cause()}")
+    raise ValueError(fault)
 
 
 def check_indices(file: VideoFile, indices: Sequence[int]) -> None:
@@ -70,23 +70,25 @@ class _Attempt:
     def __init__(self, file: VideoFile, wanted: list[int], entry: int | None):
         self.file, self.context, self.entry = file, file.context, entry
         self.start = 0 if entry is None else int(file.timeline.packets[entry])
-        self.remaining = set(wanted)
+        self.wanted, self.remaining = wanted, set(wanted)
         self.index_of = file.timeline.index_of()
         self.packets = {int(file.timeline.packets[index]) for index in wanted}
         self.counts = entry is None and bool(file.timeline.counted)
+        # index → last packet that the decoder needs before it can put out the frame
+        self.needed = None if file.timeline.counted else np.maximum.accumulate(file.timeline.packets)
         self.damage: dict[int, str] = {}  # packet → what is wrong with it
         self.shown: list[_Shown] = []
+        self.last = -1  # index of the last frame that came
 
     def frames(self) -> Iterator[tuple[int, av.VideoFrame]]:
         """The wanted frames. Stops early if decoding turns out not to start at a key frame."""
-        self.context.skip_frame = "DEFAULT"
         position, begun, counter = self.start, self.entry is None, itertools.count()
-        for position, packet in itertools.chain(self.file.packets_from(self.start), [(END, None)]):
+        for position, packet in self._packets():
             for frame in self._decode(position, packet):
                 index = next(counter) if self.counts else self.index_of.get(packet_of(frame))
-                if not self._note(frame, index):
+                if not self._note(frame, index, position):
                     return self._drain(position)
-                begun = begun or (packet_of(frame) == self.start and bool(frame.key_frame))
+                begun = begun or (packet_of(frame) == self.start and self.file.is_entry(frame))
                 if not begun and not self._leads(index):
                     return self._drain(position)
                 if index is not None and index in self.remaining:
@@ -95,6 +97,15 @@ class _Attempt:
             if not self.remaining:
                 break
         self._drain(position)
+
+    def _packets(self) -> Iterator[tuple[int, av.Packet | None]]:
+        """(position, packet) to decode, and the end. Damage behind the wanted frames could mix up their order."""
+        last = END if self.needed is None else self.needed[self.wanted[-1]]
+        for position, packet in self.file.packets_from(self.start):
+            if END < last < position and self.file.damage(position, packet):
+                break
+            yield position, packet
+        yield END, None
 
     def _decode(self, position: int, packet: av.Packet | None) -> list[av.VideoFrame]:
         if packet is not None:
@@ -109,21 +120,27 @@ class _Attempt:
             self.damage[position] = describe(error)
             return []
 
-    def _note(self, frame: av.VideoFrame, index: int | None) -> bool:
-        """Keep what `check` needs; returns whether frames come in order. Raises `WrongOrder` if presentation times
-        gave their order."""
+    def _note(self, frame: av.VideoFrame, index: int | None, position: int) -> bool:
+        """Keep what `fault` needs; returns whether frames come in order. Raises `WrongOrder` if presentation times gave
+        their order, and no damage has changed it."""
         packet = packet_of(frame)
         if frame.is_corrupt:
             self.damage.setdefault(packet, "it is damaged")
-        last = self.shown[-1].frame if self.shown else None
-        is_entry = frame.key_frame and frame.pict_type == PictureType.I and packet not in self.damage
+        is_in_order = self._is_in_order(index, position)
+        is_entry = self.file.is_entry(frame) and frame.pict_type == PictureType.I and packet not in self.damage
         self.shown.append(_Shown(packet, index, is_entry, index in self.remaining))
-        if last is None or index is None or last < index:
+        if not is_in_order and not self.file.timeline.counted and not self.damage:
+            self.file.reset()
+            raise WrongOrder
+        return is_in_order
+
+    def _is_in_order(self, index: int | None, position: int) -> bool:
+        """Whether a frame comes after all those before it."""
+        if index is None:
             return True
-        if self.file.timeline.counted:
-            return False
-        self.context.flush_buffers()
-        raise WrongOrder
+        last, self.last = self.last, index
+        is_early = self.needed is not None and position != END and self.needed[index] > position
+        return last < index and not is_early
 
     def _leads(self, index: int | None) -> bool:
         """Whether a frame is shown before the first key frame, though it was decoded after it."""
@@ -133,24 +150,26 @@ class _Attempt:
         """Take out what the decoder still holds. Frames that have come may refer to it, and it may be damaged."""
         if position != END:
             for frame in self._decode(END, None):
-                self.shown.append(_Shown(packet_of(frame), None, False, False))
-                if frame.is_corrupt:
-                    self.damage.setdefault(packet_of(frame), "it is damaged")
-        self.context.flush_buffers()
+                index = None if self.counts else self.index_of.get(packet_of(frame))
+                self._note(frame, index, END)
+        self.file.reset()
 
-    def check(self) -> None:
-        """Raise `ValueError` if a wanted frame is damaged, or may refer to a damaged frame: one that was decoded before
-        it, and after the last intact key frame that was shown before it."""
+    def fault(self) -> str:
+        """What is wrong with the wanted frames: one has not come, is damaged, or may refer to a damaged frame: one that
+        was decoded before it, and after the last intact key frame that was shown before it. Empty if they are right."""
+        if self.remaining:
+            return f"frame {min(self.remaining)} can't be decoded{self._cause()}"
         entry: _Shown | None = None
         for shown in self.shown:
             entry = shown if shown.is_clean_entry else entry
             if not shown.is_wanted:
                 continue
             if shown.packet in self.damage:
-                raise ValueError(f"frame {shown.frame} can't be decoded intact: {self.damage[shown.packet]}")
+                return f"frame {shown.frame} can't be decoded intact: {self.damage[shown.packet]}"
             for packet, damage in self.damage.items():
                 if packet < shown.packet and self._spreads(packet, entry):
-                    raise ValueError(f"frame {shown.frame} follows damage, with no key frame between: {damage}")
+                    return f"frame {shown.frame} follows damage, with no key frame between: {damage}"
+        return ""
 
     def _spreads(self, packet: int, entry: _Shown | None) -> bool:
         """Whether frames after a key frame may refer to a damaged packet. They don't refer to what is shown before the
@@ -161,6 +180,6 @@ class _Attempt:
             return True
         return packet > entry.packet and self.index_of.get(packet, entry.frame + 1) > entry.frame
 
-    def cause(self) -> str:
+    def _cause(self) -> str:
         """What may have made decoding fail, as the end of a sentence."""
         return f": {next(iter(self.damage.values()))}" if self.damage else ""

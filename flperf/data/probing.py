@@ -10,7 +10,7 @@ import av
 import numpy as np
 import torch
 
-from flperf.data.pyav import display_matrix, turn
+from flperf.data.pyav import display_orientation, turn
 from flperf.data.samplers import TIME_TOLERANCE
 from flperf.data.video_file import CUT_SHORT, DECODE_ERRORS, VideoFile, demux, describe, open_container
 
@@ -57,7 +57,7 @@ def probe_file(folder: str, path: str, label: int) -> Row:
             first, context = file.first_frame(), file.context
             frames, duration = len(file.timeline), file.timeline.duration
             shortest, longest = frame_intervals(file.timeline.times)
-            height, width = turn(torch.empty(first.height, first.width, 1), display_matrix(first)).shape[:2]
+            height, width = turn(torch.empty(first.height, first.width, 1), display_orientation(first)).shape[:2]
             return Row(
                 path,
                 label,
@@ -86,7 +86,7 @@ def _notes(file: VideoFile, first: av.VideoFrame) -> Iterator[str]:
     shape = file.stream.sample_aspect_ratio
     if shape and shape != 1:
         yield f"pixels are not square: {shape.numerator}:{shape.denominator}"
-    if display_matrix(first):
+    if display_orientation(first):
         yield "turned or mirrored"
     if file.timeline.counted:
         yield f"frames are counted by decoding: {file.timeline.counted}"

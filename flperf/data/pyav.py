@@ -15,6 +15,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
+from flperf.data.bitstream import Orientation, orientation_of
 from flperf.data.decoding import WrongOrder, decode_frames
 from flperf.data.loader import Reader
 from flperf.data.preprocessing import Preprocessing
@@ -98,41 +99,47 @@ def write_frames(file: VideoFile, indices: list[int], out: Tensor, preprocessing
 
 
 def read_pixels(file: VideoFile, wanted: list[int]) -> Iterator[tuple[int, Tensor]]:
-    """(index, frame as uint8 `h w c`, turned as it is displayed) of the wanted frames. A frame may come twice, if
-    decoding starts again; the last one counts."""
-    reformatter, matrix = VideoReformatter(), None
+    """(index, frame as uint8 `h w c`, turned as it is displayed) of the wanted frames. All have the size of the file's
+    first frame, as in FFmpeg. A frame may come twice, if decoding starts again; the last one counts."""
+    reformatter, orientation = VideoReformatter(), None
     for number, (index, frame) in enumerate(decode_frames(file, wanted)):
         if number == 0 or frame.key_frame:  # looking it up takes a tenth of the time of a conversion
-            matrix = display_matrix(frame)
-        pixels = torch.from_numpy(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray())
-        yield index, turn(pixels, matrix)
+            orientation = display_orientation(frame)
+        width, height = file.size if (frame.width, frame.height) == file.size else file.first_size
+        # The converted frame is not bound to a name: its memory is used for the next one while it is in the cache.
+        pixels = reformatter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1).to_ndarray()
+        yield index, turn(torch.from_numpy(pixels), file.orientation(index) or orientation)
 
 
-def turn(pixels: Tensor, matrix: list[int] | None) -> Tensor:
-    """Turn and mirror pixels `h w c` by the display matrix of their frame. Raises `ValueError` for another angle than a
-    quarter turn."""
-    match matrix:
+def turn(pixels: Tensor, orientation: Orientation | None) -> Tensor:
+    """Turn and mirror pixels `h w c` as they are displayed. Raises `ValueError` for another angle than a quarter
+    turn."""
+    match orientation:
         case None:
             return pixels
-        case [0, vertical, horizontal, 0] if vertical and horizontal:
+        case (0, vertical, horizontal, 0) if vertical and horizontal:
             pixels = pixels.transpose(0, 1)
-        case [horizontal, 0, 0, vertical] if vertical and horizontal:
+        case (horizontal, 0, 0, vertical) if vertical and horizontal:
             pass
         case _:
             raise ValueError("its display matrix is no quarter turn; turn its pixels with ffmpeg")
     return pixels.flip([axis for axis, sign in enumerate((vertical, horizontal)) if sign < 0]).contiguous()
 
 
-def display_matrix(frame: VideoFrame) -> list[int] | None:
-    """Signs of (a, b, c, d) in x' = a x + c y, y' = b x + d y, with x to the right and y downwards; None for a frame
-    that is displayed as it is stored."""
-    matrix = frame.side_data.get(SideData.DISPLAYMATRIX.name)
+def display_orientation(frame: VideoFrame) -> Orientation | None:
+    """The orientation by a frame's display matrix; None for a frame that is displayed as it is stored."""
+    try:
+        matrix = frame.side_data.get(SideData.DISPLAYMATRIX.name)
+    except ValueError:  # the frame has data that PyAV doesn't know, such as EXIF
+        return orientation_of(frame.rotation)
     if matrix is None:
         return None
     a, b, _, c, d = np.frombuffer(bytes(cast(Buffer, matrix)), np.int32)[:5].astype(float)
+    if a == c == 0 or b == d == 0:  # FFmpeg takes no notice of a matrix that leaves nothing
+        return None
     small = 0.01 * max(abs(a), abs(b), abs(c), abs(d))
-    signs = [0 if abs(value) < small else int(np.sign(value)) for value in (a, b, c, d)]
-    return None if signs == [1, 0, 0, 1] else signs
+    signs = tuple(0 if abs(value) < small else int(np.sign(value)) for value in (a, b, c, d))
+    return None if signs == (1, 0, 0, 1) else signs
 
 
 def _groups(frames: Iterator[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:

@@ -9,35 +9,44 @@ A file is demuxed from end to end, which is cheap. The packets of a usual clip a
 demuxed again when it is decoded. Seeking would be quicker, but not every container reports where it arrived.
 """
 
+import heapq
 import itertools
 import os
-from collections import OrderedDict
+import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, cast
 
 import av
 import numpy as np
+from av.codec.context import Flags
 from av.stream import Disposition
 
-from flperf.data.bitstream import REORDERED, UNKNOWN, Content, NalScanner, Scan, open_scanner
+from flperf.data.bitstream import REORDERED, UNKNOWN, Content, Orientation, Scan, is_overwritten, open_scanner
 from flperf.data.unreadable import BadClip
 
 DECODE_ERRORS = (av.error.FFmpegError, OSError, ValueError, RuntimeError)  # of a damaged file
 KEPT_BYTES = 2**24  # of packets that a thread keeps between demuxing and decoding
-COUNTED_FILES = 4096  # whose timelines are kept, so that they are decoded for counting only once
+COUNTED_FRAMES = 2**23  # of files whose timelines are kept (13 bytes a frame), so that they are counted only once
 # whose header holds the duration; elsewhere FFmpeg estimates it
 WITH_DURATION = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv", "avi", "asf")
 CUT_SHORT = 0.02  # a file is cut short if its header promises so much more, and three frames more, than is there
 DEFAULT_RATE = 25.0  # of streams without any time, as in FFmpeg
+CONTRADICTION = "presentation times contradict the decoder"
+DEFAULT_PIXELS = 5_000_000  # by which FFmpeg favours a default stream when it chooses the one of the most pixels
+# whose decoders mark a frame as a key frame only if decoding may start at it. That of APNG marks others too
+KEYED_CODECS = (
+    *("h264", "hevc", "vvc", "vp8", "vp9", "av1", "theora", "vp6", "vp6f", "mpeg1video", "mpeg2video", "mpeg4"),
+    *("msmpeg4v1", "msmpeg4v2", "msmpeg4v3", "wmv1", "wmv2", "wmv3", "vc1", "h263", "flv1"),
+    *("rv10", "rv20", "rv30", "rv40"),
+)
 
 
 class PacketInfo(NamedTuple):
     """What is kept of every packet."""
 
     pts: int | None
-    is_keyframe: bool  # as the container marks it
     is_discarded: bool  # decoded but not shown: an edit list cuts it off
     is_torn: bool
     content: Content
@@ -77,6 +86,9 @@ class VideoFile:
         try:
             self.stream = video_stream(self.container)
             self.context = open_context(self.stream)
+            self.size = self.context.width, self.context.height
+            self.reorder_depth = self.context.reorder_depth
+            self.has_key_frames = _has_key_frames(self.context)
             self.scan = _scanner(self.context)
             self.infos: list[PacketInfo] = []
             self.kept: list[av.Packet] | None = []  # None for a long video
@@ -98,12 +110,66 @@ class VideoFile:
         size = 0
         for packet in demux(self.container, self.stream):
             content = _scan(self.scan, packet)
-            self.infos.append(PacketInfo(packet.pts, packet.is_keyframe, packet.is_discard, packet.is_corrupt, content))
+            self.infos.append(PacketInfo(packet.pts, packet.is_discard, packet.is_corrupt, content))
             size += packet.size
             if size > KEPT_BYTES:
                 self.kept = None
             elif self.kept is not None:
                 self.kept.append(packet)
+
+    def is_entry(self, frame: av.VideoFrame) -> bool:
+        """Whether decoding may start at a frame. For VP9, the decoder also marks those that keep some references."""
+        is_key = self.has_key_frames and bool(frame.key_frame)
+        if is_key and self.context.codec.canonical_name == "vp9":
+            return packet_of(frame) >= 0 and self.infos[packet_of(frame)].content.is_entry
+        return is_key
+
+    @cached_property
+    def torn(self) -> set[int]:
+        """The packets of which a part is lost. In a transport stream the mark is on the packet before, and it is also
+        there where recordings were joined: before a key frame."""
+        marked = [position for position, info in enumerate(self.infos) if info.is_torn]
+        if self.container.format.name != "mpegts":
+            return set(marked)
+        entries = [info.content.is_entry for info in self.infos] + [False, False]
+        return {position + 1 for position in marked if entries[position + 1] or not entries[position + 2]}
+
+    @cached_property
+    def first_size(self) -> tuple[int, int]:
+        """Width and height of the first frame, as it is stored."""
+        with VideoFile(self.path) as other:
+            frame = other.first_frame()
+        return frame.width, frame.height
+
+    @cached_property
+    def orientations(self) -> list[tuple[int, Orientation]]:
+        """(index of the first frame, orientation) by the stream itself, in ascending order. The container may have
+        another."""
+        if not any(info.content.orientation for info in self.infos):
+            return []
+        index_of, found = self.timeline.index_of(), []
+        for position, info in enumerate(self.infos):
+            if info.content.orientation and position in index_of:
+                found.append((index_of[position], info.content.orientation))
+        return sorted(found)
+
+    def orientation(self, index: int) -> Orientation | None:
+        """How the stream says that a frame is turned; None if it doesn't say."""
+        found = None
+        for first, orientation in self.orientations:
+            found = orientation if first <= index else found
+        return found
+
+    @property
+    def has_one_size(self) -> bool:
+        """Whether all frames have the parameters of the first."""
+        return len({info.content.parameters for info in self.infos} - {b""}) <= 1
+
+    def reset(self) -> None:
+        """Bring the decoder into its first state."""
+        self.context.flush_buffers()
+        self.context.skip_frame = "DEFAULT"
+        self.context.reorder_depth = self.reorder_depth  # it grows where frames turn out to be in another order
 
     @property
     def has_edits(self) -> bool:
@@ -143,9 +209,9 @@ class VideoFile:
     def damage(self, position: int, packet: av.Packet) -> str:
         """What is known to be wrong with a packet without decoding it; else empty."""
         found = self.infos[position].content.damage
-        if not found and isinstance(self.scan, NalScanner) and self.scan.units.are_overwritten(bytes(packet)):
+        if not found and is_overwritten(self.scan, packet):
             return "a part of it is zeros"
-        return found
+        return found or ("a part of it is lost" if position in self.torn else "")
 
     def first_frame(self) -> av.VideoFrame:
         """The first frame that the decoder puts out. Raises one of DECODE_ERRORS if there is none."""
@@ -161,7 +227,7 @@ class VideoFile:
                     return frames[0]
             raise error
         finally:
-            self.context.flush_buffers()
+            self.reset()
 
     def _timeline(self) -> Timeline:
         found = self._timeline_of_packets()
@@ -169,16 +235,14 @@ class VideoFile:
 
     def count_frames(self) -> None:
         """Decode the file to count its frames, since they came in another order than their times are."""
-        self.timeline = self._counted_timeline("presentation times contradict the decoder")
+        self.timeline = self._counted_timeline(CONTRADICTION)
 
     def _counted_timeline(self, reason: str) -> Timeline:
         """The timeline by decoding, which is done once for each file."""
         timeline = _COUNTED.get(self._key())
         if timeline is None:
-            timeline = _COUNTED[self._key()] = self._count(reason)
-            with suppress(KeyError):  # another thread may have removed it
-                while len(_COUNTED) > COUNTED_FILES:
-                    _COUNTED.popitem(last=False)
+            timeline = self._count(reason)
+            _COUNTED.put(self._key(), timeline)
         return timeline
 
     def _key(self) -> tuple[str, int, int]:
@@ -188,13 +252,13 @@ class VideoFile:
     def _timeline_of_packets(self) -> Timeline | str:
         """The timeline, or the reason why the packets don't show it."""
         reordered = self.context.codec.canonical_name in REORDERED
-        obstacle = _obstacle(self.infos, reordered, self.context.has_b_frames)
+        obstacle = _obstacle(self.infos, self.reorder_depth if reordered else None)
         if obstacle:
             return obstacle
         shown = [position for position, info in enumerate(self.infos) if info.content.frames and not info.is_discarded]
         if reordered:
             shown.sort(key=lambda position: cast(int, self.infos[position].pts))
-        entries = [self.infos[position].is_keyframe for position in shown]
+        entries = [self.infos[position].content.is_entry and self.has_key_frames for position in shown]
         times = self._seconds([self.infos[position].pts for position in shown])
         return Timeline(np.array(shown, np.int32), times, np.array(entries, bool))
 
@@ -211,8 +275,8 @@ class VideoFile:
             for frame in frames:
                 packets.append(packet_of(frame))
                 times.append(frame.pts)
-                entries.append(packets[-1] >= 0 and frame.key_frame and not frame.is_corrupt)
-        self.context.flush_buffers()
+                entries.append(packets[-1] >= 0 and self.is_entry(frame) and not frame.is_corrupt)
+        self.reset()
         if not packets and error:
             raise error
         return Timeline(np.array(packets, np.int32), self._seconds(times), np.array(entries, bool), reason)
@@ -227,7 +291,26 @@ class VideoFile:
         return np.arange(len(pts)) / float(rate)
 
 
-_COUNTED: OrderedDict[tuple[str, int, int], Timeline] = OrderedDict()  # by path, size and time of change
+class _Counted:
+    """Counted timelines by path, size and time of change of their files; the oldest are forgotten."""
+
+    def __init__(self) -> None:
+        self.timelines: dict[tuple[str, int, int], Timeline] = {}
+        self.frames = 0
+        self.lock = threading.Lock()
+
+    def get(self, key: tuple[str, int, int]) -> Timeline | None:
+        return self.timelines.get(key)
+
+    def put(self, key: tuple[str, int, int], timeline: Timeline) -> None:
+        with self.lock:
+            self.frames += len(timeline) - len(self.timelines.pop(key, ()))
+            self.timelines[key] = timeline
+            while self.frames > COUNTED_FRAMES:
+                self.frames -= len(self.timelines.pop(next(iter(self.timelines))))
+
+
+_COUNTED = _Counted()
 
 
 def open_container(path: str) -> av.container.InputContainer:
@@ -238,7 +321,7 @@ def open_container(path: str) -> av.container.InputContainer:
 
 
 def video_stream(container: av.container.InputContainer) -> av.VideoStream:
-    """The stream that FFmpeg would choose: by default disposition, then by size. Covers and tracks of a single picture
+    """The stream that FFmpeg would choose: by size and default disposition. Covers and tracks of a single picture
     are chosen only if there is no other."""
     streams = [stream for stream in container.streams.video if not stream.disposition & PICTURES]
     usable = [stream for stream in streams if stream.codec_context is not None]
@@ -250,7 +333,8 @@ def video_stream(container: av.container.InputContainer) -> av.VideoStream:
 
     def rank(stream: av.VideoStream) -> tuple:
         size = stream.codec_context.width * stream.codec_context.height
-        return stream.index in moving, bool(stream.disposition & Disposition.default), size, -stream.index
+        is_default = bool(stream.disposition & Disposition.default)
+        return stream.index in moving, size + DEFAULT_PIXELS * is_default, -stream.index
 
     return max(usable, key=rank)
 
@@ -270,9 +354,10 @@ def _moving(path: str, streams: list[av.VideoStream]) -> set[int]:
 
 
 def open_context(stream: av.VideoStream) -> av.VideoCodecContext:
-    """The stream's decoder, in one thread, whose frames carry the position of their packet."""
+    """The stream's decoder, in one thread, whose frames carry the position of their packet and are cropped exactly."""
     context = stream.codec_context
     context.thread_count = 1
+    context.flags |= Flags.unaligned
     context.copy_opaque = True
     return context
 
@@ -318,6 +403,12 @@ def describe(error: Exception) -> str:
     return f"{getattr(error, 'strerror', None) or error} ({type(error).__name__})"
 
 
+def _has_key_frames(context: av.VideoCodecContext) -> bool:
+    """Whether decoding may start at the frames that the decoder calls key frames. A palette may have come before."""
+    codec = context.codec
+    return (codec.intra_only or codec.canonical_name in KEYED_CODECS) and context.pix_fmt != "pal8"
+
+
 def _scanner(context: av.VideoCodecContext) -> Scan | None:
     try:
         return open_scanner(context.codec.canonical_name, context.codec.intra_only, context.extradata)
@@ -331,27 +422,64 @@ def _scan(scan: Scan | None, packet: av.Packet) -> Content:
     try:
         return scan(packet)
     except (ValueError, IndexError):  # it ends too early
-        return UNKNOWN._replace(damage="its header is damaged")
+        return Content(1, damage="its header is damaged")
 
 
-def _obstacle(infos: list[PacketInfo], reordered: bool, has_b_frames: bool) -> str:
-    """Why the packets alone don't show which of them becomes which frame; empty if they do."""
-    shown = [info for info in infos if info.content.frames and not info.is_discarded]
+def _obstacle(infos: list[PacketInfo], reorder_depth: int | None) -> str:
+    """Why the packets alone don't show which of them becomes which frame; empty if they do. `reorder_depth` is the
+    number of frames that the decoder holds back to bring them into order; None if it doesn't reorder them."""
     if any(info.content.frames is None for info in infos):
         return "a packet may become no frame, or half of one"
     if any(info.is_torn for info in infos):
         return "packets are torn"
-    if any(info.content.frames > 1 for info in infos):
+    frames = [info for info in infos if info.content.frames]
+    if any(info.content.frames != 1 for info in frames):
         return "a packet holds several frames"
-    if not shown or not next(info for info in infos if info.content.frames).content.is_entry:
+    if not frames or not (frames[0].content.is_entry or frames[0].content.damage):
         return "it does not begin with a key frame"
-    if not reordered:
-        return ""
+    return "" if reorder_depth is None else _obstacle_of_times(frames, reorder_depth)
+
+
+def _obstacle_of_times(frames: list[PacketInfo], reorder_depth: int) -> str:
+    """Why presentation times don't show the order in which packets become frames."""
+    shown = [info for info in frames if not info.is_discarded]
     times = [info.pts for info in shown if info.pts is not None]
-    if len(set(times)) < len(shown):
+    if len(set(times)) < len(shown) or frames[0].pts is None:
         return "presentation times are missing or repeated"
-    if min(times) < times[0]:
+    if times and min(times) < frames[0].pts:
         return "it begins with frames that refer to earlier ones"
-    if has_b_frames and times == sorted(times):
+    if reorder_depth and len(times) > 1 and times == sorted(times):
         return "presentation times are those of decoding"
-    return ""
+    if _jumps(frames):
+        return "an edit list jumps within it"
+    entries = [info.content.is_entry for info in shown]
+    return "" if _can_be_ordered(times, entries, reorder_depth) else CONTRADICTION
+
+
+def _jumps(frames: list[PacketInfo]) -> bool:
+    """Whether frames that are not shown lead from one part of a file to another."""
+    latest: int | None = None
+    for info in frames:
+        if not info.is_discarded:
+            latest = max(info.pts or 0, latest or 0)
+        elif latest is not None and (info.pts or 0) < latest:
+            return True
+    return False
+
+
+def _can_be_ordered(times: list[int], is_entry: list[bool], depth: int) -> bool:
+    """Whether a decoder that holds back so many frames puts them out by time. None that comes before a key frame is
+    shown after it."""
+    held: list[int] = []
+    latest = last = min(times, default=0)
+    for time, starts in zip(times, is_entry, strict=True):
+        if starts and time < latest:
+            return False
+        latest = max(latest, time)
+        heapq.heappush(held, time)
+        if len(held) > depth:
+            released = heapq.heappop(held)
+            if released < last:
+                return False
+            last = released
+    return True

@@ -7,6 +7,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
+from av.bitstream import BitStreamFilterContext
 from av.stream import Disposition
 from odd_videos import (
     add_stream,
@@ -322,3 +324,33 @@ def test_pictures_tell_frames_apart():
     """Or the tests above would show nothing."""
     frames = np.stack([picture(index) for index in range(48)]).astype(int)
     assert min(np.abs(a - b).mean() for index, a in enumerate(frames) for b in frames[:index]) > 4
+
+
+def test_a_recording_that_changes_its_size_keeps_that_of_its_first_frame(tmp_path):
+    """Two recordings in one transport stream, as FFmpeg reads them: later frames are resized."""
+    parts = [encode(tmp_path / f"{size}.ts", "libx264", 20, size=(size, size)) for size in (64, 96)]
+    path = tmp_path / "joined.ts"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    found = read_frames(str(path), [3, 19, 20, 37]).numpy()
+    assert frames_of(path) == 40 and found.shape == (4, 64, 64, 3)
+    assert np.array_equal(found[:2], decoded(parts[0])[[3, 19]])
+    smaller = torch.nn.functional.interpolate(
+        torch.from_numpy(decoded(parts[1])[[0, 17]]).permute(0, 3, 1, 2).float(), (64, 64), mode="area"
+    )
+    assert np.abs(found[2:] - smaller.permute(0, 2, 3, 1).numpy()).mean() < 10
+
+
+@pytest.mark.parametrize("degrees", [90, 180])
+def test_an_orientation_in_the_stream_is_applied(tmp_path, degrees):
+    """A message of H.264, not of the container."""
+    bare = encode(tmp_path / "bare.mkv", "libx264", 20)
+    with av.open(str(bare)) as source, av.open(str(tmp_path / "turned.mkv"), "w") as target:
+        video = source.streams.video[0]
+        stream = target.add_stream_from_template(video)
+        turn = BitStreamFilterContext(f"h264_metadata=display_orientation=insert:rotate={degrees}", video)
+        for packet in source.demux(video):
+            for turned in turn.filter(packet if packet.size else None):
+                turned.stream = stream
+                target.mux_one(turned)
+    expected = np.ascontiguousarray(np.rot90(decoded(bare), degrees // 90, axes=(1, 2)))
+    assert check(tmp_path / "turned.mkv", expected) == 0
