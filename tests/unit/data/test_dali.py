@@ -4,9 +4,11 @@ DALI converts from YUV in its own way. On these files, smooth textures, its fram
 levels on average, and by up to 18 at single pixels.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
-from odd_videos import encode
+from odd_videos import encode, remux, stored
 
 from flperf.config import Backbone
 from flperf.data import dali, pyav, read_frames
@@ -212,6 +214,32 @@ def test_a_header_that_promises_too_much_changes_no_frame(tmp_path, codec, exten
         frames = [read_frames(str(path), list(range(index + 1)), decoder=name).float() for name in ("dali", "pyav")]
         distances = (frames[0][index] - frames[1]).abs().mean((1, 2, 3))
         assert distances.argmin() == index and distances[index] < 10
+
+
+ODD_CODECS = {"libvpx-vp9": "webm", "libvpx": "webm", "mjpeg": "avi"}
+ODD_CODECS_OF_NVDEC = {"libx264": "mp4", "libx265": "mkv", "libsvtav1": "mp4", "libvpx-vp9": "mp4", "mpeg4": "avi"}
+
+
+@pytest.mark.parametrize(
+    "codec, extension",
+    [*ODD_CODECS.items(), *(pytest.param(*pair, marks=pytest.mark.gpu) for pair in ODD_CODECS_OF_NVDEC.items())],
+)
+def test_odd_files_have_the_same_frames_for_both(tmp_path, codec, extension):
+    """Whole, begun between key frames, with every packet marked as a key frame, and cut short."""
+    whole = encode(tmp_path / f"whole.{extension}", codec, 36, size=(144, 176))
+    packets = stored(whole)
+    files = [whole, remux(whole, tmp_path / f"part.{extension}", packets[5:])]
+    files.append(remux(whole, tmp_path / f"marked.{extension}", [replace(kept, is_keyframe=True) for kept in packets]))
+    files.append(tmp_path / f"cut.{extension}")
+    files[-1].write_bytes(whole.read_bytes()[: whole.stat().st_size * 6 // 10])
+    for path in files:
+        with VideoFile(str(path)) as file:
+            frames = len(file.timeline)
+        expected = read_frames(str(path), range(frames - 2)).float()
+        for window in ([0], [frames // 2, frames // 2 + 1], [frames - 5, frames - 3], list(range(frames - 2))):
+            for index, frame in zip(window, read_frames(str(path), window, decoder="dali").float(), strict=True):
+                distances = (frame - expected).abs().mean((1, 2, 3))
+                assert distances.argmin() == index and distances[index] < 10, (path, window)
 
 
 def test_what_dali_fails_on_is_read_by_pyav(videos, monkeypatch, caplog):
