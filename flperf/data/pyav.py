@@ -15,9 +15,10 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
-from flperf.data.bitstream import Orientation, orientation_of
 from flperf.data.decoding import WrongOrder, decode_frames
 from flperf.data.loader import Reader
+from flperf.data.nal_units import orientation_of
+from flperf.data.packet_content import Orientation
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.samplers import ClipRequest, FrameSampling
 from flperf.data.unreadable import BadClip, Reasons, shortage

@@ -23,7 +23,8 @@ import numpy as np
 from av.codec.context import Flags
 from av.stream import Disposition
 
-from flperf.data.bitstream import REORDERED, UNKNOWN, Content, Orientation, Scan, is_overwritten, open_scanner
+from flperf.data.bitstream import REORDERED, Scan, is_overwritten, open_scanner
+from flperf.data.packet_content import DAMAGED_HEAD, UNKNOWN, Content, Orientation
 from flperf.data.unreadable import BadClip
 
 DECODE_ERRORS = (av.error.FFmpegError, OSError, ValueError, RuntimeError)  # of a damaged file
@@ -422,7 +423,7 @@ def _scan(scan: Scan | None, packet: av.Packet) -> Content:
     try:
         return scan(packet)
     except (ValueError, IndexError):  # it ends too early
-        return Content(1, damage="its header is damaged")
+        return DAMAGED_HEAD
 
 
 def _obstacle(infos: list[PacketInfo], reorder_depth: int | None) -> str:
@@ -444,38 +445,45 @@ def _obstacle_of_times(frames: list[PacketInfo], reorder_depth: int) -> str:
     """Why presentation times don't show the order in which packets become frames."""
     shown = [info for info in frames if not info.is_discarded]
     times = [info.pts for info in shown if info.pts is not None]
-    if len(set(times)) < len(shown) or frames[0].pts is None:
+    if len(set(times)) < len(shown) or any(info.pts is None for info in frames):
         return "presentation times are missing or repeated"
     if times and min(times) < frames[0].pts:
         return "it begins with frames that refer to earlier ones"
-    if reorder_depth and len(times) > 1 and times == sorted(times):
-        return "presentation times are those of decoding"
     if _jumps(frames):
         return "an edit list jumps within it"
-    entries = [info.content.is_entry for info in shown]
-    return "" if _can_be_ordered(times, entries, reorder_depth) else CONTRADICTION
+    orders = [info.content.order for info in shown if info.content.order is not None]
+    if len(orders) < len(shown) and reorder_depth and len(times) > 1 and times == sorted(times):
+        return "presentation times are those of decoding"
+    is_whole = len(orders) == len(shown) and _can_be_ordered(orders, reorder_depth)  # else a key frame is missing
+    by_time = [order for _, order in sorted(zip(times, orders, strict=False))]
+    if is_whole and by_time != sorted(orders) or not _can_be_ordered(times, reorder_depth):
+        return CONTRADICTION
+    return ""
 
 
 def _jumps(frames: list[PacketInfo]) -> bool:
-    """Whether frames that are not shown lead from one part of a file to another."""
-    latest: int | None = None
+    """Whether an edit list leads from one part of a file to another: back to a key frame, whose frames are decoded and
+    not shown."""
+    if not any(info.is_discarded for info in frames):
+        return False
+    latest: int | None = None  # time shown
+    last = -1  # place of a key frame in the order of display
     for info in frames:
+        time, order = cast(int, info.pts), info.content.order
+        if info.content.is_entry:
+            if info.is_discarded and latest is not None and time < latest or order is not None and order <= last:
+                return True
+            last = last if order is None else order
         if not info.is_discarded:
-            latest = max(info.pts or 0, latest or 0)
-        elif latest is not None and (info.pts or 0) < latest:
-            return True
+            latest = time if latest is None else max(latest, time)
     return False
 
 
-def _can_be_ordered(times: list[int], is_entry: list[bool], depth: int) -> bool:
-    """Whether a decoder that holds back so many frames puts them out by time. None that comes before a key frame is
-    shown after it."""
+def _can_be_ordered(times: list[int], depth: int) -> bool:
+    """Whether a decoder that holds back so many frames puts them out by time."""
     held: list[int] = []
-    latest = last = min(times, default=0)
-    for time, starts in zip(times, is_entry, strict=True):
-        if starts and time < latest:
-            return False
-        latest = max(latest, time)
+    last = min(times, default=0)
+    for time in times:
         heapq.heappush(held, time)
         if len(held) > depth:
             released = heapq.heappop(held)
