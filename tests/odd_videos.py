@@ -1,6 +1,7 @@
 """Videos as cameras, recorders and editors leave them, written with PyAV, and what a player shows of them."""
 
 import os
+import struct
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -114,6 +115,51 @@ def overwritten(content: bytes, start: int, end: int) -> bytes:
     return content[:start] + bytes(end - start) + content[end:]
 
 
+def joined(path: Path, sources: list[Path]) -> Path:
+    """The packets of several files, one after the other, with the stream of the first."""
+    packets: list[Stored] = []
+    for source in sources:
+        start = max((packet.dts + packet.duration for packet in packets), default=0)
+        added = stored(source)
+        offset = start - added[0].dts
+        packets += [replace(packet, pts=packet.pts + offset, dts=packet.dts + offset) for packet in added]
+    return remux(sources[0], path, packets)
+
+
+def with_edits(source: Path, target: Path, edits: list[tuple[int, int]]) -> Path:
+    """An MP4 whose edit list shows parts of `source`: (first frame, number of frames), with 25 frames a second."""
+    content = bytearray(source.read_bytes())
+    with av.open(str(source)) as container:
+        video = container.streams.video[0]
+        ticks = int(1 / video.time_base)
+        first = min(packet.pts - packet.dts for packet in stored(source))
+        first = min(packet.pts for packet in stored(source)) - min(packet.dts for packet in stored(source)) or first
+    movie = struct.unpack(">I", content[content.find(b"mvhd") + 16 :][:4])[0]
+    entries = [(frames * movie // 25, first + start * ticks // 25, 1 << 16) for start, frames in edits]
+    old = content.find(b"edts") - 4
+    size = struct.unpack(">I", content[old : old + 4])[0]
+    body = struct.pack(">II", 0, len(entries)) + b"".join(struct.pack(">IiI", *entry) for entry in entries)
+    new = struct.pack(">I4sI4s", len(body) + 16, b"edts", len(body) + 8, b"elst") + body
+    for box in (b"moov", b"trak"):
+        at = content.find(box) - 4
+        content[at : at + 4] = struct.pack(">I", struct.unpack(">I", content[at : at + 4])[0] + len(new) - size)
+    content[old : old + size] = new
+    target.write_bytes(content)
+    return target
+
+
+def with_message(content: bytes, message: bytes, is_hevc: bool) -> bytes:
+    """A packet of an MP4 with a unit of supplemental information before its others."""
+    unit = (b"\x4e\x01" if is_hevc else b"\x06") + message + b"\x80"
+    return struct.pack(">I", len(unit)) + unit + content
+
+
+def orientation_message(quarters: int, horizontal: bool = False, vertical: bool = False) -> bytes:
+    """A display orientation: quarter turns counterclockwise, after flips."""
+    bits = f"0{horizontal:b}{vertical:b}{quarters * 2**14:016b}" + "010" + "10"
+    return bytes([47, 3]) + int(bits, 2).to_bytes(3, "big")
+
+
 def decoded(path: Path, stream: int = 0) -> np.ndarray:
     """What a player shows of one video stream, `f h w c`, without turning it. It goes on after packets that can't be
     decoded."""
@@ -157,12 +203,16 @@ class BitWriter:
         return b"\0\0\0\1" + bytes([header]) + body.replace(b"\0\0\1", b"\0\0\3\1")
 
 
-def uncoded_h264(path: Path, kinds: str, width: int = 32, height: int = 32) -> Path:
+def uncoded_h264(path: Path, kinds: str, width: int = 32, height: int = 32, cropped: int = 0) -> Path:
     """H.264 of plain grey pictures, each either a frame ("F") or two fields, whose packets are apart ("f"). Picture i
-    has the level 20 + 4 i. Every picture can be decoded without any other."""
+    has the level 20 + 4 i. Every picture can be decoded without any other. `cropped` pixels on the left are not
+    shown."""
     across, down = width // 16, height // 32
     parameters = BitWriter().put(66, 8).put(0, 8).put(40, 8).golomb(0, 4, 2, 1)  # frame numbers of 8 bits
-    parameters.put(0, 1).golomb(across - 1, down - 1).put(0, 2).put(1, 1).put(0, 2)
+    parameters.put(0, 1).golomb(across - 1, down - 1).put(0, 2).put(1, 1)
+    if cropped:
+        parameters.put(1, 1).golomb(cropped // 2, 0, 0, 0)
+    parameters.put(0, 1 if cropped else 2)
     pictures = BitWriter().golomb(0, 0).put(0, 1).put(0, 1).golomb(0, 0, 0).put(0, 1).put(0, 2)
     pictures.golomb(0, 0, 0).put(1, 1).put(0, 1).put(0, 1)
     content = parameters.unit(0x67) + pictures.unit(0x68)

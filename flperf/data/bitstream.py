@@ -12,7 +12,7 @@ from av.buffer import Buffer
 from flperf.data.h264 import H264Scanner
 from flperf.data.hevc import HevcScanner
 from flperf.data.nal_units import NalScanner
-from flperf.data.packet_content import DAMAGED_HEAD, INTRA, Content
+from flperf.data.packet_content import DAMAGED_HEAD, INTRA, UNKNOWN, Content
 
 Scan = Callable[[Buffer], Content]
 
@@ -35,6 +35,16 @@ def open_scanner(codec: str, intra_only: bool, extradata: bytes | None) -> Scan 
         case "hevc":
             return HevcScanner(extradata or b"")
     return None
+
+
+def scan_packet(scan: Scan | None, packet: Buffer) -> Content:
+    """What a packet holds. A damaged one counts as a frame, so that later ones keep their numbers."""
+    if scan is None:
+        return UNKNOWN
+    try:
+        return scan(packet)
+    except (ValueError, IndexError):  # it ends too early
+        return DAMAGED_HEAD
 
 
 def scan_vp8(buffer: Buffer) -> Content:

@@ -16,6 +16,7 @@ from flperf.data.nal_units import (
 )
 from flperf.data.packet_content import DAMAGED_HEAD, Content
 
+MISSING_REFERENCE = "a frame that it refers to is missing"
 NO_TYPE = {0, *range(22, 32)}  # of units; encoders write no packet of them
 
 
@@ -166,7 +167,7 @@ class H264Scanner(NalScanner):
         if is_reset or last is None or head.sequence.has_gaps:
             return ""
         following = (last + 1) % (1 << head.sequence.frame_number_bits)
-        return "" if head.number in (last, following) else "a frame that it refers to is missing"
+        return "" if head.number in (last, following) else MISSING_REFERENCE
 
     def _display_order(self, head: _Slice, is_reset: bool, is_reference: bool) -> int | None:
         if is_reset:

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 
 from av.buffer import Buffer
 
-from flperf.data.packet_content import DAMAGED_HEAD, Content, Orientation
+from flperf.data.packet_content import Content, Orientation
 
 
 class NalUnits:
@@ -109,12 +109,7 @@ class NalScanner(ABC):
 
     def __call__(self, packet: Buffer) -> Content:
         units = self.units.of(bytes(packet))
-        if units is None:
-            return Content(1, damage="its NAL units don't fit")
-        try:
-            return self.scan(units)
-        except (ValueError, IndexError):  # a unit ends too early
-            return DAMAGED_HEAD
+        return Content(1, damage="its NAL units don't fit") if units is None else self.scan(units)
 
     @abstractmethod
     def scan(self, units: list[bytes]) -> Content:

@@ -79,10 +79,10 @@ def in_order(file: VideoFile, read: Callable[[], Result]) -> Result:
 
 def frames_of(file: VideoFile, indices: list[int]) -> Tensor:
     """Frames of an open file, uint8 `f h w c`. Raises one of DECODE_ERRORS."""
-    frames = dict(read_pixels(file, sorted(set(indices))))
+    frames = dict(read_pixels(file, sorted(set(indices or [0]))))
     if len({frame.shape for frame in frames.values()}) > 1:
-        raise ValueError("its frames are of different sizes")
-    return torch.stack([frames[index] for index in indices])
+        raise ValueError("its frames are turned in different ways")
+    return torch.stack([frames[index] for index in indices or [0]])[: len(indices)]
 
 
 def write_frames(file: VideoFile, indices: list[int], out: Tensor, preprocessing: Preprocessing) -> None:

@@ -12,6 +12,7 @@ demuxed again when it is decoded. Seeking would be quicker, but not every contai
 import heapq
 import itertools
 import os
+import stat
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,8 +24,9 @@ import numpy as np
 from av.codec.context import Flags
 from av.stream import Disposition
 
-from flperf.data.bitstream import REORDERED, Scan, is_overwritten, open_scanner
-from flperf.data.packet_content import DAMAGED_HEAD, UNKNOWN, Content, Orientation
+from flperf.data.bitstream import REORDERED, Scan, is_overwritten, open_scanner, scan_packet
+from flperf.data.h264 import MISSING_REFERENCE
+from flperf.data.packet_content import Content, Orientation
 from flperf.data.unreadable import BadClip
 
 DECODE_ERRORS = (av.error.FFmpegError, OSError, ValueError, RuntimeError)  # of a damaged file
@@ -110,7 +112,7 @@ class VideoFile:
     def _read_packets(self) -> None:
         size = 0
         for packet in demux(self.container, self.stream):
-            content = _scan(self.scan, packet)
+            content = scan_packet(self.scan, packet)
             self.infos.append(PacketInfo(packet.pts, packet.is_discard, packet.is_corrupt, content))
             size += packet.size
             if size > KEPT_BYTES:
@@ -172,7 +174,7 @@ class VideoFile:
         self.context.skip_frame = "DEFAULT"
         self.context.reorder_depth = self.reorder_depth  # it grows where frames turn out to be in another order
 
-    @property
+    @cached_property
     def has_edits(self) -> bool:
         """Whether an edit list cuts off packets that have to be decoded."""
         return any(info.is_discarded for info in self.infos)
@@ -210,6 +212,8 @@ class VideoFile:
     def damage(self, position: int, packet: av.Packet) -> str:
         """What is known to be wrong with a packet without decoding it; else empty."""
         found = self.infos[position].content.damage
+        if found == MISSING_REFERENCE and self.has_edits:  # the list may lead to a frame of another number
+            found = ""
         if not found and is_overwritten(self.scan, packet):
             return "a part of it is zeros"
         return found or ("a part of it is lost" if position in self.torn else "")
@@ -316,7 +320,7 @@ _COUNTED = _Counted()
 
 def open_container(path: str) -> av.container.InputContainer:
     """Open a regular file only: FFmpeg would take `a:b.webm` for a URL, and wait for ever at a pipe."""
-    if os.path.exists(path) and not os.path.isfile(path):
+    if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError("is not a file")
     return av.open(os.path.abspath(path), metadata_errors="ignore")
 
@@ -415,15 +419,6 @@ def _scanner(context: av.VideoCodecContext) -> Scan | None:
         return open_scanner(context.codec.canonical_name, context.codec.intra_only, context.extradata)
     except (ValueError, IndexError):  # damaged extradata
         return None
-
-
-def _scan(scan: Scan | None, packet: av.Packet) -> Content:
-    if scan is None:
-        return UNKNOWN
-    try:
-        return scan(packet)
-    except (ValueError, IndexError):  # it ends too early
-        return DAMAGED_HEAD
 
 
 def _obstacle(infos: list[PacketInfo], reorder_depth: int | None) -> str:

@@ -1,8 +1,10 @@
 """A dataset of video files: a Kinetics CSV or an index of one. Decoders are imported when batches are asked for, since
 DALI alone takes a second to load."""
 
+import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -76,7 +78,7 @@ def open_reader(
     return PyAVReader(paths, frame_sampling, preprocessing)
 
 
-def read_frames(path: str, indices: Sequence[int], decoder: str = "pyav") -> Tensor:
+def read_frames(path: str | bytes | os.PathLike, indices: Iterable[SupportsIndex], decoder: str = "pyav") -> Tensor:
     """Frames of a video file, uint8 `f h w c` (RGB), in the order of `indices`, which may repeat.
 
     Frame i is the i-th that decoding the file from start to end puts out, turned and mirrored as a player shows it.
@@ -84,17 +86,18 @@ def read_frames(path: str, indices: Sequence[int], decoder: str = "pyav") -> Ten
     and leaves to PyAV what it can't be relied on for; the result is on the CPU.
 
     Raises `BadClip` if one of the frames can't be decoded intact or the file is no video, `IndexError` for an index
-    that the file does not have.
+    that the file does not have, `TypeError` for one that is no whole number.
     """
     from flperf.data.pyav import read_frames as with_pyav
 
+    path, wanted = os.fsdecode(path), [operator.index(index) for index in indices]
     if decoder == "pyav":
-        return with_pyav(path, list(indices))
+        return with_pyav(path, wanted)
     if decoder != "dali":
         raise ValueError(f"decoder {decoder!r} is neither 'pyav' nor 'dali'")
     from flperf.data.dali import read_frames as with_dali
 
-    return with_dali(path, list(indices), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return with_dali(path, wanted, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _read_clips(file: str | None, key: str) -> Annotations:

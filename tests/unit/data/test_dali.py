@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from odd_videos import encode, remux, stored
+from odd_videos import encode, joined, remux, stored
 
 from flperf.config import Backbone
 from flperf.data import dali, pyav, read_frames
@@ -240,6 +240,34 @@ def test_odd_files_have_the_same_frames_for_both(tmp_path, codec, extension):
             for index, frame in zip(window, read_frames(str(path), window, decoder="dali").float(), strict=True):
                 distances = (frame - expected).abs().mean((1, 2, 3))
                 assert distances.argmin() == index and distances[index] < 10, (path, window)
+
+
+@pytest.mark.parametrize("colour_space", [1, 5, 6, 9], ids=["BT.709", "BT.470", "BT.601", "BT.2020"])
+@pytest.mark.parametrize("colour_range", [1, 2], ids=["limited", "full"])
+def test_colours_are_those_of_the_file(tmp_path, colour_space, colour_range):
+    def tag(stream):
+        stream.codec_context.colorspace, stream.codec_context.color_range = colour_space, colour_range
+
+    path = encode(tmp_path / "tagged.webm", "libvpx-vp9", 12, prepare=tag)
+    with VideoFile(str(path)) as file:
+        assert dali.find_obstacle(file, CPU) is None and file.context.colorspace == colour_space
+        reader = dali.DaliReader([str(path)], FrameSampling(6, 1, "first"), PREPROCESSING, CPU)
+        slots = [torch.zeros(reader.shape, dtype=torch.uint8) for _ in range(2)]
+        reader.write(file, ClipRequest(0, 0, 0, 0.0, valid=True), list(range(6)), slots[0])
+        pyav.write_frames(file, list(range(6)), slots[1], PREPROCESSING)
+    assert not torch.equal(*slots)
+    ours, reference = (read_frames(str(path), range(6), decoder=name) for name in ("dali", "pyav"))
+    for a, b in ((ours, reference), slots):  # DALI interpolates colours between pixels in its own way
+        difference = torch.nn.functional.avg_pool2d((a.float() - b.float()).permute(0, 3, 1, 2), 8)
+        assert difference.abs().mean() <= MEAN_LEVELS
+
+
+def test_frames_of_several_sizes_are_left_to_pyav(tmp_path):
+    parts = [encode(tmp_path / f"{size[0]}.webm", "libvpx-vp9", 8, size=size) for size in ((64, 96), (96, 64))]
+    path = str(joined(tmp_path / "joined.webm", parts))
+    with VideoFile(path) as file:
+        assert "sizes" in dali.find_obstacle(file, CPU)
+    assert torch.equal(read_frames(path, range(16), decoder="dali"), read_frames(path, range(16)))
 
 
 def test_what_dali_fails_on_is_read_by_pyav(videos, monkeypatch, caplog):

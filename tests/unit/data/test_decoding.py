@@ -1,6 +1,9 @@
 """Frame i is the i-th that decoding from start to end puts out, for every kind of file; what can't be decoded intact is
 refused, and nothing else is."""
 
+import os
+import struct
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,17 +14,22 @@ import torch
 from av.bitstream import BitStreamFilterContext
 from av.stream import Disposition
 from odd_videos import (
+    Stored,
     add_stream,
     decoded,
     encode,
     fill,
+    joined,
     not_coded,
+    orientation_message,
     overwritten,
     picture,
     remux,
     replaced,
     stored,
     uncoded_h264,
+    with_edits,
+    with_message,
 )
 
 from flperf.data import read_frames
@@ -106,10 +114,17 @@ def test_every_structure_of_h264(tmp_path, options, extension):
     assert check(path, decoded(path)) == 0
 
 
-def test_sound_files_are_not_decoded_to_be_counted(tmp_path):
+INTERLACED = {"flags": "+ilme+ildct", "x264-params": "tff=1:bframes=2"}
+
+
+@pytest.mark.parametrize(("codec", "extension", "frames", "options"), [
+    ("libx264", "mp4", 48, {}), ("libx265", "mkv", 48, {}), ("libx264", "ts", 48, {}), ("libvpx-vp9", "webm", 48, {}),
+    ("libsvtav1", "mp4", 48, {}), ("libx264", "mp4", 1, {}), ("libx265", "mp4", 2, {}),
+    ("libx264", "ts", 48, INTERLACED),
+])  # fmt: skip
+def test_sound_files_are_not_decoded_to_be_counted(tmp_path, codec, extension, frames, options):
     """Key frames and presentation times are enough, also with B-frames."""
-    for codec, extension in [("libx264", "mp4"), ("libx265", "mkv"), ("libx264", "ts"), ("libvpx-vp9", "webm")]:
-        assert not counted(encode(tmp_path / f"video.{extension}", codec))
+    assert not counted(encode(tmp_path / f"video.{extension}", codec, frames, options))
 
 
 def test_presentation_times_that_are_repeated_or_contradict_the_decoder(tmp_path):
@@ -120,13 +135,33 @@ def test_presentation_times_that_are_repeated_or_contradict_the_decoder(tmp_path
     for name, changed in {
         "doubled.mkv": doubled,
         "of_decoding.mkv": [replace(packet, pts=packet.dts) for packet in packets],
-        "shuffled.mkv": [
-            replace(packet, pts=packets[index ^ 1].pts if index > 20 else packet.pts)
-            for index, packet in enumerate(packets)
-        ],
+        "shuffled.mkv": exchanged(packets, range(21, 47, 2)),
     }.items():
         other = remux(path, tmp_path / name, changed)
         assert check(other, expected) == 0, name
+
+
+def exchanged(packets: list[Stored], indices: Iterable[int]) -> list[Stored]:
+    """Packets of which some have changed their presentation times with the next."""
+    found = list(packets)
+    for index in indices:
+        found[index] = replace(packets[index], pts=packets[index + 1].pts)
+        found[index + 1] = replace(packets[index + 1], pts=packets[index].pts)
+    return found
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_one_wrong_presentation_time_is_enough(tmp_path, codec):
+    """Each window is the first that is read of a file; none of them sees more than its own frames."""
+    path = encode(tmp_path / "video.mp4", codec)
+    expected = decoded(path)
+    for index in range(20, 30):
+        try:
+            other = remux(path, tmp_path / f"{index}.mkv", exchanged(stored(path), [index]))
+        except av.error.ArgumentError:  # a time of presentation before that of decoding
+            continue
+        for wanted in range(16, 34):
+            assert np.array_equal(read_frames(str(other), [wanted])[0].numpy(), expected[wanted]), (index, wanted)
 
 
 @pytest.mark.parametrize("codec, extension", [
@@ -190,6 +225,86 @@ def test_an_edit_list_cuts_off_the_beginning(tmp_path, codec, cut):
     assert frames_of(path) == len(expected) and check(path, expected) == 0
 
 
+@pytest.mark.parametrize(("codec", "options"), [
+    ("libx264", {}),
+    ("libx264", {"x264-params": "open-gop=1:bframes=3:keyint=12:min-keyint=12"}),
+    ("libx265", {"x265-params": "log-level=error:pools=1:open-gop=1:bframes=3:keyint=12:min-keyint=12"}),
+    ("libvpx-vp9", {}),
+])  # fmt: skip
+@pytest.mark.parametrize(
+    "edits", [[(30, 18)], [(0, 20)], [(10, 20), (10, 20)], [(5, 7), (12, 9), (30, 11)], [(24, 24), (0, 24)]]
+)
+def test_edit_lists_show_parts_in_any_order(tmp_path, codec, options, edits):
+    whole = encode(tmp_path / "whole.mp4", codec, options=options)
+    path = with_edits(whole, tmp_path / "edited.mp4", edits)
+    expected = decoded(path)
+    assert frames_of(path) == len(expected) and check(path, expected) == 0
+
+
+def test_a_part_cut_from_a_file_is_not_decoded_to_be_counted(tmp_path):
+    whole = encode(tmp_path / "whole.mp4", "libx264")
+    assert not counted(with_edits(whole, tmp_path / "part.mp4", [(20, 15)]))
+
+
+@pytest.mark.parametrize(("codec", "extension"), [
+    ("libx264", "h264"), ("libx264", "ts"), ("libx265", "ts"), ("libvpx-vp9", "webm"), ("libvpx", "webm"),
+])  # fmt: skip
+def test_frames_have_the_size_of_the_first(tmp_path, codec, extension):
+    """Recordings of other sizes are joined; a player shows them in one window."""
+    sizes = [(64, 96), (80, 128)]
+    parts = [encode(tmp_path / f"{size[0]}.{extension}", codec, 20, size=size) for size in sizes]
+    path = tmp_path / f"joined.{extension}"
+    if extension in ("ts", "h264"):
+        path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    else:
+        joined(path, parts)
+    with av.open(str(path)) as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        frames = [
+            frame.to_ndarray(width=96, height=64, format="rgb24", interpolation="BICUBIC")
+            for frame in container.decode(video=0)
+        ]
+    assert len(frames) == 40 and check(path, np.stack(frames)) == 0
+
+
+def test_recordings_that_were_joined_are_read_in_order(tmp_path):
+    """Their times overlap or go back, and the join looks like a lost packet."""
+    for codec in ("libx264", "libx265"):
+        parts = [encode(tmp_path / f"{name}.ts", codec, 24) for name in "ab"]
+        path = tmp_path / "joined.ts"
+        path.write_bytes(b"".join(part.read_bytes() for part in parts))
+        expected = np.concatenate([decoded(part) for part in parts])
+        assert check(path, expected) == 0
+
+
+def test_frames_are_cropped_exactly(tmp_path):
+    path = uncoded_h264(tmp_path / "cropped.ts", "FFF", width=96, cropped=10)
+    assert read_frames(str(path), [0, 2]).shape == (2, 32, 86, 3)
+
+
+def test_codecs_whose_frames_build_on_earlier_ones(tmp_path):
+    """Of which the decoder marks all as key frames; or whose colours come with the first packet alone."""
+    for name in ("video.apng", "video.gif"):
+        with av.open(str(tmp_path / name), "w") as container:
+            stream = container.add_stream(Path(name).suffix[1:], rate=25)
+            stream.height, stream.width, stream.pix_fmt = 64, 96, "rgb24" if name.endswith("apng") else "rgb8"
+            image = picture(0)
+            for index in range(20):
+                image[8:24, 4 * index : 4 * index + 4] = 10 * index  # the rest stays
+                frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format=stream.pix_fmt)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+        assert check(tmp_path / name, decoded(tmp_path / name)) == 0
+    with av.open(str(tmp_path / "palette.avi"), "w") as container:
+        stream = container.add_stream("rawvideo", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "pal8"
+        palette = np.random.default_rng(0).integers(0, 256, (256, 4), np.uint8)
+        for index in range(8):
+            frame = av.VideoFrame.from_ndarray((picture(index)[..., 0], palette), format="pal8")
+            container.mux(stream.encode(frame))
+    assert check(tmp_path / "palette.avi", decoded(tmp_path / "palette.avi")) == 0
+
+
 @pytest.mark.parametrize("codec", ["libx264", "libvpx-vp9"])
 @pytest.mark.parametrize("degrees", [0, 90, 180, 270])
 @pytest.mark.parametrize("hflip", [False, True])
@@ -204,6 +319,32 @@ def test_display_matrices_are_applied(tmp_path, codec, degrees, hflip):
     assert check(path, expected) == 0
     if degrees or hflip:
         assert np.array_equal(read_frames(str(path), [3, 1], decoder="dali").numpy(), expected[[3, 1]])
+
+
+def test_an_orientation_in_the_stream_holds_for_all_later_frames(tmp_path):
+    source = encode(tmp_path / "source.mp4", "libx264")
+    packets, expected = stored(source), decoded(source)
+    packets = replaced(packets, 16, with_message(packets[16].content, orientation_message(2), is_hevc=False))
+    path = remux(source, tmp_path / "turned.mp4", packets)
+    expected[16:] = expected[16:, ::-1, ::-1]
+    assert check(path, expected) == 0
+
+
+def test_data_that_pyav_does_not_know_are_no_obstacle(tmp_path):
+    """Such as EXIF, which also tells how a frame is turned."""
+    source = encode(tmp_path / "source.mkv", "mjpeg", 8)
+    tiff = b"II*\0\x08\0\0\0\x01\0" + struct.pack("<HHIHH", 0x112, 3, 1, 6, 0) + bytes(4)
+    exif = b"\xff\xe1" + struct.pack(">H", len(tiff) + 8) + b"Exif\0\0" + tiff
+    packets = [replace(packet, content=packet.content[:2] + exif + packet.content[2:]) for packet in stored(source)]
+    path = remux(source, tmp_path / "turned.mkv", packets)
+    assert check(path, np.rot90(decoded(source), -1, axes=(1, 2))) == 0
+
+
+def test_an_empty_display_matrix_changes_nothing(tmp_path):
+    path = encode(tmp_path / "video.mp4", "libx264", 8)
+    identity = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    path.write_bytes(path.read_bytes().replace(identity, bytes(36)))
+    assert check(path, decoded(path)) == 0
 
 
 def test_an_oblique_display_matrix_is_refused(tmp_path):
@@ -221,6 +362,7 @@ def test_the_stream_is_the_one_that_a_player_shows(tmp_path):
         "small.mkv": [("libx264", 40, small, Disposition(0)), ("libx264", 40, (64, 96), Disposition(0))],
         "small.ts": [("libx264", 40, small, Disposition(0)), ("libx264", 40, (64, 96), Disposition(0))],
         "default.mkv": [("libx264", 40, single, Disposition(0)), ("libx264", 40, (64, 96), Disposition.default)],
+        "large.mkv": [("libx264", 40, (64, 96), Disposition.default), ("libx264", 3, (2304, 2304), Disposition(0))],
     }.items():
         with av.open(str(tmp_path / name), "w") as container:
             opened = [add_stream(container, codec, size=size) for codec, _, size, _ in streams]
@@ -229,12 +371,14 @@ def test_the_stream_is_the_one_that_a_player_shows(tmp_path):
             for seed, (stream, (_, frames, size, _)) in enumerate(zip(opened, streams, strict=True)):
                 fill(container, stream, frames, size, seed)
         expected = decoded(tmp_path / name, stream=0 if name == "cover.mp4" else 1)
-        assert len(expected) == 40 and check(tmp_path / name, expected) == 0, name
+        assert len(expected) == streams[1][1] and check(tmp_path / name, expected) == 0, name
 
 
 DAMAGES = {
     "zeros": lambda content: overwritten(content, len(content) // 2, len(content) // 2 + 16),
     "half": lambda content: content[: len(content) // 2],
+    "head": lambda content: content[:4] + bytes(byte ^ 0x5A for byte in content[4:12]) + content[12:],
+    "all": lambda content: bytes(len(content)),
     "missing": None,
 }
 
@@ -253,12 +397,10 @@ def test_damage_does_not_spread(tmp_path, codec, damage, hit):
     end = 32 if hit < 32 else 48
     if change is None:  # what is missing is no frame
         expected, end = np.delete(expected, hit, axis=0), end - 1
-    refused = check(path, expected, set(range(hit, end)))
-    assert refused or change is None and hit == 16  # without the key frame there is no frame to the next one
+    assert frames_of(path) == len(expected) and check(path, expected, set(range(hit, end))) > 0
     for index in range(hit, end):
-        if change is not None or hit != 16:
-            with pytest.raises(BadClip):
-                read_frames(str(path), [index])
+        with pytest.raises(BadClip):
+            read_frames(str(path), [index])
 
 
 NO_B_FRAMES = "log-level=error:keyint=16:min-keyint=16:bframes=0:scenecut=0:pools=1:frame-threads=1"
@@ -273,6 +415,44 @@ def test_damage_of_a_frame_that_no_other_refers_to_is_its_own(tmp_path):
     changed = replaced(packets, hit, overwritten(packets[hit].content, 10, 20))
     path = remux(sound, tmp_path / "damaged.mp4", changed)
     assert check(path, expected, {order.index(hit)}) > 0
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_a_missing_key_frame_does_not_mix_up_the_frames_before_it(tmp_path, codec):
+    """With B-frames the decoder puts them out after those that follow."""
+    sound = encode(tmp_path / "sound.mp4", codec)
+    packets, expected = stored(sound), decoded(sound)
+    assert packets[16].is_keyframe
+    path = remux(sound, tmp_path / "damaged.mkv", packets[:16] + packets[17:])
+    assert check(path, np.delete(expected, 16, axis=0), set(range(16, 31))) > 0
+
+
+@pytest.mark.parametrize("codec", ["libvpx-vp9", "libvpx"])
+def test_parts_that_were_never_written_are_noticed(tmp_path, codec):
+    """Their decoders take zeros for pictures."""
+    sound = encode(tmp_path / "sound.mkv", codec, options={"b": "4M"})
+    packets, expected = stored(sound), decoded(sound)
+    hit = 5
+    assert len(packets[hit].content) > 200
+    path = remux(sound, tmp_path / "damaged.mkv", replaced(packets, hit, overwritten(packets[hit].content, 60, 160)))
+    assert check(path, expected, set(range(hit, 48))) > 0
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265", "mpeg2video"])
+def test_lost_packets_of_a_transport_stream(tmp_path, codec):
+    """The frame that misses a part and those that follow it are refused, whether the decoder notices or not."""
+    sound = encode(tmp_path / "sound.ts", codec)
+    expected, content = decoded(sound), sound.read_bytes()
+    pieces = [content[start : start + 188] for start in range(0, len(content), 188)]
+    inside = [
+        index for index, piece in enumerate(pieces) if not piece[1] & 0x40 and (piece[1] & 31, piece[2]) == (1, 0)
+    ]
+    for lost in inside[len(inside) // 3 : len(inside) * 3 // 5 : 5]:
+        path = tmp_path / f"{lost}.ts"
+        path.write_bytes(b"".join(piece for index, piece in enumerate(pieces) if index != lost))
+        if frames_of(path) == len(expected):
+            assert check(path, expected, set(range(48))) > 0
+            read_frames(str(path), [0, 47])
 
 
 @pytest.mark.parametrize("codec, extension", [
@@ -302,8 +482,27 @@ def test_indices_may_come_in_any_order_and_repeat(tmp_path):
     assert np.array_equal(read_frames(str(path), wanted).numpy(), decoded(path)[wanted])
 
 
+@pytest.mark.parametrize("decoder", ["pyav", "dali"])
+def test_paths_and_indices_of_every_type(tmp_path, decoder):
+    path = encode(tmp_path / "a:b 100%d é.webm", "libvpx-vp9", 8)
+    os.rename(path, os.fsencode(tmp_path) + b"/\xff.webm")
+    names = [os.fsencode(tmp_path) + b"/\xff.webm", os.fsdecode(os.fsencode(tmp_path) + b"/\xff.webm")]
+    names.append(Path(names[1]))
+    expected = read_frames(names[0], [3, 1], decoder)
+    for name in names:
+        for indices in (np.array([3, 1]), torch.tensor([3, 1]), range(3, 0, -2), iter([3, 1])):
+            assert torch.equal(read_frames(name, indices, decoder), expected)
+    assert read_frames(names[0], [], decoder).shape == (0, 64, 96, 3)
+    for indices in ([1.0], ["1"], [None]):
+        with pytest.raises(TypeError):
+            read_frames(names[0], indices, decoder)
+
+
 def test_mistakes_are_named(tmp_path):
     path = encode(tmp_path / "video.mp4", "libx264", 8)
+    for name in ("", "pipe:0", "http://127.0.0.1:1/video.mp4", "a\0b", str(tmp_path)):
+        with pytest.raises(BadClip):
+            read_frames(name, [0])
     for index in (-1, 8):
         with pytest.raises(IndexError, match=f"frames 0 to 7, and no frame {index}"):
             read_frames(str(path), [0, index])
@@ -341,8 +540,8 @@ def test_a_recording_that_changes_its_size_keeps_that_of_its_first_frame(tmp_pat
 
 
 @pytest.mark.parametrize("degrees", [90, 180])
-def test_an_orientation_in_the_stream_is_applied(tmp_path, degrees):
-    """A message of H.264, not of the container."""
+def test_start_codes_in_matroska_and_an_orientation_in_the_stream(tmp_path, degrees):
+    """PyAV's filter writes start codes where the container has lengths; FFmpeg reads them."""
     bare = encode(tmp_path / "bare.mkv", "libx264", 20)
     with av.open(str(bare)) as source, av.open(str(tmp_path / "turned.mkv"), "w") as target:
         video = source.streams.video[0]
