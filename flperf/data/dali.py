@@ -152,7 +152,7 @@ class ClipPipeline:
 
     def decode(self, path: str, indices: list[int], sample: int) -> Tensor:
         """The frames, uint8 `f h w c` of the file's size, in DALI's memory until the next call."""
-        name = np.frombuffer(os.path.abspath(os.fsencode(path)), np.uint8)
+        name = np.frombuffer(os.path.join(os.getcwdb(), os.fsencode(path)), np.uint8)
         self.inputs = [name], [np.array(indices, np.int32)], [np.int64(sample)]
         try:
             frames, decoded_sample = self.pipeline.run()

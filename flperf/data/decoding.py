@@ -19,7 +19,8 @@ import av
 import numpy as np
 from av.video.frame import PictureType
 
-from flperf.data.video_file import DECODE_ERRORS, VideoFile, decode, describe, packet_of
+from flperf.data.containers import DECODE_ERRORS, decode, describe, packet_of
+from flperf.data.video_file import VideoFile
 
 ENTRIES = 2  # key frames from which decoding is tried before the start of the file
 END = -1  # position of no packet: the decoder is drained

@@ -10,9 +10,10 @@ import av
 import numpy as np
 import torch
 
+from flperf.data.containers import DECODE_ERRORS, demux, describe, open_container
 from flperf.data.pyav import display_orientation, turn
 from flperf.data.samplers import TIME_TOLERANCE
-from flperf.data.video_file import CUT_SHORT, DECODE_ERRORS, VideoFile, demux, describe, open_container
+from flperf.data.video_file import CUT_SHORT, VideoFile
 
 ONE_DURATION = ("matroska,webm", "flv")  # formats whose header holds one duration: that of the longest stream
 

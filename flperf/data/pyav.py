@@ -15,6 +15,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
+from flperf.data.containers import DECODE_ERRORS, describe
 from flperf.data.decoding import WrongOrder, decode_frames
 from flperf.data.loader import Reader
 from flperf.data.nal_units import orientation_of
@@ -22,7 +23,7 @@ from flperf.data.packet_content import Orientation
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.samplers import ClipRequest, FrameSampling
 from flperf.data.unreadable import BadClip, Reasons, shortage
-from flperf.data.video_file import DECODE_ERRORS, VideoFile, describe
+from flperf.data.video_file import VideoFile
 
 Result = TypeVar("Result")
 

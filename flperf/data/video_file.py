@@ -12,7 +12,6 @@ demuxed again when it is decoded. Seeking would be quicker, but not every contai
 import heapq
 import itertools
 import os
-import stat
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,15 +20,12 @@ from typing import NamedTuple, cast
 
 import av
 import numpy as np
-from av.codec.context import Flags
-from av.stream import Disposition
 
 from flperf.data.bitstream import REORDERED, Scan, is_overwritten, open_scanner, scan_packet
+from flperf.data.containers import DECODE_ERRORS, decode, demux, open_container, open_context, packet_of, video_stream
 from flperf.data.h264 import MISSING_REFERENCE
 from flperf.data.packet_content import Content, Orientation
-from flperf.data.unreadable import BadClip
 
-DECODE_ERRORS = (av.error.FFmpegError, OSError, ValueError, RuntimeError)  # of a damaged file
 KEPT_BYTES = 2**24  # of packets that a thread keeps between demuxing and decoding
 COUNTED_FRAMES = 2**23  # of files whose timelines are kept (13 bytes a frame), so that they are counted only once
 # whose header holds the duration; elsewhere FFmpeg estimates it
@@ -37,7 +33,6 @@ WITH_DURATION = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv", "avi", "asf"
 CUT_SHORT = 0.02  # a file is cut short if its header promises so much more, and three frames more, than is there
 DEFAULT_RATE = 25.0  # of streams without any time, as in FFmpeg
 CONTRADICTION = "presentation times contradict the decoder"
-DEFAULT_PIXELS = 5_000_000  # by which FFmpeg favours a default stream when it chooses the one of the most pixels
 # whose decoders mark a frame as a key frame only if decoding may start at it. That of APNG marks others too
 KEYED_CODECS = (
     *("h264", "hevc", "vvc", "vp8", "vp9", "av1", "theora", "vp6", "vp6f", "mpeg1video", "mpeg2video", "mpeg4"),
@@ -316,96 +311,6 @@ class _Counted:
 
 
 _COUNTED = _Counted()
-
-
-def open_container(path: str) -> av.container.InputContainer:
-    """Open a regular file only: FFmpeg would take `a:b.webm` for a URL, and wait for ever at a pipe."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError("is not a file")
-    return av.open(os.path.abspath(path), metadata_errors="ignore")
-
-
-def video_stream(container: av.container.InputContainer) -> av.VideoStream:
-    """The stream that FFmpeg would choose: by size and default disposition. Covers and tracks of a single picture
-    are chosen only if there is no other."""
-    streams = [stream for stream in container.streams.video if not stream.disposition & PICTURES]
-    usable = [stream for stream in streams if stream.codec_context is not None]
-    if not usable:
-        raise ValueError("no decoder for its codec" if streams else "no video stream")
-    if len(usable) == 1:
-        return usable[0]
-    moving = _moving(container.name, usable)
-
-    def rank(stream: av.VideoStream) -> tuple:
-        size = stream.codec_context.width * stream.codec_context.height
-        is_default = bool(stream.disposition & Disposition.default)
-        return stream.index in moving, size + DEFAULT_PIXELS * is_default, -stream.index
-
-    return max(usable, key=rank)
-
-
-PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
-
-
-def _moving(path: str, streams: list[av.VideoStream]) -> set[int]:
-    """Indices of the streams with more than one packet."""
-    counts = dict.fromkeys((stream.index for stream in streams), 0)
-    with open_container(path) as container:
-        for packet in demux(container, [container.streams[index] for index in counts]):
-            counts[packet.stream_index] += 1
-            if min(counts.values()) > 1:
-                break
-    return {index for index, count in counts.items() if count > 1}
-
-
-def open_context(stream: av.VideoStream) -> av.VideoCodecContext:
-    """The stream's decoder, in one thread, whose frames carry the position of their packet and are cropped exactly."""
-    context = stream.codec_context
-    context.thread_count = 1
-    context.flags |= Flags.unaligned
-    context.copy_opaque = True
-    return context
-
-
-def demux(container: av.container.InputContainer, streams) -> Iterator[av.Packet]:
-    """The non-empty packets of one stream or several. A packet of a stream that appears late in the file, as a damaged
-    byte of a transport stream makes it appear, is passed over, as `ffmpeg` does: PyAV raises LookupError for it or not,
-    depending on what lies in memory behind its list of streams."""
-    while True:
-        try:
-            yield from (packet for packet in container.demux(streams) if packet.size)
-            return
-        except LookupError:
-            continue
-
-
-def decode(context: av.VideoCodecContext, position: int, packet: av.Packet | None) -> list[av.VideoFrame]:
-    """The frames that a packet makes the decoder put out; `packet_of` finds the packet that each was decoded from."""
-    if packet is not None:
-        packet.opaque = [position]  # a new object: PyAV looks it up by its address
-    return context.decode(packet)
-
-
-def packet_of(frame: av.VideoFrame) -> int:
-    """Position of the packet that a frame was decoded from; -1 if the decoder does not pass it on."""
-    return cast(list[int], frame.opaque)[0] if frame.opaque else -1
-
-
-def frame_rate(path: str) -> float:
-    """Mean frames a second of a file. Raises `BadClip` if it is unknown."""
-    try:
-        with open_container(path) as container:
-            rate = video_stream(container).average_rate
-    except DECODE_ERRORS as error:
-        raise BadClip(path, describe(error)) from None
-    if not rate:
-        raise BadClip(path, "has no frame rate")
-    return float(rate)
-
-
-def describe(error: Exception) -> str:
-    """A decoding error as one reason: its message and type."""
-    return f"{getattr(error, 'strerror', None) or error} ({type(error).__name__})"
 
 
 def _has_key_frames(context: av.VideoCodecContext) -> bool:

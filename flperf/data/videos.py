@@ -110,6 +110,6 @@ def _read_clips(file: str | None, key: str) -> Annotations:
 
 
 def _frame_rate(path: str) -> float:
-    from flperf.data.video_file import frame_rate
+    from flperf.data.containers import frame_rate
 
     return frame_rate(path)

@@ -8,10 +8,11 @@ import pytest
 from odd_videos import encode, orientation_message, remux, replaced, stored, uncoded_h264, with_message
 
 from flperf.data.bitstream import open_scanner, scan_packet
+from flperf.data.containers import decode, packet_of
 from flperf.data.nal_units import DisplayOrder, orientation_of, read_messages, read_orientation
 from flperf.data.packet_content import Content
 from flperf.data.pyav import display_orientation
-from flperf.data.video_file import VideoFile, decode, packet_of
+from flperf.data.video_file import VideoFile
 
 X265 = "log-level=error:pools=1:frame-threads=1:scenecut=0:"
 STRUCTURES = [

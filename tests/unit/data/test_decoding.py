@@ -553,3 +553,12 @@ def test_start_codes_in_matroska_and_an_orientation_in_the_stream(tmp_path, degr
                 target.mux_one(turned)
     expected = np.ascontiguousarray(np.rot90(decoded(bare), degrees // 90, axes=(1, 2)))
     assert check(tmp_path / "turned.mkv", expected) == 0
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "dali"])
+def test_a_path_through_a_link_leads_where_the_system_says(tmp_path, decoder):
+    (tmp_path / "folder/inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "folder/inner")
+    path = encode(tmp_path / "folder/clip.webm", "libvpx-vp9", 4)
+    found = read_frames(str(tmp_path / "link/../clip.webm"), [1], decoder=decoder)
+    assert np.array_equal(found, read_frames(str(path), [1], decoder=decoder))
