@@ -27,6 +27,7 @@ OPTIONS = {  # encoder → options
     "wmv2": {"g": "16", "q": "4"},
     "msmpeg4": {"g": "16", "q": "4"},
     "mjpeg": {},
+    "apng": {},
 }
 
 
@@ -70,7 +71,7 @@ def encode(
 def add_stream(container, codec: str, options: dict | None = None, size: tuple[int, int] = SIZE) -> av.VideoStream:
     stream = container.add_stream(codec, rate=25, options=OPTIONS[codec] | (options or {}))
     stream.height, stream.width = size
-    stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    stream.pix_fmt = {"mjpeg": "yuvj420p", "apng": "rgb24"}.get(codec, "yuv420p")
     stream.codec_context.thread_count = 1
     return stream
 

@@ -12,6 +12,7 @@ from av.stream import Disposition
 from flperf.data.unreadable import BadClip
 
 DECODE_ERRORS = (av.error.FFmpegError, OSError, ValueError, RuntimeError)  # of a damaged file
+CANT_DEMUX = (av.error.InvalidDataError, av.error.PatchWelcomeError)  # the rest of a damaged file
 DEFAULT_PIXELS = 5_000_000  # by which FFmpeg favours a default stream when it chooses the one of the most pixels
 PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 
@@ -65,13 +66,22 @@ def open_context(stream: av.VideoStream) -> av.VideoCodecContext:
 def demux(container: av.container.InputContainer, streams) -> Iterator[av.Packet]:
     """The non-empty packets of one stream or several. A packet of a stream that appears late in the file, as a damaged
     byte of a transport stream makes it appear, is passed over, as `ffmpeg` does: PyAV raises LookupError for it or not,
-    depending on what lies in memory behind its list of streams."""
+    depending on what lies in memory behind its list of streams. A part that can't be demuxed ends the packets; those
+    before it are read."""
+    found = False
     while True:
         try:
-            yield from (packet for packet in container.demux(streams) if packet.size)
+            for packet in container.demux(streams):
+                if packet.size:
+                    found = True
+                    yield packet
             return
         except LookupError:
             continue
+        except CANT_DEMUX:
+            if not found:
+                raise
+            return
 
 
 def decode(context: av.VideoCodecContext, position: int, packet: av.Packet | None) -> list[av.VideoFrame]:

@@ -215,6 +215,8 @@ def find_obstacle(file: VideoFile, device: torch.device) -> str | None:
         return "DALI doesn't apply edit lists"
     if len(file.container.streams.video) > 1:
         return "DALI doesn't choose between video streams"
+    if file.is_damaged:
+        return "DALI doesn't notice damage"
     if file.context.field_order > PROGRESSIVE:
         return "DALI doesn't say what it does with interlaced video"
     if not file.has_one_size:

@@ -26,6 +26,7 @@ from flperf.data.containers import DECODE_ERRORS, decode, demux, open_container,
 from flperf.data.h264 import MISSING_REFERENCE
 from flperf.data.packet_content import Content, Orientation
 
+TS_PACKETS = (188, 192, 204)  # sizes of a transport stream's packets
 KEPT_BYTES = 2**24  # of packets that a thread keeps between demuxing and decoding
 COUNTED_FRAMES = 2**23  # of files whose timelines are kept (13 bytes a frame), so that they are counted only once
 # whose header holds the duration; elsewhere FFmpeg estimates it
@@ -90,6 +91,7 @@ class VideoFile:
             self.scan = _scanner(self.context)
             self.infos: list[PacketInfo] = []
             self.kept: list[av.Packet] | None = []  # None for a long video
+            self.last_byte = 0  # where the last packet begins
             self._read_packets()
             self.timeline = self._timeline()
             if not len(self.timeline):
@@ -109,6 +111,7 @@ class VideoFile:
         for packet in demux(self.container, self.stream):
             content = scan_packet(self.scan, packet)
             self.infos.append(PacketInfo(packet.pts, packet.is_discard, packet.is_corrupt, content))
+            self.last_byte = packet.pos or 0
             size += packet.size
             if size > KEPT_BYTES:
                 self.kept = None
@@ -125,12 +128,15 @@ class VideoFile:
     @cached_property
     def torn(self) -> set[int]:
         """The packets of which a part is lost. In a transport stream the mark is on the packet before, and it is also
-        there where recordings were joined: before a key frame."""
-        marked = [position for position, info in enumerate(self.infos) if info.is_torn]
+        there where recordings were joined: before a key frame. If the stream is cut, the last packet has no mark."""
+        marked = {position for position, info in enumerate(self.infos) if info.is_torn}
         if self.container.format.name != "mpegts":
-            return set(marked)
+            return marked
         entries = [info.content.is_entry for info in self.infos] + [False, False]
-        return {position + 1 for position in marked if entries[position + 1] or not entries[position + 2]}
+        torn = {position + 1 for position in marked if entries[position + 1] or not entries[position + 2]}
+        rest = os.path.getsize(self.path) - self.last_byte
+        is_cut = all(rest % size for size in TS_PACKETS)
+        return torn | {len(self.infos) - 1} if is_cut else torn
 
     @cached_property
     def first_size(self) -> tuple[int, int]:
@@ -212,6 +218,14 @@ class VideoFile:
         if not found and is_overwritten(self.scan, packet):
             return "a part of it is zeros"
         return found or ("a part of it is lost" if position in self.torn else "")
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether something is known to be wrong with a packet without decoding it. Those of a long video are not read
+        for that."""
+        if any(info.content.damage or info.is_torn for info in self.infos):
+            return True
+        return any(is_overwritten(self.scan, packet) for packet in self.kept or [])
 
     def first_frame(self) -> av.VideoFrame:
         """The first frame that the decoder puts out. Raises one of DECODE_ERRORS if there is none."""

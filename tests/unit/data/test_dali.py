@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from odd_videos import encode, joined, remux, stored
+from odd_videos import encode, joined, overwritten, remux, replaced, stored
 
 from flperf.config import Backbone
 from flperf.data import dali, pyav, read_frames
@@ -268,6 +268,18 @@ def test_frames_of_several_sizes_are_left_to_pyav(tmp_path):
     with VideoFile(path) as file:
         assert "sizes" in dali.find_obstacle(file, CPU)
     assert torch.equal(read_frames(path, range(16), decoder="dali"), read_frames(path, range(16)))
+
+
+@pytest.mark.parametrize("codec", ["libvpx-vp9", "libvpx"])
+def test_damage_is_refused_as_pyav_refuses_it(tmp_path, codec):
+    sound = encode(tmp_path / "sound.webm", codec, 32, options={"b": "4M"})
+    packets = stored(sound)
+    damaged = replaced(packets, 5, overwritten(packets[5].content, 60, 160))
+    path = str(remux(sound, tmp_path / "damaged.webm", damaged))
+    for window in ([5], [7], range(0, 10, 3)):
+        with pytest.raises(BadClip):
+            read_frames(path, window, decoder="dali")
+    assert torch.equal(read_frames(path, [0, 4, 20], decoder="dali"), read_frames(path, [0, 4, 20]))
 
 
 def test_what_dali_fails_on_is_read_by_pyav(videos, monkeypatch, caplog):

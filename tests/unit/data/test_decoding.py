@@ -476,6 +476,33 @@ def test_a_file_that_is_cut_short(tmp_path, codec, extension):
         assert not file.is_cut_short
 
 
+def test_a_transport_stream_that_begins_within_a_packet(tmp_path):
+    """Its end is whole, though its size is no multiple of its packets'."""
+    whole = encode(tmp_path / "whole.ts", "libx264")
+    path = tmp_path / "part.ts"
+    path.write_bytes(whole.read_bytes()[100:])
+    assert check(path, decoded(path)) == 0
+
+
+@pytest.mark.parametrize(("codec", "extension"), [("libx265", "ts"), ("libsvtav1", "obu"), ("apng", "apng")])
+def test_the_last_frame_of_a_file_that_is_cut_anywhere(tmp_path, codec, extension):
+    """Where the decoder does not notice that it is torn, or the rest can't be demuxed."""
+    whole = encode(tmp_path / f"whole.{extension}", codec)
+    expected, content = decoded(whole), whole.read_bytes()
+    for percent in (50, 61, 72, 83):
+        path = tmp_path / f"{percent}.{extension}"
+        path.write_bytes(content[: len(content) * percent // 100 // 188 * 188 - 1])
+        frames, found = frames_of(path), []
+        assert frames > 10
+        for index in range(frames):
+            try:
+                found.append(read_frames(str(path), [index])[0].numpy())
+            except BadClip:
+                assert index >= frames - 5
+        # frames that are shown before the torn one may be missing
+        assert all(any(np.array_equal(frame, other) for other in expected) for frame in found)
+
+
 def test_indices_may_come_in_any_order_and_repeat(tmp_path):
     path = encode(tmp_path / "video.mp4", "libx264")
     wanted = [30, 2, 2, 47, 0, 30]
