@@ -215,18 +215,21 @@ def find_obstacle(file: VideoFile, device: torch.device) -> str | None:
         return "DALI doesn't apply edit lists"
     if len(file.container.streams.video) > 1:
         return "DALI doesn't choose between video streams"
-    if file.is_damaged:
-        return "DALI doesn't notice damage"
     if file.context.field_order > PROGRESSIVE:
         return "DALI doesn't say what it does with interlaced video"
     if not file.has_one_size:
         return "DALI doesn't decode frames of several sizes"
     unsupported = _unsupported(file.context, "mixed" if device.type == "cuda" else "cpu")
-    if unsupported is None and (file.orientations or display_orientation(file.first_frame())):
-        return "DALI doesn't apply display matrices"
-    if unsupported is None and file.context.colorspace not in LUMA_SHARES:
+    if unsupported:
+        return unsupported
+    if file.context.colorspace not in LUMA_SHARES:
         return f"DALI doesn't convert colour space {file.context.colorspace}"
-    return unsupported
+    # last, since they read all packets or decode a frame
+    if file.is_damaged:
+        return "DALI doesn't notice damage"
+    if file.orientations or display_orientation(file.first_frame()):
+        return "DALI doesn't apply display matrices"
+    return None
 
 
 def _unsupported(context, backend: str) -> str | None:

@@ -13,7 +13,8 @@ import heapq
 import itertools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, cast
@@ -225,21 +226,26 @@ class VideoFile:
         for that."""
         if any(info.content.damage or info.is_torn for info in self.infos):
             return True
-        return any(is_overwritten(self.scan, packet) for packet in self.kept or [])
+        return any(self.damage(position, packet) for position, packet in enumerate(self.kept or []))
 
     def first_frame(self) -> av.VideoFrame:
         """The first frame that the decoder puts out. Raises one of DECODE_ERRORS if there is none."""
-        error: Exception = ValueError("no frame can be decoded")
+        errors: list[Exception] = [ValueError("no frame can be decoded")]
+        with closing(self._decoded(errors)) as frames:
+            for frame in frames:
+                return frame
+        raise errors[-1]
+
+    def _decoded(self, errors: list[Exception]) -> Generator[av.VideoFrame, None, None]:
+        """All frames from start to end. What packets can't be decoded for is added to `errors`."""
         try:
             for position, packet in itertools.chain(self.packets_from(0), [(-1, None)]):
                 try:
                     frames = decode(self.context, position, packet)
-                except DECODE_ERRORS as raised:
-                    error = raised
+                except DECODE_ERRORS as error:
+                    errors.append(error)
                     continue
-                if frames:
-                    return frames[0]
-            raise error
+                yield from frames
         finally:
             self.reset()
 
@@ -279,20 +285,13 @@ class VideoFile:
     def _count(self, reason: str) -> Timeline:
         """Decode the file from start to end."""
         packets, times, entries = [], [], []
-        error: Exception | None = None
-        for position, packet in itertools.chain(self.packets_from(0), [(-1, None)]):
-            try:
-                frames = decode(self.context, position, packet)
-            except DECODE_ERRORS as raised:
-                error = error or raised
-                continue
-            for frame in frames:
-                packets.append(packet_of(frame))
-                times.append(frame.pts)
-                entries.append(packets[-1] >= 0 and self.is_entry(frame) and not frame.is_corrupt)
-        self.reset()
-        if not packets and error:
-            raise error
+        errors: list[Exception] = []
+        for frame in self._decoded(errors):
+            packets.append(packet_of(frame))
+            times.append(frame.pts)
+            entries.append(packets[-1] >= 0 and self.is_entry(frame) and not frame.is_corrupt)
+        if errors and not packets:
+            raise errors[0]
         return Timeline(np.array(packets, np.int32), self._seconds(times), np.array(entries, bool), reason)
 
     def _seconds(self, pts: list[int | None]) -> np.ndarray:

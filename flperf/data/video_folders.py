@@ -19,6 +19,7 @@ from av.stream import Disposition
 from tqdm import tqdm
 
 from flperf.data.annotations import UNLABELLED, Annotations, class_name, number_classes
+from flperf.data.containers import DECODE_ERRORS, demux
 from flperf.errors import UserError
 
 # fmt: off
@@ -147,7 +148,7 @@ def why_no_video(path: str) -> str:
         options = {"formatprobesize": str(FORMAT_BYTES)}
         with av.open(absolute(path), metadata_errors="ignore", options=options) as container:
             return _why_not_moving(container)
-    except (av.error.FFmpegError, OSError, ValueError, RuntimeError, LookupError):
+    except DECODE_ERRORS:
         return "no video"
 
 
@@ -171,8 +172,8 @@ def _why_not_moving(container: av.container.InputContainer) -> str:
     if not streams:
         return "sound" if container.streams.audio else "no video"
     pictures: Counter[int] = Counter()
-    for packet in container.demux(streams):
-        pictures[packet.stream.index] += bool(packet.size)
+    for packet in demux(container, streams):
+        pictures[packet.stream.index] += 1
         if pictures[packet.stream.index] > 1:
             return ""
     return "a picture"
