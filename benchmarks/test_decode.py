@@ -30,9 +30,10 @@ from flperf.data import BatchShare
 from flperf.data.dali import DaliReader
 from flperf.data.loader import Reader, load_batches
 from flperf.data.preprocessing import Preprocessing
-from flperf.data.pyav import PyAVReader
 from flperf.data.samplers import FrameSampling, TrainingSampler
-from flperf.data.videos import NVDEC_PIPELINES
+from flperf.data.videos import NVDEC_LANES
+from flperf.data.worker_process import Reading
+from flperf.data.workers import WorkerReader
 
 WORKERS, CPU = len(os.sched_getaffinity(0)), torch.device("cpu")
 FRAME_SAMPLING, BATCH = FrameSampling(64, 2, "first"), 1 if QUICK else 8
@@ -89,11 +90,11 @@ def usual(paths: list[str], resized_in: torch.dtype) -> None:
 
 
 def with_pyav(paths: list[str]) -> Reader:
-    return PyAVReader(paths, FRAME_SAMPLING, PREPROCESSING)
+    return WorkerReader(paths, Reading(FRAME_SAMPLING, PREPROCESSING), CPU)
 
 
-def with_dali(paths: list[str], pipelines: int | None = None) -> Reader:
-    return DaliReader(paths, FRAME_SAMPLING, PREPROCESSING, DEVICE, pipelines)
+def with_dali(paths: list[str], lanes: int | None = None) -> Reader:
+    return DaliReader(paths, Reading(FRAME_SAMPLING, PREPROCESSING), DEVICE, lanes)
 
 
 def ours(reader: Reader, normalise: Callable[[torch.Tensor], object] | None = None) -> None:
@@ -132,7 +133,7 @@ def test_dali(record, tmp_path, name):
     paths = write_videos(tmp_path, name)
     beside = {"PyAV": lambda: ours(with_pyav(paths))}
     if ON_GPU:
-        beside["both"] = lambda: ours(with_dali(paths, NVDEC_PIPELINES))
+        beside["both"] = lambda: ours(with_dali(paths, NVDEC_LANES))
     record(lambda: ours(with_dali(paths)), "clips", BATCH * BATCHES, rounds=MIN_ROUNDS, beside=beside)
 
 

@@ -45,10 +45,10 @@ class Components:
     def raw_latents(self, batch: ClipBatch) -> tuple[Tensor, Tensor]:
         """Context and target latents of a batch, `b t h w d`, on the device and not normalised."""
         if self.encoder is None:
-            latents = batch.latents.to(self.process.device, non_blocking=True)
+            latents = batch.latents.to(self.process.device)
             split = self.geometry.context_frames
             return latents[:, :split], latents[:, split : split + self.geometry.target_frames]
-        video = batch.video.to(self.process.device, non_blocking=True)
+        video = batch.video.to(self.process.device)
         return encode_clip(self.encoder, video, self.geometry, self.config.backbone.encode)
 
     def with_statistics(self, statistics: Statistics, baselines: Baselines) -> "Run":

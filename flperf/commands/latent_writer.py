@@ -197,7 +197,7 @@ class SplitEncoding:
                 parts = []
                 for _ in range(-(-len(group) // self._batch_size)):
                     batch = next(batches)
-                    video = batch.video.to(device, non_blocking=True)
+                    video = batch.video.to(device)
                     encoded = encode_clip(self.encoder, video, self.geometry, self.config.backbone.encode)
                     latents = torch.cat(encoded, dim=1)
                     parts.append((batch.clip[batch.valid], latents.to(torch.bfloat16).cpu()[batch.valid]))

@@ -1,8 +1,9 @@
 """The decoder for GPUs: DALI pipelines from file bytes through NVDEC to frames, beside PyAV on the cores.
 
-A thread reads one clip at a time into its slot of a batch on the device. Some threads own a DALI pipeline and decode
-with it what it supports. The others, and all clips that DALI doesn't support on the device (codec, pixel format, frames
-too small for NVDEC), use PyAV. Any free thread takes the next clip, so a slow NVDEC delays only its own clips.
+A worker process (`flperf.data.workers`) opens each file, chooses its frames, and says whether DALI can be relied on for
+them. If so, a thread of this process that has a pipeline, a lane, decodes them, else the worker does. A thread keeps
+about one core busy either way: DALI waits for the device actively. Any free thread takes the next clip, so a slow NVDEC
+delays only its own clips.
 
 A pipeline holds one clip, because DALI waits for the device at every frame, on one stream for a whole batch: the clips
 of a batch would take turns, behind what the training step has queued. On an H100 8 clips of 64 frames took 1.9 s in
@@ -15,9 +16,12 @@ processor leaves them out of the average: a difference of up to 20 levels on whi
 
 import logging
 import os
-import threading
-from collections.abc import Callable
-from contextlib import suppress
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 from itertools import repeat
 
 import numpy as np
@@ -25,77 +29,72 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 
+from flperf.data.dali_support import colour_correction, find_obstacle
 from flperf.data.decoding import check_indices
+from flperf.data.loader import Slot
 from flperf.data.preprocessing import Preprocessing
-from flperf.data.pyav import PyAVReader, display_orientation, frames_of, in_order, opened
-from flperf.data.samplers import ClipRequest, FrameSampling
-from flperf.data.video_file import VideoFile
+from flperf.data.pyav import frames_of, in_order, opened
+from flperf.data.samplers import ClipRequest
+from flperf.data.unreadable import Reasons
+from flperf.data.worker_process import Answer, Reading
+from flperf.data.workers import WorkerReader
 
 logger = logging.getLogger(__name__)
 
-CPU_CODECS = ("vp8", "vp9", "mjpeg")
-# Smallest height and width that NVDEC decodes (Video Codec SDK, NVDEC application note). MPEG-4 is left out: its frames
-# came out wrong.
-GPU_CODECS = {"h264": (16, 48), "hevc": (144, 144), "vp8": (16, 48), "vp9": (128, 128), "av1": (128, 128)}
-GPU_FORMATS = ("yuv420p", "yuvj420p")  # every NVDEC decodes these codecs in these pixel formats
-# Shares of red and blue in luma, by colour space (ITU-T H.273, MatrixCoefficients). DALI always converts by BT.601
-BT_601 = 0.299, 0.114
-LUMA_SHARES = {1: (0.2126, 0.0722), 7: (0.212, 0.087), 9: (0.2627, 0.0593)} | dict.fromkeys((2, 4, 5, 6), BT_601)
-PROGRESSIVE = 1  # field order (FFmpeg, AVFieldOrder); 0 is unknown
 DALI_ERRORS = (RuntimeError, IndexError, ValueError)
-RESIZED_BYTES = 2**24  # of frames resized by one call; on a GPU they are fp32, four times as large
+RESIZED_BYTES = 2**22  # of frames resized by one call; on a GPU they are fp32, four times as large
+JUDGED_CLIPS = 8  # by whose median a lane is compared with a core
 
 Inputs = tuple[list, list, list]  # of a pipeline: path, indices of frames, sample
 
 
-class DaliReader(PyAVReader):
-    """Reads clips of video files, uint8 `f h w c` on `device`: `pipelines` threads with DALI (None: all threads), which
-    are added to those that were asked for, the others with PyAV."""
+class DaliReader(WorkerReader):
+    """Reads clips of video files, uint8 `f h w c` on `device`. The first `lanes` threads have a DALI pipeline each
+    (None: all threads), and PyAV for what DALI can't be relied on for; the others use PyAV.
 
-    def __init__(
-        self,
-        paths: list[str],
-        frame_sampling: FrameSampling,
-        preprocessing: Preprocessing,
-        device: torch.device,
-        pipelines: int | None = None,
-    ):
-        super().__init__(paths, frame_sampling, preprocessing)
-        self.device = device
-        self.extra_threads = pipelines or 0
-        self.pipelines_left = repeat(True) if pipelines is None else repeat(True, pipelines)
-        self.own = threading.local()  # of each thread: its pipeline and its pinned memory
+    If `lanes` are given, they compete with PyAV: they leave out files for which DALI would build an NVDEC decoder each
+    time, and a lane ends once it has taken longer for a clip than a core takes.
+    """
+
+    def __init__(self, paths: list[str], reading: Reading, device: torch.device, lanes: int | None = None):
+        super().__init__(paths, replace(reading, device=device.type, reusing=lanes is not None), device)
+        self.device, self.competing = device, lanes is not None
+        self.lanes_left = repeat(True) if lanes is None else repeat(True, lanes)
+        self.core_seconds: deque[float] = deque(maxlen=JUDGED_CLIPS)  # that PyAV took for the last clips
         self.warned: dict[str, object] = {}
 
-    def write(self, file: VideoFile, request: ClipRequest, indices: list[int], slot: Tensor) -> None:
-        pipeline = self._pipeline()
-        obstacle = find_obstacle(file, self.device) if pipeline else None
-        if pipeline and obstacle is None:
+    def fill(self, request: ClipRequest, slot: Slot) -> Reasons:
+        lane = self._lane()
+        answer = self.ask(request, slot.host, with_dali=lane is not None)
+        if lane is not None and answer.indices:
             try:
-                colours = colour_correction(file, slot.device)
-                return pipeline.read(file.path, indices, request.sample, self.preprocessing, slot, colours)
+                self._decode(lane, request, answer, slot)
+                return answer.reasons
             except DaliError as error:
-                obstacle = str(error)
-        self._warn_once(obstacle, file.path)
-        self._write_with_pyav(file, request, indices, slot)
+                answer = replace(self.ask(request, slot.host), obstacle=str(error))
+        self._warn_once(answer.obstacle, self.paths[request.clip])
+        self.core_seconds.append(answer.seconds)
+        return answer.reasons
 
-    def _pipeline(self) -> "ClipPipeline | None":
-        """This thread's pipeline, built at its first clip; None for a thread that has none."""
-        if not hasattr(self.own, "pipeline"):
-            has_one = next(self.pipelines_left, False)  # one operation, so that no two threads get the same
-            self.own.pipeline = ClipPipeline(self.device) if has_one else None
-        return self.own.pipeline
+    def _lane(self) -> "Lane | None":
+        """This thread's lane, opened at its first clip; None for a thread that has none."""
+        if not hasattr(self.own, "lane"):
+            has_one = next(self.lanes_left, False)  # one operation, so that no two threads get the same
+            self.own.lane = Lane(self.device) if has_one else None
+        return self.own.lane
 
-    def _write_with_pyav(self, file: VideoFile, request: ClipRequest, indices: list[int], slot: Tensor) -> None:
-        """Decode on the CPU; to a GPU through pinned memory."""
-        if not slot.is_cuda:
-            super().write(file, request, indices, slot)
-            return
-        if not hasattr(self.own, "pinned"):
-            self.own.pinned = torch.empty(slot.shape, dtype=slot.dtype, pin_memory=True)
-        super().write(file, request, indices, self.own.pinned)
-        slot.copy_(self.own.pinned, non_blocking=True)
-        torch.cuda.current_stream().synchronize()
+    def _decode(self, lane: "Lane", request: ClipRequest, answer: Answer, slot: Slot) -> None:
+        path = self.paths[request.clip]
+        out = slot.host if self.device.type == "cpu" else None
+        frames = lane.read(path, answer.indices, request.sample, self.reading.preprocessing, answer.colours, out)
+        slot.on_device = None if out is not None else frames
+        if self.competing and lane.is_slower_than(self.core_seconds):
+            self.own.lane = None
+            logger.warning(
+                "an NVDEC lane is closed: a clip takes it %.0f ms, and a core with PyAV %.0f ms",
+                1e3 * statistics.median(lane.seconds),
+                1e3 * statistics.median(self.core_seconds),
+            )
 
     def _warn_once(self, obstacle: str | None, path: str) -> None:
         mine = object()
@@ -103,15 +102,50 @@ class DaliReader(PyAVReader):
             logger.warning("%s; PyAV decodes such clips on the CPU. The first: %s", obstacle, path)
 
 
+class Lane:
+    """A pipeline of one thread, on a stream of its own: a thread that waits for its clip waits for nothing else."""
+
+    def __init__(self, device: torch.device):
+        self.pipeline = ClipPipeline(device)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.seconds: deque[float] = deque(maxlen=JUDGED_CLIPS)  # of the last clips, without the first
+        self.started = False
+
+    def read(
+        self,
+        path: str,
+        indices: list[int],
+        sample: int,
+        preprocessing: Preprocessing,
+        colours: list[list[float]] | None,
+        out: Tensor | None,
+    ) -> Tensor:
+        """The frames of a clip, uint8 `f h w c`, written into `out` if it is given. Raises `DaliError`."""
+        begun = time.perf_counter()
+        with torch.cuda.stream(self.stream) if self.stream else nullcontext():
+            frames = self.pipeline.read(path, indices, sample, preprocessing, colours, out)
+            if self.stream:
+                self.stream.synchronize()  # DALI may now overwrite its output
+        if self.started:
+            self.seconds.append(time.perf_counter() - begun)
+        self.started = True
+        return frames
+
+    def is_slower_than(self, core_seconds: Sequence[float]) -> bool:
+        """Whether clips take longer than these seconds, once there are enough of both."""
+        enough = min(len(self.seconds), len(core_seconds)) == JUDGED_CLIPS
+        return enough and statistics.median(self.seconds) > statistics.median(core_seconds)
+
+
 def read_frames(path: str, indices: list[int], device: torch.device) -> Tensor:
     """Frames of a file, uint8 `f h w c` on the CPU. Raises `BadClip`, and `IndexError` for an index that the file does
     not have."""
     with opened(path) as file:
-        if find_obstacle(file, device) is None:
+        if find_obstacle(file, device.type) is None:
             check_indices(file, indices)
             with suppress(DaliError):
                 decoded = ClipPipeline(device).decode(path, indices, 0)
-                return recolour(decoded, colour_correction(file, device)).cpu().clone()
+                return recolour(decoded, colour_correction(file)).cpu().clone()
         return in_order(file, lambda: frames_of(file, indices))
 
 
@@ -138,20 +172,23 @@ class ClipPipeline:
         indices: list[int],
         sample: int,
         preprocessing: Preprocessing,
-        out: Tensor,
-        colours: Tensor | None,
-    ) -> None:
-        """Decode the frames of a clip into `out`, uint8 `f h w c`, with their colours corrected. Raises `DaliError` if
-        DALI fails, and builds the pipeline again."""
+        colours: list[list[float]] | None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Decode the frames of a clip, resized, cropped and with their colours corrected, uint8 `f h w c`; into `out`
+        if it is given. On a GPU they are complete once the current stream has got there. Raises `DaliError` if DALI
+        fails, and builds the pipeline again."""
         decoded = self.decode(path, indices, sample)
+        if out is None:
+            out = torch.empty(len(decoded), *preprocessing.size, 3, dtype=torch.uint8, device=decoded.device)
         together = max(1, RESIZED_BYTES // decoded[0].nbytes)
         for some, slots in zip(decoded.split(together), out.split(together), strict=True):
             slots.copy_(recolour(preprocessing.apply(some), colours))
-        if out.is_cuda:
-            torch.cuda.current_stream().synchronize()  # DALI may now overwrite its output
+        return out
 
     def decode(self, path: str, indices: list[int], sample: int) -> Tensor:
         """The frames, uint8 `f h w c` of the file's size, in DALI's memory until the next call."""
+        # not `abspath`, which would leave out a folder with the `..` behind it, and the folder may be a link
         name = np.frombuffer(os.path.join(os.getcwdb(), os.fsencode(path)), np.uint8)
         self.inputs = [name], [np.array(indices, np.int32)], [np.int64(sample)]
         try:
@@ -180,70 +217,11 @@ def build_pipeline(source: Callable[[], Inputs | None], backend: str, device_id:
     return pipeline
 
 
-def colour_correction(file: VideoFile, device: torch.device) -> Tensor | None:
-    """The matrix, fp32 `c c`, that maps RGB as DALI converts it to that of the file's colour space; None if they agree.
-    It is the same for the full and the limited range."""
-    shares = LUMA_SHARES[file.context.colorspace]
-    if shares == BT_601:
-        return None
-    return (_to_rgb(*shares) @ torch.linalg.inv(_to_rgb(*BT_601))).float().to(device)
-
-
-def _to_rgb(red: float, blue: float) -> Tensor:
-    """The matrix from (Y, U, V) to RGB by the shares of red and blue in luma."""
-    green = 1 - red - blue
-    of_u = [0, -2 * blue * (1 - blue) / green, 2 * (1 - blue)]
-    of_v = [2 * (1 - red), -2 * red * (1 - red) / green, 0]
-    return torch.tensor([[1, 1, 1], of_u, of_v], dtype=torch.float64).T
-
-
-def recolour(frames: Tensor, colours: Tensor | None) -> Tensor:
-    """Correct the colours of frames, uint8 `... c`."""
+def recolour(frames: Tensor, colours: list[list[float]] | None) -> Tensor:
+    """Correct the colours of frames, uint8 `... c`, by the rows of a matrix."""
     if colours is None:
         return frames
-    return (frames.float() @ colours.T).round_().clamp_(0, 255).to(torch.uint8)
-
-
-def find_obstacle(file: VideoFile, device: torch.device) -> str | None:
-    """Why DALI can't decode a file on this device, or might choose other frames than PyAV; None if nothing is known
-    against it. DALI relies on the header and the order of presentation times."""
-    if file.timeline.counted:
-        return f"DALI can't tell the frames of a file if {file.timeline.counted}"
-    if file.stream.frames not in (0, len(file.infos)) or file.is_cut_short:
-        return "the header of a file does not agree with its packets"
-    if file.has_edits:
-        return "DALI doesn't apply edit lists"
-    if len(file.container.streams.video) > 1:
-        return "DALI doesn't choose between video streams"
-    if file.context.field_order > PROGRESSIVE:
-        return "DALI doesn't say what it does with interlaced video"
-    if not file.has_one_size:
-        return "DALI doesn't decode frames of several sizes"
-    unsupported = _unsupported(file.context, "mixed" if device.type == "cuda" else "cpu")
-    if unsupported:
-        return unsupported
-    if file.context.colorspace not in LUMA_SHARES:
-        return f"DALI doesn't convert colour space {file.context.colorspace}"
-    # last, since they read all packets or decode a frame
-    if file.is_damaged:
-        return "DALI doesn't notice damage"
-    if file.orientations or display_orientation(file.first_frame()):
-        return "DALI doesn't apply display matrices"
-    return None
-
-
-def _unsupported(context, backend: str) -> str | None:
-    """Why DALI can't decode the codec of this context, or None."""
-    codec = context.codec.canonical_name
-    if codec not in (CPU_CODECS if backend == "cpu" else GPU_CODECS):
-        return f"DALI doesn't decode {codec} on a {'CPU' if backend == 'cpu' else 'GPU'}"
-    if backend == "mixed":
-        height, width = GPU_CODECS[codec]
-        if context.pix_fmt not in GPU_FORMATS:
-            return f"NVDEC doesn't decode {codec} in {context.pix_fmt}"
-        if context.height < height or context.width < width:
-            return f"NVDEC doesn't decode {codec} of less than {width} x {height} pixels"
-    return None
+    return (frames.float() @ torch.tensor(colours, device=frames.device).T).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _reason(error: Exception) -> str:

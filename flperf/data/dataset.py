@@ -8,7 +8,8 @@ from torch import Tensor
 
 from flperf.config import Dataset as DatasetConfig
 from flperf.data.annotations import Annotations, SourceClips
-from flperf.data.loader import Reader, cores_per_process, load_batches
+from flperf.data.cores import reading_cores
+from flperf.data.loader import Reader, load_batches
 from flperf.data.samplers import Batches, BatchShare, ClipRequest, Sampler, TrainingSampler, ValidationSampler
 from flperf.data.short_clips import ShortClips
 
@@ -65,13 +66,16 @@ class Dataset:
 
 
 def load_with(
-    open_reader: Callable[[str, torch.device, bool], Reader], splits: dict[str, Annotations], dataset: DatasetConfig
+    open_reader: Callable[[str, torch.device, bool, int], Reader],
+    splits: dict[str, Annotations],
+    dataset: DatasetConfig,
 ) -> Load:
     """Load batches in `dataset.threads` threads with the reader that `open_reader` returns for a split, the device on
-    which batches will be used, and whether they are for training."""
+    which batches will be used, whether they are for training, and the number of threads."""
 
     def load(requests: Iterator[list[ClipRequest]], sampler: Sampler, split: str, device: torch.device) -> Batches:
-        reader, threads = open_reader(split, device, sampler.replaces), dataset.threads or cores_per_process()
+        threads = dataset.threads or reading_cores(device)[0]
+        reader = open_reader(split, device, sampler.replaces, threads)
         return load_batches(reader, requests, sampler, splits[split].labels, threads, dataset.prefetch, device)
 
     return load

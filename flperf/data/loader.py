@@ -2,15 +2,16 @@
 
 Each clip is one task, which writes its slot of a preallocated batch; a fixed number of batches is in flight. No task
 waits for another, so nothing can hang, and closing or dropping the iterator cancels the tasks that have not started.
+Video is decoded in processes, one for each thread, which then only waits (`flperf.data.workers`).
 """
 
 import itertools
-import os
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from threading import Thread
 from typing import Any
@@ -19,7 +20,16 @@ import torch
 from torch import Tensor
 
 from flperf.data.samplers import Batches, ClipBatch, ClipRequest, Sampler
+from flperf.data.shared_memory import SharedMemory
 from flperf.data.unreadable import BadClip, Reasons, UnusableClips, read_or_replace
+
+
+@dataclass
+class Slot:
+    """Where a clip goes: into its part of the batch on the host, or into memory of its own on a GPU."""
+
+    host: Tensor
+    on_device: Tensor | None = None
 
 
 class Reader(ABC):
@@ -28,14 +38,21 @@ class Reader(ABC):
     shape: tuple[int, ...]  # of one clip: `f h w c` of video, `t h w d` of latents
     dtype = torch.uint8
     field = "video"  # of `ClipBatch`; or "latents"
-    device = torch.device("cpu")  # where it writes; on a GPU the current stream is the loader's own
-    extra_threads = 0  # beside those that were asked for
+    device = torch.device("cpu")  # where its batches are
+    memory: SharedMemory | None = None  # where its slots have to be, if not in any memory
 
     @abstractmethod
     def read(self, request: ClipRequest, slot: Tensor) -> Reasons | None:
         """Write a clip into `slot`, a tensor of `shape` with arbitrary content. Returns what `shortage` of
         `flperf.data.unreadable` does, if the file may be short. Raises `BadClip` if the clip can't be used, `UserError`
         to end the run."""
+
+    def fill(self, request: ClipRequest, slot: Slot) -> Reasons:
+        """`read`, or the same into `slot.on_device`."""
+        return self.read(request, slot.host) or []
+
+    def close(self) -> None:  # noqa: B027 (most readers have nothing to end)
+        """End what reads, in the middle of a clip if need be."""
 
 
 def load_batches(
@@ -48,7 +65,7 @@ def load_batches(
     device: torch.device,
 ) -> Batches:
     """Yield the requested batches, with the clips [b, …] on the reader's device; host memory is pinned if `device`, on
-    which they will be used, is a GPU. Unusable clips of validation are zeros.
+    which they will be used, is a GPU. Unusable clips of validation are zeros. In the end the reader is closed.
 
     `sampler` made the requests, which all have the same length; `labels` are those of all clips of the split.
     `prefetch` batches are read ahead, and at least two clips a thread: else threads would wait for the slowest clip.
@@ -56,75 +73,106 @@ def load_batches(
     requests = iter(requests)
     first = next(requests, None)
     if first is None:
+        reader.close()
         return
     memory = BatchMemory(reader, len(first), device)
-    threads += reader.extra_threads
     ahead = max(prefetch, -(-2 * threads // len(first)))
 
     def submit(pool: ThreadPoolExecutor, batch: list[ClipRequest]):
         buffer = memory.take()
         tasks = [
-            pool.submit(read_or_replace, sampler, request, partial(_read, reader, memory, slot))
-            for request, slot in zip(batch, buffer, strict=True)
+            pool.submit(read_or_replace, sampler, request, partial(_read, reader, slot))
+            for request, slot in zip(batch, buffer.slots, strict=True)
         ]
         return buffer, tasks
 
-    with UnusableClips(sampler) as unusable:
+    with closing(reader), UnusableClips(sampler) as unusable:
         for buffer, tasks in read_ahead(itertools.chain([first], requests), submit, threads, ahead):
             readings = [task.result() for task in tasks]
             unusable.count(readings)
+            content, on_release = memory.hand_over(buffer)
             yield ClipBatch.of(
                 [reading.request for reading in readings],
                 labels,
                 skipped=[clip for reading in readings for clip in reading.unreadable],
                 short=[clip for reading in readings for clip in reading.too_short + reading.padded],
-                on_release=memory.hand_over(buffer),
-                **{reader.field: buffer},
+                on_release=on_release,
+                **{reader.field: content},
             )
 
 
-def _read(reader: Reader, memory: "BatchMemory", slot: Tensor, request: ClipRequest) -> Reasons:
-    with memory.writing():
-        try:
-            return reader.read(request, slot) or []
-        except BadClip:
-            slot.zero_()
-            raise
+def _read(reader: Reader, slot: Slot, request: ClipRequest) -> Reasons:
+    slot.on_device = None
+    try:
+        return reader.fill(request, slot)
+    except BadClip:
+        slot.host.zero_()
+        raise
+
+
+@dataclass
+class Buffer:
+    """Memory for a batch on the host, and its slots."""
+
+    tensor: Tensor  # [b, …]
+    slots: list[Slot]
+    release: Callable[[], object] | None  # gives the memory to a later batch
+
+    @classmethod
+    def of(cls, tensor: Tensor, release: Callable[[], object] | None) -> "Buffer":
+        return cls(tensor, [Slot(part) for part in tensor], release)
 
 
 class BatchMemory:
     """Memory for the batches of one stream.
 
-    Pageable memory is used again once a batch is released, since the page faults of fresh memory take longer than
-    reading latents into it. Pinned memory and a GPU's come from torch, whose allocators keep them and know when a copy
-    or kernel is done with them. A GPU's memory is written on a stream of its own, beside the one that computes.
+    It is used again once a batch is released, since the page faults of fresh memory take longer than reading latents
+    into it, except pinned memory from torch, whose allocator does the same and knows when a copy is done.
     """
 
     def __init__(self, reader: Reader, batch_size: int, device: torch.device):
-        self.shape, self.dtype, self.device = (batch_size, *reader.shape), reader.dtype, reader.device
+        self.reader, self.shape = reader, (batch_size, *reader.shape)
         self.stream = torch.cuda.Stream(reader.device) if reader.device.type == "cuda" else None
-        self.pinned = self.stream is None and device.type == "cuda"
+        self.pinned = device.type == "cuda"
         self.released: list[Tensor] = []
+        self.copied: deque[tuple[torch.cuda.Event, Buffer]] = deque()  # to the reader's device, and perhaps still read
 
-    def writing(self) -> AbstractContextManager:
-        """The context in which a thread writes a slot."""
-        return torch.cuda.stream(self.stream) if self.stream else nullcontext()
-
-    def take(self) -> Tensor:
-        """A tensor [b, …] with arbitrary content."""
+    def take(self) -> Buffer:
+        """Memory with arbitrary content."""
+        if self.reader.memory:
+            flat, release = self.reader.memory.take(torch.Size(self.shape).numel() * self.reader.dtype.itemsize)
+            return Buffer.of(flat.view(self.reader.dtype).view(self.shape), release)
         if self.released:
-            return self.released.pop()
-        with self.writing():
-            return torch.empty(self.shape, dtype=self.dtype, device=self.device, pin_memory=self.pinned)
+            tensor = self.released.pop()
+        else:
+            tensor = torch.empty(self.shape, dtype=self.reader.dtype, pin_memory=self.pinned)
+        return Buffer.of(tensor, None if self.pinned else partial(self.released.append, tensor))
 
-    def hand_over(self, buffer: Tensor) -> Callable[[], None] | None:
-        """Make a written batch [b, …] ready for the current stream; returns what releases it, if anything does."""
-        if self.stream is not None:
-            computing = torch.cuda.current_stream(self.device)
-            computing.wait_stream(self.stream)
-            buffer.record_stream(computing)
-        reused = self.stream is None and not self.pinned
-        return partial(self.released.append, buffer) if reused else None
+    def hand_over(self, buffer: Buffer) -> tuple[Tensor, Callable[[], object] | None]:
+        """A written batch [b, …] on the reader's device, ready for the current stream; and what releases it, if
+        anything does."""
+        if self.stream is None:
+            return buffer.tensor, buffer.release
+        while self.copied and self.copied[0][0].query():
+            self._release(self.copied.popleft()[1])
+        computing = torch.cuda.current_stream(self.reader.device)
+        with torch.cuda.stream(self.stream):
+            batch = torch.empty(self.shape, dtype=self.reader.dtype, device=self.reader.device)
+            if any(slot.on_device is None for slot in buffer.slots):
+                batch.copy_(buffer.tensor, non_blocking=True)
+            for part, slot in zip(batch, buffer.slots, strict=True):
+                if slot.on_device is not None:
+                    part.copy_(slot.on_device)
+                    slot.on_device.record_stream(self.stream)
+            event = self.stream.record_event()
+        self.copied.append((event, buffer))
+        computing.wait_event(event)
+        batch.record_stream(computing)
+        return batch, None
+
+    def _release(self, buffer: Buffer) -> None:
+        if buffer.release:
+            buffer.release()
 
 
 def read_ahead(tasks: Iterable, submit: Callable[[ThreadPoolExecutor, Any], Any], threads: int, ahead: int) -> Iterator:
@@ -153,11 +201,3 @@ def _use_one_thread(others: int) -> None:
     restorer = Thread(target=torch.set_num_threads, args=(others,))
     restorer.start()
     restorer.join()
-
-
-def cores_per_process() -> int:
-    """This process's share of the cores, at least one: its processor affinity divided by the number of processes that
-    torchrun (LOCAL_WORLD_SIZE) or DeepSpeed (LOCAL_SIZE) started on this machine, else by all processes."""
-    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
-    processes = next((int(os.environ[name]) for name in names if os.environ.get(name)), 1)
-    return max(1, len(os.sched_getaffinity(0)) // processes)

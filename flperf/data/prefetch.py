@@ -2,6 +2,7 @@
 
 from contextlib import closing
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -26,23 +27,31 @@ def _copied_ahead(batches: Batches, device: torch.device) -> Batches:
     current = next(copies, None)
     while current is not None:
         following = next(copies, None)
-        yield _arrived(*current)
+        yield _arrived(current)
+        current.event.synchronize()  # it has passed long ago: the step after it has been launched
+        current.source.release()
         current = following
 
 
-def _copy(batch: ClipBatch, device: torch.device, stream: torch.cuda.Stream) -> tuple[ClipBatch, torch.cuda.Event]:
-    """Start to copy: returns the batch on the device, and the event after which it is complete."""
+class _Copy(NamedTuple):
+    source: ClipBatch
+    batch: ClipBatch  # on the device once the event has passed
+    event: torch.cuda.Event
+
+
+def _copy(batch: ClipBatch, device: torch.device, stream: torch.cuda.Stream) -> _Copy:
+    """Start to copy, all in one piece."""
     found = {name: getattr(batch, name) for name in ("video", "latents") if getattr(batch, name) is not None}
     with torch.cuda.stream(stream):
         copied = {name: tensor.to(device, non_blocking=True) for name, tensor in found.items()}
-        return replace(batch, **copied), stream.record_event()
+        return _Copy(batch, replace(batch, **copied, on_release=None), stream.record_event())
 
 
-def _arrived(batch: ClipBatch, event: torch.cuda.Event) -> ClipBatch:
+def _arrived(copy: _Copy) -> ClipBatch:
     """Have the current stream wait for the copy, and the copy's memory kept until that stream is done with it."""
     computing = torch.cuda.current_stream()
-    computing.wait_event(event)
-    for tensor in (batch.video, batch.latents):
+    computing.wait_event(copy.event)
+    for tensor in (copy.batch.video, copy.batch.latents):
         if tensor is not None:
             tensor.record_stream(computing)
-    return batch
+    return copy.batch

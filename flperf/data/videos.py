@@ -12,14 +12,18 @@ from torch import Tensor
 from flperf.config import Config
 from flperf.config import Dataset as DatasetConfig
 from flperf.data.annotations import CLIPS_FILE, LABELS_FILE, Annotations, read_annotations, read_labels
+from flperf.data.cores import reading_cores
+from flperf.data.dali_support import CODED_MULTIPLE
 from flperf.data.dataset import Dataset, load_with, read_splits, training_files
 from flperf.data.loader import Reader
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.samplers import FrameSampling
 from flperf.data.short_clips import ShortClips, choose_clips
 from flperf.data.text_files import existing_file
+from flperf.data.worker_process import Reading
+from flperf.data.workers import WorkerReader, start_server
 
-NVDEC_PIPELINES = 4  # clips that NVDEC decodes at a time, beside PyAV; an H100 has seven decoders, an A100 five
+NVDEC_LANES = 4  # clips that NVDEC decodes at a time, beside PyAV; an H100 has seven decoders, an A100 five
 
 
 def open_videos(config: Config, preprocessing: Preprocessing, seed: int) -> Dataset:
@@ -37,9 +41,11 @@ def open_videos(config: Config, preprocessing: Preprocessing, seed: int) -> Data
     splits = read_splits(dataset, read)
     read_labels(dataset.labels, list(splits.values()))  # raises if it is incomplete
 
-    def open_split(split: str, device: torch.device, training: bool) -> Reader:
-        return open_reader(dataset.decoder, splits[split].paths, windows[split], preprocessing, device, training)
+    def open_split(split: str, device: torch.device, training: bool, threads: int) -> Reader:
+        reading = Reading(windows[split], preprocessing, cores=frozenset(reading_cores(device)[1]))
+        return open_reader(dataset.decoder, splits[split].paths, reading, device, training, threads)
 
+    start_server()  # it takes some seconds, in which the encoder is built
     return Dataset(splits, load_with(open_split, splits, dataset), seed, frame_rate=_frame_rate, short=short)
 
 
@@ -59,23 +65,35 @@ def check_files(dataset: DatasetConfig) -> None:
 
 
 def open_reader(
-    decoder: str,
-    paths: list[str],
-    frame_sampling: FrameSampling,
-    preprocessing: Preprocessing,
-    device: torch.device,
-    training: bool,
+    decoder: str, paths: list[str], reading: Reading, device: torch.device, training: bool, threads: int
 ) -> Reader:
-    """The reader of `dataset.decoder`. "auto" is PyAV, and for training on a GPU both: which of them decodes a clip is
-    then a matter of timing, on which no other result should depend."""
+    """The reader of `dataset.decoder` for this many threads. "auto" is PyAV, and for training on a GPU both: which of
+    them decodes a clip is then a matter of timing, on which no other result should depend."""
     if decoder == "dali" or (decoder == "auto" and device.type == "cuda" and training):
         from flperf.data.dali import DaliReader
 
-        pipelines = None if decoder == "dali" else NVDEC_PIPELINES
-        return DaliReader(paths, frame_sampling, preprocessing, device, pipelines)
-    from flperf.data.pyav import PyAVReader
+        lanes = None if decoder == "dali" else nvdec_lanes(threads)
+        return DaliReader(paths, reading, device, lanes)
+    return WorkerReader(paths, reading, device)
 
-    return PyAVReader(paths, frame_sampling, preprocessing)
+
+def nvdec_lanes(threads: int) -> int:
+    """How many of these threads NVDEC serves beside PyAV: at most half, since a lane keeps its core busy."""
+    return min(NVDEC_LANES, threads // 2)
+
+
+def describe_reading(decoder: str, device: torch.device, threads: int) -> str:
+    """What reads which files in training, and why."""
+    workers = f"PyAV in {threads} process{'es' * (threads > 1)}"
+    if decoder == "dali":
+        where = "NVDEC" if device.type == "cuda" else "a CPU"
+        return f"DALI on {where} in {threads} threads (dataset.decoder=dali); {workers} for what it can't decode"
+    if decoder == "auto" and device.type == "cuda" and nvdec_lanes(threads):
+        return (
+            f"{workers}; {nvdec_lanes(threads)} of them leave files that NVDEC decodes with a decoder at hand "
+            f"(both sides multiples of {CODED_MULTIPLE}) to it, for as long as it is faster than a core"
+        )
+    return workers
 
 
 def read_frames(path: str | bytes | os.PathLike, indices: Iterable[SupportsIndex], decoder: str = "pyav") -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from flperf.config import Engine, Trainer
-from flperf.data.loader import cores_per_process
+from flperf.data.cores import cores_per_process
 from flperf.data.samplers import BatchShare
 from flperf.engine.deepspeed_internals import require_known_version, skip_shm_build
 from flperf.engine.devices import peak_flops

@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 
 from flperf.data import Dataset
+from flperf.data.cores import reading_cores
 from flperf.data.mixture import shares
+from flperf.data.videos import describe_reading
 from flperf.engine.devices import memory_gb
 from flperf.estimate.zero import model_states
 from flperf.models.attention import attention_operator
@@ -32,6 +34,7 @@ def describe(components: Components) -> str:
         f"{components.dataset.validation_size} validation clips",
         *source_lines(components.dataset),
         *short_lines(components.dataset),
+        *reading_lines(components),
         f"latents   {geometry.context_frames} context + {geometry.target_frames} target frames, "
         f"{geometry.height} x {geometry.width} x {geometry.dim} each",
     ]
@@ -56,6 +59,14 @@ def short_lines(dataset: Dataset) -> Iterator[str]:
         yield "clips     " + (
             short.describe(SPLITS[name]) if name in SPLITS else f"{name}: {short.describe('training')}"
         )
+
+
+def reading_lines(components: Components) -> Iterator[str]:
+    """A line for video files: what reads which of them in training."""
+    dataset, device = components.config.dataset, components.process.device
+    if components.dataset.frame_rate:
+        threads = dataset.threads or reading_cores(device)[0]
+        yield f"reading   {describe_reading(dataset.decoder, device, threads)}"
 
 
 def source_lines(dataset: Dataset) -> Iterator[str]:

@@ -4,6 +4,7 @@ and validate.
 No step waits for the device: values are read only when they are logged.
 """
 
+import gc
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -29,6 +30,8 @@ from flperf.training.statistics import latent_statistics
 from flperf.training.step_meter import StepMeter
 from flperf.training.timing import process_seconds
 from flperf.training.tracking import Tracker
+
+WARM_UP_STEPS = 2  # in which everything that can be compiled is
 
 
 def train(components: Components, engine: DeepSpeedEngine, folder: RunFolder, *, profiled: bool = False) -> None:
@@ -69,10 +72,32 @@ def train_steps(
 ) -> None:
     meter = StepMeter(run, profile)
     after_step = AfterStep(run, schedule, tracker, checkpoints, meter, profile)
-    for step in schedule.steps:
-        rate = set_schedule(run.engine, step, run.config.trainer, schedule.total_steps)
-        meter.add(train_step(run, batches, meter))
-        after_step(step + 1, rate)
+    with FrozenGarbage() as garbage:
+        for step in schedule.steps:
+            rate = set_schedule(run.engine, step, run.config.trainer, schedule.total_steps)
+            meter.add(train_step(run, batches, meter))
+            after_step(step + 1, rate)
+            garbage.step()
+
+
+class FrozenGarbage:
+    """Keeps Python's garbage collector away from what lives as long as the run. After the steps that compile there are
+    half a million such objects, and going through them takes a tenth of a second, in the middle of a step."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.steps == WARM_UP_STEPS:
+            gc.collect()
+            gc.freeze()
+
+    def __enter__(self) -> "FrozenGarbage":
+        return self
+
+    def __exit__(self, *_) -> None:
+        gc.unfreeze()
 
 
 def train_step(run: TrainingRun, batches: Iterator[ClipBatch], meter: StepMeter) -> Tensor:

@@ -5,6 +5,7 @@ levels on average, and by up to 18 at single pixels.
 """
 
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -12,12 +13,15 @@ from odd_videos import encode, joined, overwritten, remux, replaced, stored
 
 from flperf.config import Backbone
 from flperf.data import dali, pyav, read_frames
-from flperf.data.loader import load_batches
+from flperf.data.dali_support import find_obstacle
+from flperf.data.loader import Slot, load_batches
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.samplers import BatchShare, ClipRequest, FrameSampling, TrainingSampler, ValidationSampler
 from flperf.data.unreadable import BadClip
 from flperf.data.video_file import VideoFile
-from flperf.data.videos import NVDEC_PIPELINES, open_reader
+from flperf.data.videos import NVDEC_LANES, open_reader
+from flperf.data.worker_process import Reading
+from flperf.data.workers import WorkerReader
 
 PREPROCESSING = Preprocessing.of(Backbone(architecture={"crop_size": 48}))
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -31,9 +35,9 @@ def load(reader, sampler=None, requests=None, batch_size=4):
     return load_batches(reader, requests, sampler, list(range(len(reader.paths))), 2, 2, reader.device)
 
 
-def with_dali(folder, names, device=CPU, frame_sampling=None, pipelines=None, **how):
+def with_dali(folder, names, device=CPU, frame_sampling=None, lanes=None, **how):
     paths, frame_sampling = [str(folder / name) for name in names], frame_sampling or FrameSampling(6, 3, "random")
-    return load(dali.DaliReader(paths, frame_sampling, PREPROCESSING, device, pipelines), **how)
+    return load(dali.DaliReader(paths, Reading(frame_sampling, PREPROCESSING), device, lanes), **how)
 
 
 def with_pyav(folder, names, frame_sampling=None, **how):
@@ -50,6 +54,27 @@ def levels(a, b):
     """Absolute differences between DALI's frames and PyAV's."""
     assert a.video.shape == b.video.shape and a.video.dtype == torch.uint8
     return (a.video.cpu().float() - b.video.float()).abs()
+
+
+def readers(path, device, frame_sampling=None):
+    """Those of DALI and of PyAV."""
+    frame_sampling = frame_sampling or FrameSampling(6, 3, "random")
+    with_dali = dali.DaliReader([path], Reading(frame_sampling, PREPROCESSING), device)
+    return with_dali, pyav.PyAVReader([path], frame_sampling, PREPROCESSING)
+
+
+def read(reader, request):
+    """The frames of a clip on the CPU; None if it can't be used."""
+    size = torch.Size(reader.shape).numel()
+    memory = reader.memory.take(size)[0] if reader.memory else torch.zeros(size, dtype=torch.uint8)
+    slot = Slot(memory.view(reader.shape))
+    try:
+        reader.fill(request, slot)
+    except BadClip:
+        return None
+    finally:
+        reader.close()
+    return slot.host.clone() if slot.on_device is None else slot.on_device.cpu()
 
 
 def take(batches, count):
@@ -186,20 +211,10 @@ def test_frames_and_refusals_are_those_of_pyav_for_every_file(videos, device):
     for path in all_files(videos):
         for uniform in (0.0, 0.6, 0.99):
             request = ClipRequest(0, 0, 0, uniform, valid=True)
-            found = []
-            for reader in (
-                dali.DaliReader([path], FrameSampling(6, 3, "random"), PREPROCESSING, device),
-                pyav.PyAVReader([path], FrameSampling(6, 3, "random"), PREPROCESSING),
-            ):
-                slot = torch.zeros(reader.shape, dtype=torch.uint8, device=reader.device)
-                try:
-                    reader.read(request, slot)
-                except BadClip:
-                    slot = None
-                found.append(slot)
+            found = [read(reader, request) for reader in readers(path, device)]
             assert (found[0] is None) == (found[1] is None), (path, uniform)
             if found[0] is not None:
-                assert (found[0].cpu().float() - found[1].float()).abs().mean() <= MEAN_LEVELS, (path, uniform)
+                assert (found[0].float() - found[1].float()).abs().mean() <= MEAN_LEVELS, (path, uniform)
 
 
 @pytest.mark.parametrize("codec, extension", [("libvpx-vp9", "avi"), ("libvpx-vp9", "webm"), ("mjpeg", "avi")])
@@ -208,7 +223,7 @@ def test_a_header_that_promises_too_much_changes_no_frame(tmp_path, codec, exten
     whole = encode(tmp_path / f"whole.{extension}", codec)
     (tmp_path / f"cut.{extension}").write_bytes(whole.read_bytes()[: whole.stat().st_size * 7 // 10])
     with VideoFile(str(tmp_path / f"cut.{extension}")) as file:
-        assert "header" in dali.find_obstacle(file, CPU) or file.timeline.counted
+        assert "header" in find_obstacle(file, "cpu") or file.timeline.counted
         last = len(file.timeline) - 3
     for path, index in ((whole, 47), (tmp_path / f"cut.{extension}", last)):
         frames = [read_frames(str(path), list(range(index + 1)), decoder=name).float() for name in ("dali", "pyav")]
@@ -250,11 +265,9 @@ def test_colours_are_those_of_the_file(tmp_path, colour_space, colour_range):
 
     path = encode(tmp_path / "tagged.webm", "libvpx-vp9", 12, prepare=tag)
     with VideoFile(str(path)) as file:
-        assert dali.find_obstacle(file, CPU) is None and file.context.colorspace == colour_space
-        reader = dali.DaliReader([str(path)], FrameSampling(6, 1, "first"), PREPROCESSING, CPU)
-        slots = [torch.zeros(reader.shape, dtype=torch.uint8) for _ in range(2)]
-        reader.write(file, ClipRequest(0, 0, 0, 0.0, valid=True), list(range(6)), slots[0])
-        pyav.write_frames(file, list(range(6)), slots[1], PREPROCESSING)
+        assert find_obstacle(file, "cpu") is None and file.context.colorspace == colour_space
+    request = ClipRequest(0, 0, 0, 0.0, valid=True)
+    slots = [read(reader, request) for reader in readers(str(path), CPU, FrameSampling(6, 1, "first"))]
     assert not torch.equal(*slots)
     ours, reference = (read_frames(str(path), range(6), decoder=name) for name in ("dali", "pyav"))
     for a, b in ((ours, reference), slots):  # DALI interpolates colours between pixels in its own way
@@ -266,7 +279,7 @@ def test_frames_of_several_sizes_are_left_to_pyav(tmp_path):
     parts = [encode(tmp_path / f"{size[0]}.webm", "libvpx-vp9", 8, size=size) for size in ((64, 96), (96, 64))]
     path = str(joined(tmp_path / "joined.webm", parts))
     with VideoFile(path) as file:
-        assert "sizes" in dali.find_obstacle(file, CPU)
+        assert "sizes" in find_obstacle(file, "cpu")
     assert torch.equal(read_frames(path, range(16), decoder="dali"), read_frames(path, range(16)))
 
 
@@ -318,7 +331,7 @@ def test_what_dali_cannot_decode_is_decoded_by_pyav(videos, device, caplog):
 def test_dali_and_pyav_share_the_clips(videos, device):
     """One thread has a pipeline, two have none. Each takes the next clip when it is free, and the order stays."""
     names = {CPU: ["vp9.webm", "vp8.webm", "mjpeg.avi"], GPU: ["h264.mp4", "vp8.webm"]}[device]
-    ours, reference = take(with_dali(videos, names, device, pipelines=1), 12), take(with_pyav(videos, names), 12)
+    ours, reference = take(with_dali(videos, names, device, lanes=1), 12), take(with_pyav(videos, names), 12)
     by_pyav = []
     for a, b in zip(ours, reference, strict=True):
         assert torch.equal(a.clip, b.clip) and torch.equal(a.sample, b.sample) and a.video.device == device
@@ -335,8 +348,12 @@ def test_dali_and_pyav_share_the_clips(videos, device):
     ("dali", "cuda", False, "dali"),
     ("dali", "cpu", True, "dali"),
 ])  # fmt: skip
-def test_who_decodes(decoder, device, training, expected):
+def test_who_decodes(monkeypatch, decoder, device, training, expected):
     """Which decoder reads a clip depends on timing in training alone."""
-    reader = open_reader(decoder, [], FrameSampling(6, 3, "random"), PREPROCESSING, torch.device(device), training)
-    assert type(reader) is (pyav.PyAVReader if expected == "pyav" else dali.DaliReader)
-    assert reader.extra_threads == (NVDEC_PIPELINES if expected == "shared" else 0)
+    reading = Reading(FrameSampling(6, 3, "random"), PREPROCESSING)
+    monkeypatch.setattr("flperf.data.workers.SharedMemory", lambda pinned: None)  # pinned memory needs a GPU
+    reader = open_reader(decoder, [], reading, torch.device(device), training, 10)
+    assert type(reader) is (WorkerReader if expected == "pyav" else dali.DaliReader)
+    if expected != "pyav":
+        assert reader.competing == (expected == "shared")
+        assert len(list(islice(reader.lanes_left, 10))) == (NVDEC_LANES if expected == "shared" else 10)

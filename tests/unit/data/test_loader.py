@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flperf.data.annotations import SourceClips
-from flperf.data.loader import Reader, cores_per_process, load_batches, read_ahead
+from flperf.data.loader import Reader, load_batches, read_ahead
 from flperf.data.samplers import BatchShare, FrameSampling, TrainingSampler, ValidationSampler
 from flperf.data.unreadable import BadClip, shortage
 from flperf.errors import UserError
@@ -256,22 +256,3 @@ def test_torch_uses_one_thread_in_the_pool_and_as_many_as_before_elsewhere():
     thread.start()
     thread.join()
     assert others == [before]
-
-
-@pytest.mark.parametrize(
-    "environment, expected",
-    [
-        ({}, 12),
-        ({"WORLD_SIZE": "3"}, 4),
-        ({"LOCAL_SIZE": "2", "WORLD_SIZE": "8"}, 6),
-        ({"LOCAL_WORLD_SIZE": "4", "LOCAL_SIZE": "2"}, 3),
-        ({"LOCAL_WORLD_SIZE": "99"}, 1),
-    ],
-)
-def test_processes_of_a_machine_share_its_cores(monkeypatch, environment, expected):
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)))
-    assert cores_per_process() == expected

@@ -1,0 +1,80 @@
+"""Memory for batches that worker processes write and this process reads."""
+
+import mmap
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flperf.errors import UserError
+
+
+class Place(NamedTuple):
+    """Where a slot of a batch lies in the shared memory, in bytes."""
+
+    block: int
+    block_bytes: int
+    offset: int  # in the block
+
+
+class SharedMemory:
+    """A file in memory that has no name, `descriptor`, and grows by blocks of equal size. It needs no space in
+    /dev/shm.
+
+    A block is used again once the batch in it is released or dropped. Every block is mapped once and, if `pinned`,
+    registered with CUDA once, which takes longer than a copy from it.
+    """
+
+    def __init__(self, pinned: bool):
+        self.descriptor = os.memfd_create("flperf batches", os.MFD_CLOEXEC)
+        self.pinned, self.lock = pinned, threading.Lock()
+        self.blocks: list[tuple[int, mmap.mmap]] = []  # (address, mapping); block i begins at i * its size
+        self.free: list[int] = []
+        weakref.finalize(self, _forget, self.descriptor, self.blocks, pinned)
+
+    def take(self, size: int) -> tuple[Tensor, Callable[[], object]]:
+        """`size` bytes with arbitrary content, uint8; and what gives them back, which happens by itself when the last
+        tensor over them is gone. `size` is the same at every call."""
+        with self.lock:
+            number = self.free.pop() if self.free else self._grow(size)
+        array = np.frombuffer(self.blocks[number][1], np.uint8, size)
+        return torch.from_numpy(array), weakref.finalize(array, self.free.append, number)
+
+    def _grow(self, size: int) -> int:
+        number, length = len(self.blocks), -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        try:
+            os.posix_fallocate(self.descriptor, number * length, length)  # else writing could end in a bus error
+            mapping = mmap.mmap(self.descriptor, length, offset=number * length)
+        except OSError as error:
+            raise UserError(
+                f"no memory for a batch of {size / 1e6:.0f} MB ({error.strerror}); lower trainer.micro_batch_size or "
+                "dataset.prefetch"
+            ) from None
+        address = np.frombuffer(mapping, np.uint8).ctypes.data
+        if self.pinned:
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, length, 0))
+        self.blocks.append((address, mapping))
+        return number
+
+    def place(self, slot: Tensor) -> Place:
+        """Where a part of a tensor of `take` lies."""
+        for number, (address, mapping) in enumerate(self.blocks):
+            if 0 <= (offset := slot.data_ptr() - address) < len(mapping):
+                return Place(number * len(mapping), len(mapping), offset)
+        raise ValueError("the tensor is not in the shared memory")
+
+
+def map_block(descriptor: int, place: Place) -> Tensor:
+    """The block of a place as uint8, in another process that has the descriptor."""
+    return torch.frombuffer(mmap.mmap(descriptor, place.block_bytes, offset=place.block), dtype=torch.uint8)
+
+
+def _forget(descriptor: int, blocks: list[tuple[int, mmap.mmap]], pinned: bool) -> None:
+    os.close(descriptor)
+    for address, _ in blocks if pinned else ():
+        torch.cuda.cudart().cudaHostUnregister(address)
