@@ -1,5 +1,6 @@
 """Memory for batches that worker processes write and this process reads."""
 
+import logging
 import mmap
 import os
 import threading
@@ -12,6 +13,10 @@ import torch
 from torch import Tensor
 
 from flperf.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+PORTABLE = 1  # pinned for all devices (cudaHostRegisterPortable)
 
 
 class Place(NamedTuple):
@@ -56,8 +61,10 @@ class SharedMemory:
                 "dataset.prefetch"
             ) from None
         address = np.frombuffer(mapping, np.uint8).ctypes.data
-        if self.pinned:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, length, 0))
+        status = int(torch.cuda.cudart().cudaHostRegister(address, length, PORTABLE)) if self.pinned else 0
+        if status:
+            self.pinned = False
+            logger.warning("memory for batches can't be pinned (CUDA error %d); copies to the GPU are slower", status)
         self.blocks.append((address, mapping))
         return number
 

@@ -78,3 +78,17 @@ def test_places_are_aligned_for_mapping():
     memory = SharedMemory(pinned=False)
     places = [memory.place(memory.take(SIZE)[0]) for _ in range(1)]
     assert places == [Place(0, 4 * 4096, 0)]
+
+
+@pytest.mark.gpu
+def test_pinned_memory_is_copied_from_without_waiting():
+    memory, device = SharedMemory(pinned=True), torch.device("cuda")
+    tensor, _ = filled(memory, 3)
+    assert memory.pinned and tensor.is_pinned()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        copy = tensor.to(device, non_blocking=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (copy == 3).all()
