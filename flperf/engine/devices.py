@@ -27,8 +27,6 @@ class Device:
     link: float | None  # bytes/s to the other devices of the node
     network: float | None  # bytes/s to other nodes; assumes one adapter per device, as in the vendor's systems
     devices_per_node: int
-    decoders: int  # NVDEC engines
-    decode_rate: float | None  # H.264 frames of 1920 x 1080 a second, all engines together
     source: str
 
     @property
@@ -45,10 +43,7 @@ DEVICES = {
         link=300e9,
         network=25e9,
         devices_per_node=8,
-        decoders=5,
-        decode_rate=75 * 30,
-        source="NVIDIA A100 data sheet; DGX A100 data sheet (HDR InfiniBand, 200 Gb/s a GPU); H100 white paper's "
-        "table of NVDEC streams",
+        source="NVIDIA A100 data sheet; DGX A100 data sheet (HDR InfiniBand, 200 Gb/s a GPU)",
     ),
     "h100": Device(
         name="H100 SXM 80 GB",
@@ -58,10 +53,7 @@ DEVICES = {
         link=450e9,
         network=50e9,
         devices_per_node=8,
-        decoders=7,
-        decode_rate=170 * 30,
-        source="NVIDIA H100 data sheet; DGX H100 data sheet (NDR InfiniBand, 400 Gb/s a GPU); H100 white paper's "
-        "table of NVDEC streams",
+        source="NVIDIA H100 data sheet; DGX H100 data sheet (NDR InfiniBand, 400 Gb/s a GPU)",
     ),
     "h200": Device(
         name="H200 SXM 141 GB",
@@ -71,10 +63,7 @@ DEVICES = {
         link=450e9,
         network=50e9,
         devices_per_node=8,
-        decoders=7,
-        decode_rate=170 * 30,
-        source="NVIDIA H200 data sheet; DGX H200 data sheet (NDR InfiniBand, 400 Gb/s a GPU); NVDEC as the H100's, "
-        "whose engines it has",
+        source="NVIDIA H200 data sheet; DGX H200 data sheet (NDR InfiniBand, 400 Gb/s a GPU)",
     ),
     "b200": Device(
         name="B200 SXM 180 GB",
@@ -84,10 +73,7 @@ DEVICES = {
         link=900e9,
         network=50e9,
         devices_per_node=8,
-        decoders=7,
-        decode_rate=170 * 30,
-        source="NVIDIA HGX B200 and DGX B200 data sheets (400 Gb/s a GPU); NVDEC assumed as the H100's: no rate is "
-        "stated for it",
+        source="NVIDIA HGX B200 and DGX B200 data sheets (400 Gb/s a GPU)",
     ),
 }
 
@@ -113,8 +99,6 @@ def measured_cpu() -> Device:
         link=None,
         network=None,
         devices_per_node=1,
-        decoders=0,
-        decode_rate=None,
         source="measured now: matrix products and a copy",
     )
 

@@ -8,17 +8,15 @@ from flperf.estimate.step_time import (
     COMPUTE_EFFICIENCY,
     MEMORY_EFFICIENCY,
     NETWORK_EFFICIENCY,
-    SMALLEST_PICTURE,
-    SOURCE_SIZE,
-    STATED_SIZE,
     StepTime,
-    decode_rate,
     step_time,
 )
 from flperf.estimate.workload import FRAME_RATE, KEYFRAME_INTERVAL, Workload
 from flperf.estimate.zero import collectives
 
 STAGES = (0, 1, 2, 3)
+SOURCE_SIZE = "340 x 256"  # assumed of all video files, the usual size of Kinetics-400
+FRAME_SECONDS = 2.5e-4  # of a core for a decoded frame of that size; measured, see docs/benchmarks.md
 
 
 def report(workload: Workload, device: Device, nodes: list[int], per_node: int) -> str:
@@ -36,7 +34,7 @@ def report(workload: Workload, device: Device, nodes: list[int], per_node: int) 
         _sizes(workload, nodes[0] * per_node),
         [f"Estimated memory of one device, GB of its {device.memory / 1e9:.0f} ({stars})", *_table(memories)],
         ["Estimated time of one update", *_table(steps)],
-        [_input(workload, device, first)],
+        [_input(workload, first)],
         _assumptions(workload, device),
     )
     return "\n\n".join("\n".join(lines) for lines in sections)
@@ -104,7 +102,6 @@ def _step_row(workload: Workload, device: Device, nodes: int, stage: int, per_no
         "(hidden)": result.hidden,
         "arithmetic ms": result.arithmetic,
         "memory ms": result.memory,
-        "decode ms": result.decode,
         "step ms": result.seconds,
     }
     return {
@@ -122,26 +119,15 @@ def _table(rows: list[dict[str, str]]) -> Iterator[str]:
         yield "  ".join(f"{value:>{widths[name]}}" for name, value in row.items())
 
 
-def _input(workload: Workload, device: Device, first: StepTime) -> str:
-    """The rate of reading or decoding that keeps a device busy."""
+def _input(workload: Workload, first: StepTime) -> str:
+    """What keeps a device busy: the rate of reading, or the cores that decode."""
     computed = workload.clips / max(first.arithmetic, first.memory)
     needed = f"input     a device computes {computed:.1f} clips/s, which takes"
     if not workload.encoder_parameters:
         return f"{needed} {computed * workload.clip_bytes / 1e9:.2g} GB/s of cached latents"
     if not workload.frames:
         return f"{needed} as many drawn clips; drawing is not estimated"
-    needed = f"{needed} {computed * workload.frames:.0f} decoded frames/s"
-    if not device.decode_rate:
-        return f"{needed}; decoding on a CPU is not estimated"
-    rates = (
-        f"{decode_rate(device):.0f} of {_size(SOURCE_SIZE)} (assumed), {device.decode_rate:.0f} of "
-        f"{_size(STATED_SIZE)} (stated)"
-    )
-    return f"{needed}; {device.decoders} NVDEC engines decode {rates}"
-
-
-def _size(size: tuple[int, int]) -> str:
-    return f"{size[1]} x {size[0]}"
+    return f"{needed} {computed * workload.frames * FRAME_SECONDS:.1f} cores to decode them"
 
 
 def _assumptions(workload: Workload, device: Device) -> Iterator[str]:
@@ -162,16 +148,11 @@ def _assumptions(workload: Workload, device: Device) -> Iterator[str]:
     if device.is_gpu:
         links = f"{device.link / 1e9:.0f} GB/s in a node, {device.network / 1e9:.0f} GB/s a device between nodes"
         yield f"- {NETWORK_EFFICIENCY:.0%} of links of {links}; rings, without latency and stragglers"
-    if workload.frames and device.decode_rate:
+    if workload.frames:
         rate = f", {FRAME_RATE} frames a second" if workload.config.dataset.fps else ""
-        yield f"- H.264 of {_size(SOURCE_SIZE)}{rate}, a keyframe every {KEYFRAME_INTERVAL} frames"
         yield (
-            f"- a small picture takes a decoder at least {SMALLEST_PICTURE:.0%} of the time of one of "
-            f"{_size(STATED_SIZE)}"
-        )
-        yield (
-            "- all decoding engines are busy; an H100's were not with DALI (benchmarks/NOTES.md), and the CPU's cores "
-            "decode, too"
+            f"- H.264 of {SOURCE_SIZE}{rate}, a keyframe every {KEYFRAME_INTERVAL} frames; a decoded frame takes a "
+            f"core {1e3 * FRAME_SECONDS:.2f} ms (measured on an AMD EPYC); files of `flperf prepare` take less"
         )
     yield (
         "- activations of eager operators (compiled ones keep less); no CUDA context, NCCL buffers or memory "

@@ -1,4 +1,4 @@
-"""Estimates the time of one update from its bounds: arithmetic, memory traffic, collectives and decoding."""
+"""Estimates the time of one update from its bounds: arithmetic, memory traffic and collectives."""
 
 from dataclasses import dataclass
 
@@ -8,9 +8,6 @@ from flperf.estimate.zero import collectives
 
 # Assumed of every device: the fractions of its peak rates that a run reaches.
 COMPUTE_EFFICIENCY, MEMORY_EFFICIENCY, NETWORK_EFFICIENCY = 0.5, 0.8, 0.8
-SOURCE_SIZE = (256, 340)  # height and width; assumed of all video files, the usual size of Kinetics-400
-STATED_SIZE = (1080, 1920)  # for which the vendor states decoding rates
-SMALLEST_PICTURE = 0.25  # decoding time of a very small picture, as a fraction of that of `STATED_SIZE`
 
 
 @dataclass(frozen=True)
@@ -21,13 +18,12 @@ class StepTime:
     memory: float
     hidden: float  # collectives that overlap with computation
     exposed: float  # the other collectives
-    decode: float
     clips: int  # of all processes
 
     @property
     def seconds(self) -> float:
         """The largest bound. Exposed collectives add to the bounds of computation."""
-        return max(max(self.arithmetic, self.memory, self.hidden) + self.exposed, self.decode)
+        return max(self.arithmetic, self.memory, self.hidden) + self.exposed
 
     @property
     def bound(self) -> str:
@@ -36,14 +32,13 @@ class StepTime:
             "arithmetic": self.arithmetic,
             "memory": self.memory,
             "collectives": self.hidden + self.exposed,
-            "decode": self.decode,
         }
         return max(bounds, key=bounds.__getitem__)
 
     @property
     def efficiency(self) -> float:
         """The speed relative to the same number of processes without collectives."""
-        return max(self.arithmetic, self.memory, self.decode) / self.seconds
+        return max(self.arithmetic, self.memory) / self.seconds
 
 
 def step_time(workload: Workload, device: Device, stage: int, nodes: int, per_node: int) -> StepTime:
@@ -61,7 +56,6 @@ def step_time(workload: Workload, device: Device, stage: int, nodes: int, per_no
         memory=(workload.memory_traffic + updated) / (MEMORY_EFFICIENCY * device.bandwidth),
         hidden=seconds[True],
         exposed=seconds[False],
-        decode=workload.clips * workload.frames / decode_rate(device) if device.decode_rate else 0.0,
         clips=workload.clips * processes,
     )
 
@@ -71,9 +65,3 @@ def ring_rate(device: Device, nodes: int, per_node: int) -> float:
     adapters of a node."""
     assert device.link is not None and device.network is not None  # only GPUs are estimated with several processes
     return NETWORK_EFFICIENCY * (device.link if nodes == 1 else min(device.link, per_node * device.network))
-
-
-def decode_rate(device: Device) -> float:
-    """Decoded frames of `SOURCE_SIZE` per second."""
-    area = SOURCE_SIZE[0] * SOURCE_SIZE[1] / (STATED_SIZE[0] * STATED_SIZE[1])
-    return device.decode_rate / max(area, SMALLEST_PICTURE)
