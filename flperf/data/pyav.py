@@ -1,6 +1,6 @@
 """The decoder for CPUs: PyAV, one single-threaded decoder a clip, many clips at once.
 
-Each wanted frame, or a few small ones together, is resized while it is still in the processor's cache.
+Each wanted frame is resized while it is still in the processor's cache.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,14 +21,12 @@ from flperf.data.loader import Reader
 from flperf.data.nal_units import orientation_of
 from flperf.data.packet_content import Orientation
 from flperf.data.preprocessing import Preprocessing
+from flperf.data.resizing import compiled_kernel, resize_into
 from flperf.data.samplers import ClipRequest, FrameSampling
 from flperf.data.unreadable import BadClip, Reasons, shortage
 from flperf.data.video_file import VideoFile
 
 Result = TypeVar("Result")
-
-# Of frames resized by one call, which has an overhead of 0.15 ms. More would not stay in the processor's cache.
-RESIZED_BYTES = 2**18
 
 
 class PyAVReader(Reader):
@@ -37,6 +35,7 @@ class PyAVReader(Reader):
     def __init__(self, paths: list[str], frame_sampling: FrameSampling, preprocessing: Preprocessing):
         self.paths, self.frame_sampling, self.preprocessing = paths, frame_sampling, preprocessing
         self.shape = (frame_sampling.n_frames, *preprocessing.size, 3)
+        compiled_kernel()  # not in the threads that read
 
     def read(self, request: ClipRequest, slot: Tensor) -> Reasons:
         with opened(self.paths[request.clip]) as file:
@@ -90,11 +89,8 @@ def write_frames(file: VideoFile, indices: list[int], out: Tensor, preprocessing
     """Decode frames of a file, in any order, into `out`, uint8 `f h w c`, resized and cropped. Raises one of
     DECODE_ERRORS if any of them can't be decoded intact."""
     first = {index: slot for slot, index in reversed(list(enumerate(indices)))}  # index → its first slot
-    for group in _groups(read_pixels(file, sorted(first))):
-        numbers, pixels = zip(*group, strict=True)
-        together = torch.stack(pixels) if len(pixels) > 1 else pixels[0][None]
-        for index, frame in zip(numbers, preprocessing.apply(together), strict=True):
-            out[first[index]].copy_(frame)
+    for index, frame in read_pixels(file, sorted(first)):
+        resize_into(frame, out[first[index]], preprocessing)
     for slot, index in enumerate(indices):
         if slot != first[index]:
             out[slot] = out[first[index]]
@@ -109,8 +105,15 @@ def read_pixels(file: VideoFile, wanted: list[int]) -> Iterator[tuple[int, Tenso
             orientation = display_orientation(frame)
         width, height = file.size if (frame.width, frame.height) == file.size else file.first_size
         # The converted frame is not bound to a name: its memory is used for the next one while it is in the cache.
-        pixels = reformatter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1).to_ndarray()
-        yield index, turn(torch.from_numpy(pixels), file.orientation(index) or orientation)
+        pixels = pixels_of(reformatter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1))
+        yield index, turn(pixels, file.orientation(index) or orientation)
+
+
+def pixels_of(frame: VideoFrame) -> Tensor:
+    """The pixels of an RGB frame, uint8 `h w c`, in its own memory. Rows may have gaps between them."""
+    plane = frame.planes[0]
+    size, strides = (frame.height, frame.width, 3), (plane.line_size, 3, 1)
+    return torch.frombuffer(plane, dtype=torch.uint8).as_strided(size, strides)
 
 
 def turn(pixels: Tensor, orientation: Orientation | None) -> Tensor:
@@ -142,15 +145,3 @@ def display_orientation(frame: VideoFrame) -> Orientation | None:
     small = 0.01 * max(abs(a), abs(b), abs(c), abs(d))
     signs = tuple(0 if abs(value) < small else int(np.sign(value)) for value in (a, b, c, d))
     return None if signs == (1, 0, 0, 1) else signs
-
-
-def _groups(frames: Iterator[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
-    """Frames `h w c`, grouped by size into what one call resizes."""
-    group: list[tuple[int, Tensor]] = []
-    for index, pixels in frames:
-        if group and (pixels.shape != group[0][1].shape or (len(group) + 1) * pixels.nbytes > RESIZED_BYTES):
-            yield group
-            group = []
-        group.append((index, pixels))
-    if group:
-        yield group

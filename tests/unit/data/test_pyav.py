@@ -43,13 +43,11 @@ def read(folder, names, batch_size=4):
     return load_batches(reader, requests, sampler, list(range(len(names))), 2, 2, CPU)
 
 
-@pytest.mark.parametrize(("kept_bytes", "resized_bytes"), [(video_file.KEPT_BYTES, pyav.RESIZED_BYTES), (0, 0)])
+@pytest.mark.parametrize("kept_bytes", [video_file.KEPT_BYTES, 0])
 @pytest.mark.parametrize("name", READABLE)
-def test_frames_are_those_of_plain_decoding(videos, decode_all, monkeypatch, name, kept_bytes, resized_bytes):
-    """Packets are kept in memory, or demuxed again as for long videos; frames are resized together, or one by one as
-    large ones are."""
+def test_frames_are_those_of_plain_decoding(videos, decode_all, monkeypatch, name, kept_bytes):
+    """Packets are kept in memory, or demuxed again as for long videos."""
     monkeypatch.setattr(video_file, "KEPT_BYTES", kept_bytes)
-    monkeypatch.setattr(pyav, "RESIZED_BYTES", resized_bytes)
     everything = decode_all(videos / name)
     for n_frames, stride, uniform in [(1, 1, 0.0), (8, 1, 0.7), (7, 5, 0.99), (12, 2, 0.4), (80, 1, 0.5)]:
         frame_sampling = FrameSampling(n_frames, stride, "random")
