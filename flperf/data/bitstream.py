@@ -123,14 +123,12 @@ def _av1_units(packet: bytes) -> Iterator[tuple[int, bytes]]:
 ARITHMETIC, MANY_ZEROS = (scan_vp8, scan_vp9), 64  # AV1 may be padded
 
 
-def is_overwritten(scan: Scan | None, packet: Buffer) -> bool:
+def open_zero_search(scan: Scan | None) -> Callable[[Buffer], bool] | None:
     """Whether a packet holds zeros that its encoder can't have written: a part of the file was never written, or is
-    lost. Three are enough in a NAL unit (H.264, 7.4.1; HEVC, 7.4.2.2). Arithmetic coders write a few."""
-    if not isinstance(scan, NalScanner) and scan not in ARITHMETIC:
-        return False
-    content = bytes(packet)
-    if b"\0\0\0" not in content:  # most packets end here
-        return False
+    lost. Three are enough in a NAL unit (H.264, 7.4.1; HEVC, 7.4.2.2). Arithmetic coders write a few. None for codecs
+    whose packets can't be judged."""
     if isinstance(scan, NalScanner):
-        return any(b"\0\0\0" in unit.rstrip(b"\0") for unit in scan.units.of(content) or [])
-    return bytes(MANY_ZEROS) in content.rstrip(b"\0")
+        return scan.units.are_overwritten
+    if scan in ARITHMETIC:
+        return lambda packet: bytes(MANY_ZEROS) in bytes(packet).rstrip(b"\0")
+    return None

@@ -93,7 +93,8 @@ def decode(context: av.VideoCodecContext, position: int, packet: av.Packet | Non
 
 def packet_of(frame: av.VideoFrame) -> int:
     """Position of the packet that a frame was decoded from; -1 if the decoder does not pass it on."""
-    return cast(list[int], frame.opaque)[0] if frame.opaque else -1
+    opaque = cast(list[int] | None, frame.opaque)
+    return opaque[0] if opaque else -1
 
 
 def frame_rate(path: str) -> float:

@@ -76,7 +76,8 @@ class _Attempt:
         self.packets = {int(file.timeline.packets[index]) for index in wanted}
         self.counts = entry is None and bool(file.timeline.counted)
         # index → last packet that the decoder needs before it can put out the frame
-        self.needed = None if file.timeline.counted else np.maximum.accumulate(file.timeline.packets)
+        self.needed = None if file.timeline.counted else np.maximum.accumulate(file.timeline.packets).tolist()
+        self.skips = file.context.name == "h264" and not self.counts
         self.damage: dict[int, str] = {}  # packet → what is wrong with it
         self.shown: list[_Shown] = []
         self.last = -1  # index of the last frame that came
@@ -86,10 +87,11 @@ class _Attempt:
         position, begun, counter = self.start, self.entry is None, itertools.count()
         for position, packet in self._packets():
             for frame in self._decode(position, packet):
-                index = next(counter) if self.counts else self.index_of.get(packet_of(frame))
-                if not self._note(frame, index, position):
+                source = packet_of(frame)
+                index = next(counter) if self.counts else self.index_of.get(source)
+                if not self._note(frame, source, index, position):
                     return self._drain(position)
-                begun = begun or (packet_of(frame) == self.start and self.file.is_entry(frame))
+                begun = begun or (source == self.start and self.file.is_entry(frame))
                 if not begun and not self._leads(index):
                     return self._drain(position)
                 if index is not None and index in self.remaining:
@@ -110,7 +112,7 @@ class _Attempt:
 
     def _decode(self, position: int, packet: av.Packet | None) -> list[av.VideoFrame]:
         if packet is not None:
-            if self.context.name == "h264" and not self.counts:
+            if self.skips:
                 self.context.skip_frame = "DEFAULT" if position in self.packets else "NONREF"
             damage = self.file.damage(position, packet)
             if damage:
@@ -121,10 +123,9 @@ class _Attempt:
             self.damage[position] = describe(error)
             return []
 
-    def _note(self, frame: av.VideoFrame, index: int | None, position: int) -> bool:
+    def _note(self, frame: av.VideoFrame, packet: int, index: int | None, position: int) -> bool:
         """Keep what `fault` needs; returns whether frames come in order. Raises `WrongOrder` if presentation times gave
         their order, and no damage has changed it."""
-        packet = packet_of(frame)
         if frame.is_corrupt:
             self.damage.setdefault(packet, "it is damaged")
         is_in_order = self._is_in_order(index, position)
@@ -151,8 +152,8 @@ class _Attempt:
         """Take out what the decoder still holds. Frames that have come may refer to it, and it may be damaged."""
         if position != END:
             for frame in self._decode(END, None):
-                index = None if self.counts else self.index_of.get(packet_of(frame))
-                self._note(frame, index, END)
+                packet = packet_of(frame)
+                self._note(frame, packet, None if self.counts else self.index_of.get(packet), END)
         self.file.reset()
 
     def fault(self) -> str:

@@ -29,6 +29,13 @@ class NalUnits:
                 units.append(packet[start:position])
         return units
 
+    def are_overwritten(self, packet: Buffer) -> bool:
+        """Whether a unit holds three zeros in a row, which no encoder writes."""
+        content = bytes(packet)
+        if content.find(b"\0\0\0", self.length_size or 1) < 0:  # most packets end here
+            return False
+        return any(b"\0\0\0" in unit.rstrip(b"\0") for unit in self.of(content) or [])
+
 
 class Bits:
     """Reads the head of a NAL unit; the bytes that break up forbidden ones are taken out."""

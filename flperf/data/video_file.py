@@ -22,7 +22,7 @@ from typing import NamedTuple, cast
 import av
 import numpy as np
 
-from flperf.data.bitstream import REORDERED, Scan, is_overwritten, open_scanner, scan_packet
+from flperf.data.bitstream import REORDERED, Scan, open_scanner, open_zero_search, scan_packet
 from flperf.data.containers import DECODE_ERRORS, decode, demux, open_container, open_context, packet_of, video_stream
 from flperf.data.h264 import MISSING_REFERENCE
 from flperf.data.packet_content import Content, Orientation
@@ -90,6 +90,7 @@ class VideoFile:
             self.reorder_depth = self.context.reorder_depth
             self.has_key_frames = _has_key_frames(self.context)
             self.scan = _scanner(self.context)
+            self.is_overwritten = open_zero_search(self.scan)
             self.infos: list[PacketInfo] = []
             self.kept: list[av.Packet] | None = []  # None for a long video
             self.last_byte = 0  # where the last packet begins
@@ -216,7 +217,7 @@ class VideoFile:
         found = self.infos[position].content.damage
         if found == MISSING_REFERENCE and self.has_edits:  # the list may lead to a frame of another number
             found = ""
-        if not found and is_overwritten(self.scan, packet):
+        if not found and self.is_overwritten and self.is_overwritten(packet):
             return "a part of it is zeros"
         return found or ("a part of it is lost" if position in self.torn else "")
 
