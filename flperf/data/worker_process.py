@@ -25,6 +25,7 @@ from torch import Tensor
 from flperf.data.dali_support import colour_correction, find_obstacle
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.pyav import in_order, opened, write_frames
+from flperf.data.resizing import compiled_kernel
 from flperf.data.samplers import FrameSampling
 from flperf.data.shared_memory import Place, map_block
 from flperf.data.unreadable import BadClip, Reasons, shortage
@@ -77,6 +78,7 @@ def serve(descriptor: int) -> None:
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    compiled_kernel()  # before there are workers, which share it
     server, ended = socket.socket(fileno=descriptor), dict[int, int]()
     while True:
         message, descriptors, *_ = socket.recv_fds(server, MESSAGE_BYTES, 2)
