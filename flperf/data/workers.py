@@ -139,6 +139,18 @@ def start_server() -> Server:
         return _server
 
 
+def _forget_server() -> None:
+    """After a fork: the server is the parent's, and must not get messages from two processes."""
+    global _server
+    if _server is not None:
+        atexit.unregister(_server.close)
+        _server.socket.close()
+        _server = None
+
+
+os.register_at_fork(after_in_child=_forget_server)
+
+
 class WorkerReader(Reader):
     """Reads clips of video files, uint8 `f h w c`, with PyAV, in a process for each thread that calls it."""
 

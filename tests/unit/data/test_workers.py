@@ -2,6 +2,7 @@
 that they work for."""
 
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -162,6 +163,20 @@ def test_where_no_process_can_be_started_one_line_says_so(videos, monkeypatch):
     monkeypatch.setattr(workers.Server, "fork", fail)
     with pytest.raises(UserError, match="no process for decoding can be started: .*temporarily unavailable"):
         next(load(worker_reader([videos / "h264.mp4"])))
+
+
+def test_a_forked_process_has_a_server_of_its_own(videos):
+    """As the workers of a DataLoader would."""
+    server = start_server()
+    child = os.fork()
+    if child == 0:
+        ours = next(load(worker_reader([videos / "h264.mp4"]))).skipped == [] and start_server() is not server
+        start_server().close()
+        os._exit(0 if ours else 1)
+    batches = load(worker_reader([videos / "h264.mp4"]))
+    assert not next(batches).skipped and start_server() is server
+    batches.close()
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("how", ["close", "drop"])
