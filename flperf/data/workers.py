@@ -169,7 +169,7 @@ class WorkerReader(Reader):
         """Have this thread's worker read a clip into `slot`, a part of a tensor of `self.memory`."""
         task = Task(self.paths[request.clip], request.uniform, self.memory.place(slot), with_dali)
         deaths: list[str] = []
-        while len(deaths) < 2:
+        while len(deaths) < 2 and not self.closed:
             try:
                 return self._worker().ask(task)
             except WorkerHangs as error:
@@ -177,10 +177,12 @@ class WorkerReader(Reader):
                 raise BadClip(task.path, str(error)) from None
             except WorkerDied as death:
                 del self.own.worker
-                if self.closed:
-                    raise CancelledError from None
                 deaths.append(str(death))
+                if self.closed:
+                    break
                 logger.warning("%s: %s", task.path, death)
+        if self.closed:
+            raise CancelledError
         raise BadClip(task.path, deaths[-1])
 
     def _worker(self) -> Worker:
@@ -190,7 +192,7 @@ class WorkerReader(Reader):
             except OSError as error:
                 raise UserError(f"no process for decoding can be started: {error}") from None
             self.workers.add(self.own.worker)
-            if self.closed:
+            if self.closed:  # by another thread, which has not seen this worker
                 self.own.worker.close()
         return self.own.worker
 
