@@ -18,7 +18,6 @@ import socket
 import subprocess
 import sys
 import threading
-import weakref
 from concurrent.futures import CancelledError
 from multiprocessing.connection import Connection
 from typing import Any
@@ -158,7 +157,7 @@ class WorkerReader(Reader):
         self.paths, self.reading, self.shape = paths, reading, reading.shape
         self.memory = SharedMemory(pinned=device.type == "cuda")
         self.own = threading.local()  # of each thread: its worker
-        self.workers: weakref.WeakSet[Worker] = weakref.WeakSet()
+        self.workers: list[Worker] = []
         self.closed = False
         start_server()
 
@@ -191,7 +190,7 @@ class WorkerReader(Reader):
                 self.own.worker = start_server().fork(self.reading, self.memory.descriptor)
             except OSError as error:
                 raise UserError(f"no process for decoding can be started: {error}") from None
-            self.workers.add(self.own.worker)
+            self.workers.append(self.own.worker)
             if self.closed:  # by another thread, which has not seen this worker
                 self.own.worker.close()
         return self.own.worker

@@ -340,6 +340,36 @@ def test_dali_and_pyav_share_the_clips(videos, device):
     assert 0 < sum(by_pyav) < len(by_pyav)
 
 
+def test_a_lane_that_is_slower_than_a_core_is_closed(videos, monkeypatch, caplog):
+    """The clips are then PyAV's, and none is lost or replaced."""
+    monkeypatch.setattr(dali.Lane, "is_slower_than", lambda lane, core: lane.started and len(lane.seconds) == 1)
+    names = ["vp9.webm", "vp8.webm", "mjpeg.avi"]
+    ours, reference = take(with_dali(videos, names, lanes=1), 16), take(with_pyav(videos, names), 16)
+    assert sum("an NVDEC lane is closed" in line for line in caplog.messages) == 1
+    differing = 0
+    for a, b in zip(ours, reference, strict=True):
+        assert torch.equal(a.clip, b.clip) and not a.skipped and levels(a, b).mean() <= MEAN_LEVELS
+        differing += int(levels(a, b).flatten(1).amax(1).gt(0).sum())
+    assert differing == 2  # those that the lane decoded
+
+
+def test_a_lane_is_judged_by_medians_of_enough_clips():
+    lane = dali.Lane(CPU)
+    lane.seconds.extend([0.1] * (dali.JUDGED_CLIPS - 1))
+    assert not lane.is_slower_than([0.01] * dali.JUDGED_CLIPS)
+    lane.seconds.append(9.0)
+    assert lane.is_slower_than([0.09] * dali.JUDGED_CLIPS) and not lane.is_slower_than([0.11] * dali.JUDGED_CLIPS)
+    assert not lane.is_slower_than([0.01] * (dali.JUDGED_CLIPS - 1))
+
+
+@pytest.mark.parametrize("size, refused", [((48, 64), False), ((48, 66), True), ((50, 64), True)])
+def test_nvdec_shares_only_files_for_which_it_needs_no_new_decoder(tmp_path, size, refused):
+    path = encode(tmp_path / "some.mp4", "libx264", 8, size=size)
+    with VideoFile(str(path)) as file:
+        assert find_obstacle(file, "cuda") is None
+        assert ("multiples of 16" in (find_obstacle(file, "cuda", reusing=True) or "")) == refused
+
+
 @pytest.mark.parametrize("decoder, device, training, expected", [
     ("auto", "cuda", True, "shared"),
     ("auto", "cuda", False, "pyav"),
