@@ -49,6 +49,15 @@ def rotate(x: Tensor, rotary: Rotary | None) -> Tensor:
     return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1).to(x.dtype)
 
 
+def split_heads(projected: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
+    """`b n (parts a k)` to `parts` views `b n a k`.
+
+    The parts are split where they lie. Moving them to the front first would make the backward pass write their
+    gradients part by part, and copy them back to the layout of the projection.
+    """
+    return rearrange(projected, "b n (parts a k) -> b n parts a k", parts=parts, a=num_heads).unbind(2)
+
+
 def sine_table(coordinates: Tensor, dim: int) -> Tensor:
     """Fixed sine and cosine features of (t, h, w), [n, d]: a third of the channels for each axis, zero in the rest."""
     count = dim // 6
@@ -98,9 +107,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
         """b n d -> b n d."""
-        query, key, value = rearrange(
-            self.query_key_value(x), "b n (three a k) -> three b n a k", three=3, a=self.num_heads
-        ).unbind()
+        query, key, value = split_heads(self.query_key_value(x), 3, self.num_heads)
         mixed = attention(rotate(query, rotary), rotate(key, rotary), value)
         return self.out(rearrange(mixed, "b n a k -> b n (a k)"))
 
@@ -132,9 +139,7 @@ class KeysValues(nn.Module):
 
     def forward(self, context: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
         """context tokens `b m d` -> keys and values, `b m a k` each, keys rotated."""
-        key, value = rearrange(
-            self.key_value(context), "b m (two a k) -> two b m a k", two=2, a=self.num_heads
-        ).unbind()
+        key, value = split_heads(self.key_value(context), 2, self.num_heads)
         return rotate(key, rotary), value
 
 

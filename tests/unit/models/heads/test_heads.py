@@ -6,13 +6,14 @@ import pytest
 import torch
 from small_heads import GEOMETRY, forward_and_backward, inputs, perturbed, small
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flperf.config import Model
 from flperf.engine.optimizer import is_decayed
 from flperf.errors import UserError
 from flperf.models.flops import count_parameters
 from flperf.models.heads import HEADS, build_head
-from flperf.models.heads.layers import rotary_table, rotate, token_coordinates
+from flperf.models.heads.layers import KeysValues, SelfAttention, rotary_table, rotate, token_coordinates
 from flperf.models.latents import LatentGeometry
 
 
@@ -82,6 +83,25 @@ def test_blocks_compile_to_one_graph_each_and_agree_with_eager(name, graphs_only
     assert not counters["graph_break"]
     for (key, a), b in zip(eager.named_parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4, msg=key)
+
+
+class Clones(TorchDispatchMode):
+    """Counts the tensors that are copied to another layout."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operator, types, arguments=(), named=None):
+        self.count += operator is torch.ops.aten.clone.default
+        return operator(*arguments, **(named or {}))
+
+
+@pytest.mark.parametrize("projection", [SelfAttention, KeysValues])
+def test_the_parts_of_a_projection_are_not_copied_to_another_layout(projection):
+    layer, tokens = projection(32, 2), torch.randn(2, 5, 32, requires_grad=True)
+    with Clones() as clones:
+        outputs = layer(tokens, rotary_table(torch.arange(15).view(5, 3), 16))
+        sum(output.square().sum() for output in outputs).backward()
+    assert clones.count == 0
 
 
 def test_a_dit_gives_a_sampler_the_velocity_of_its_forward_pass():
