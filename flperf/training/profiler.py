@@ -1,4 +1,5 @@
-"""`--profile`: shows where the time of a step goes, as a table and as a trace for Perfetto or chrome://tracing.
+"""`--profile`: shows where the time of a step goes, as a table and as a trace for Perfetto or chrome://tracing, and on
+CUDA where its memory goes, as a snapshot for https://pytorch.org/memory_viz.
 
 Stages are timed as in every run (on CUDA by events). Copies, collectives and idle time come from PyTorch's profiler,
 which records a few steps after the first ones have compiled.
@@ -9,11 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import cuda
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from flperf.engine.process import Process
+from flperf.errors import first_line
 from flperf.training.timing import StageTimer
 
 WAIT, WARM_UP, RECORDED = 3, 1, 5  # steps
@@ -27,6 +30,7 @@ STAGES = {
 }
 COLLECTIVES = ("nccl", "gloo:", "c10d::")
 COPIES = ("Memcpy HtoD",)
+ALLOCATIONS = 200_000  # at most this many are recorded; each takes about a kilobyte of the snapshot
 
 
 class StepProfile:
@@ -35,6 +39,7 @@ class StepProfile:
     def __init__(self, folder: Path, process: Process):
         self.folder, self.process, self.timer = folder, process, StageTimer(process.device)
         self.table, self.steps = "", 0
+        self.memory = MemorySnapshot(folder / "memory.pickle") if process.is_main and self.timer.on_gpu else None
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (process.device.type == "cuda")
         steps = schedule(wait=WAIT, warmup=WARM_UP, active=RECORDED, repeat=1)
         self.profiler = profile(activities=activities, schedule=steps, on_trace_ready=self._write, acc_events=True)
@@ -45,6 +50,8 @@ class StepProfile:
 
     def __exit__(self, *error) -> None:
         self.profiler.__exit__(*error)
+        if self.memory:
+            self.memory.stop()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -57,6 +64,8 @@ class StepProfile:
         self.steps += 1
         if self.steps == WAIT + WARM_UP:
             self.timer.spans.clear()
+            if self.memory:
+                self.memory.start()
         self.profiler.step()  # calls `_write` after the last recorded step
         return self.steps == PROFILED_STEPS
 
@@ -66,6 +75,40 @@ class StepProfile:
             self.folder.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(self.folder / "trace.json.gz"))
             (self.folder / "table.txt").write_text(self.table + "\n")
+        if self.memory and (problem := self.memory.write()):
+            self.table += f"\n{problem}"
+
+
+class MemorySnapshot:
+    """Every allocation on the GPU from `start` to `write`, with the line of Python that made it. A run does not end
+    where recording fails."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.problem = ""
+
+    def start(self) -> None:
+        try:
+            cuda.memory._record_memory_history(max_entries=ALLOCATIONS, stacks="python")
+        except RuntimeError as error:
+            self.problem = f"no memory snapshot: {first_line(error)}"
+
+    def write(self) -> str:
+        """Write the snapshot and stop. Returns a line for the user if there is none, else an empty text."""
+        try:
+            if not self.problem:
+                cuda.memory._dump_snapshot(str(self.file))
+        except (RuntimeError, OSError) as error:
+            self.file.unlink(missing_ok=True)  # half a snapshot can't be opened
+            self.problem = f"no memory snapshot: {first_line(error)}"
+        self.stop()
+        return self.problem
+
+    def stop(self) -> None:
+        try:
+            cuda.memory._record_memory_history(enabled=None)
+        except RuntimeError as error:
+            self.problem = self.problem or f"memory is still recorded: {first_line(error)}"
 
 
 def stage_table(stages: dict[str, float], events: Iterable[FunctionEvent], on_gpu: bool) -> str:
