@@ -49,6 +49,22 @@ def skip_overflow_check(engine: DeepSpeedEngine) -> None:
     engine.optimizer.check_overflow = lambda partition_gradients: None
 
 
+def measure_gradients_together(engine: DeepSpeedEngine) -> None:
+    """ZeRO 1 and 2 convert each gradient tensor to fp64 and take its norm, several kernels for each. Here one operation
+    reads all of a group in their own dtype, and sums in fp32."""
+    zero = engine.optimizer
+
+    def norm(gradients: list[Tensor], parameters: list[nn.Parameter]) -> Tensor:
+        """The norm over all processes; -1, by which DeepSpeed knows it, if that is not finite."""
+        held = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+        norms = torch._foreach_norm(held, 2, dtype=torch.float32) if held else [torch.zeros((), device=engine.device)]
+        squares = torch.stack(norms).square().sum()
+        deepspeed.comm.all_reduce(squares, group=zero.dp_process_group)
+        return torch.where(squares.isfinite(), squares.sqrt(), -1.0)
+
+    zero.get_grad_norm_direct = norm
+
+
 def link_optimizer_states(engine: DeepSpeedEngine) -> None:
     """Let `deepspeed.utils.safe_get_full_optimizer_state` find the states of all parameters. DeepSpeed links them once,
     after the first step of the first parameter group, when the other groups have no states yet."""

@@ -17,6 +17,7 @@ from flperf.data.samplers import BatchShare
 from flperf.engine.deepspeed_internals import (
     inner_optimizer,
     link_optimizer_states,
+    measure_gradients_together,
     skip_overflow_check,
     unsharded_masters,
 )
@@ -80,6 +81,7 @@ def build_engine(
         state["step"].zero_()
     if config.engine.zero_stage in (1, 2):
         skip_overflow_check(engine)
+        measure_gradients_together(engine)
     return engine
 
 

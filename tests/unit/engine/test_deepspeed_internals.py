@@ -4,13 +4,15 @@ import ast
 import tomllib
 from collections.abc import Iterator
 from dataclasses import fields
+from types import SimpleNamespace
 
 import deepspeed
 import pytest
+import torch
 from runs import ROOT
 
 from flperf.config import Engine
-from flperf.engine.deepspeed_internals import KNOWN_VERSION, require_known_version
+from flperf.engine.deepspeed_internals import KNOWN_VERSION, measure_gradients_together, require_known_version
 from flperf.errors import UserError
 
 # The public interface of `DeepSpeedEngine` that flperf uses. The wrapped optimizer is not part of it.
@@ -60,3 +62,20 @@ def test_nothing_else_reaches_into_an_engine():
             assert not [name for name in (".ds_", "._hp_", "__compatible_ops__") if name in source], path
     assert used - configured <= PUBLIC
     assert used >= {"backward", "zero_optimization_stage", "zero_stage"}  # the walk finds both kinds of engine
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("worst", [1.0, float("inf"), float("nan")])
+def test_the_norm_of_gradients(dtype, worst, monkeypatch):
+    """That of two processes with equal gradients, without DeepSpeed's padding; -1 if it is not finite."""
+    monkeypatch.setattr(deepspeed.comm, "all_reduce", lambda squares, group: squares.mul_(2))
+    engine = SimpleNamespace(device="cpu", optimizer=SimpleNamespace(dp_process_group=None))
+    measure_gradients_together(engine)
+    gradients, pad = [torch.randn(*shape).to(dtype) for shape in ((300, 70), (5,), ())], torch.ones(3, dtype=dtype)
+    gradients[1][2] = worst
+    pad._zero_padding = True
+    norm = engine.optimizer.get_grad_norm_direct([*gradients, pad], [])
+    flat = torch.cat([gradient.double().flatten() for gradient in gradients])
+    expected = (2 * flat.square().sum()).sqrt() if flat.isfinite().all() else torch.tensor(-1.0)
+    torch.testing.assert_close(norm, expected.float())
+    assert engine.optimizer.get_grad_norm_direct([pad], []) == 0
