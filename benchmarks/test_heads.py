@@ -3,8 +3,8 @@ the backward pass.
 
     python -m pytest benchmarks/test_heads.py
 
-Forward and backward count as three times the FLOPs of forward. Activation checkpointing and the DiT's fused adaLN are
-timed against the same head without them.
+Forward and backward count as three times the FLOPs of forward. Activation checkpointing and the fused
+backward passes are timed against the same head without them.
 """
 
 from collections.abc import Callable
@@ -67,20 +67,26 @@ def test_head(benchmark, record, geometry, name, what):
     record(of(ours), "clips", BATCH, flops=flops, dtype=DTYPE, beside=beside)
 
 
-def against_itself(record, geometry: LatentGeometry, without: str, override: str) -> None:
-    ours, other = Pass("dit", geometry, DTYPE, True, override), Pass("dit", geometry, DTYPE, True)
-    flops = 3 * BATCH * head_flops(other.head, geometry, True)
-    record(ours.forward_backward, "clips", BATCH, flops=flops, dtype=DTYPE, beside={without: other.forward_backward})
+def against_itself(
+    record, geometry: LatentGeometry, name: str, beside: str, override: str = "", instead: str = ""
+) -> None:
+    """The head with an override, beside one with another instead."""
+    ours, other = (
+        Pass(name, geometry, DTYPE, True, *([changed] if changed else [])) for changed in (override, instead)
+    )
+    flops = 3 * BATCH * head_flops(other.head, geometry, name == "dit")
+    record(ours.forward_backward, "clips", BATCH, flops=flops, dtype=DTYPE, beside={beside: other.forward_backward})
 
 
 @pytest.mark.benchmark(group="DiT with activation checkpointing")
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_checkpointed(record, geometry, mode):
     """Recomputation does not count as FLOPs."""
-    against_itself(record, geometry, "all activations kept", f"model.activation_checkpointing={mode}")
+    against_itself(record, geometry, "dit", "all activations kept", f"model.activation_checkpointing={mode}")
 
 
-@pytest.mark.skipif(not ON_GPU, reason="the fused adaLN is a Triton kernel; on a CPU its PyTorch reference runs")
-@pytest.mark.benchmark(group="DiT with fused adaLN")
-def test_fused_adaln(record, geometry):
-    against_itself(record, geometry, "adaLN left to Inductor", "model.fused_adaln=true")
+@pytest.mark.skipif(not ON_GPU, reason="on a CPU the fused backward passes are not used")
+@pytest.mark.benchmark(group="fused backward passes")
+@pytest.mark.parametrize("name", HEADS)
+def test_fused_kernels(record, geometry, name):
+    against_itself(record, geometry, name, "all left to Inductor", instead="model.fused_kernels=false")

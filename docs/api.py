@@ -23,6 +23,7 @@ MODULES = [
     "flperf.models.backbones",
     "flperf.models.heads",
     "flperf.models.heads.layers",
+    "flperf.models.heads.positions",
     "flperf.objectives.build",
     "flperf.objectives.regression",
     "flperf.objectives.flow_matching",
@@ -31,7 +32,8 @@ MODULES = [
     "flperf.evaluation.visualise",
     "flperf_kernels.flow_matching",
     "flperf_kernels.flow_matching_reference",
-    "flperf_kernels.adaln",
+    "flperf_kernels.residual_norm",
+    "flperf_kernels.bias_gradients",
     "flperf_kernels.philox",
 ]
 PROPERTIES = (property, cached_property)

@@ -21,6 +21,8 @@ from flperf.config.schema import Config
 from flperf.config.validate import check_values
 from flperf.errors import UserError, first_line
 
+RETIRED = ("model", "fused_adaln")  # configurations that earlier runs wrote have this key, which did not change results
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file with all that it inherits, apply `section.key=value` overrides, and check every key and value.
@@ -91,6 +93,9 @@ def _parse_override(override: str) -> dict:
 
 
 def _merge(tree: DictConfig, layer: dict, source: str, prefix: str = "") -> DictConfig:
+    section, key = RETIRED
+    if not prefix and isinstance(layer.get(section), dict):
+        layer = layer | {section: {name: value for name, value in layer[section].items() if name != key}}
     _check_keys(tree, layer, source, prefix)
     convert_booleans(layer)
     try:

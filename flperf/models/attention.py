@@ -40,6 +40,15 @@ if XFORMERS:
     from xformers.ops import memory_efficient_attention
 
 
+def split_heads(projected: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
+    """`b n (parts a k)` to `parts` views `b n a k`.
+
+    The parts are split where they lie. Moving them to the front first would make the backward pass write their
+    gradients part by part, and copy them back to the layout of the projection.
+    """
+    return rearrange(projected, "b n (parts a k) -> b n parts a k", parts=parts, a=num_heads).unbind(2)
+
+
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(k)) v for `b n a k` tensors."""
     if query.is_cuda and _takes(query.shape[-1], query.dtype):

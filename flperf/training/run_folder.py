@@ -39,7 +39,8 @@ FREE_KEYS = {
     "trainer.stop_after",
     "trainer.max_skipped_updates",
     "model.activation_checkpointing",
-    "model.fused_adaln",
+    "model.fused_kernels",
+    "model.fused_adaln",  # of earlier runs
 }
 
 START_OVER = "set name=... for a new run, or --overwrite to rename the old one and start over"

@@ -1,4 +1,4 @@
-"""Activation checkpointing on a GPU."""
+"""Heads on a GPU: the fused backward passes, and activation checkpointing."""
 
 from dataclasses import replace
 from functools import partial
@@ -7,7 +7,24 @@ import pytest
 import torch
 from small_heads import GEOMETRY, forward_and_backward, inputs, small
 
-from flperf.models.heads import build_head
+from flperf.models.heads import HEADS, build_head
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", HEADS)
+def test_the_fused_backward_passes_give_the_same_gradients(name, compiled):
+    gradients = {}
+    for fused in (False, True):
+        torch._dynamo.reset()
+        head = build_head(small(name, fused_kernels=fused), GEOMETRY, seed=0, compile=compiled).to("cuda")
+        with torch.no_grad():
+            torch.manual_seed(2)
+            for parameter in head.parameters():
+                parameter.add_(0.2 * torch.randn(parameter.shape).cuda())
+        forward_and_backward(head, [x.cuda() for x in inputs(name)])
+        gradients[fused] = [parameter.grad for parameter in head.parameters()]
+    for ours, plain in zip(gradients[True], gradients[False], strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-5 + 1e-3 * float(plain.abs().max()))
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

@@ -1,15 +1,13 @@
 """The Triton kernels on a GPU."""
 
-import itertools
-
+import fused_inputs
 import pytest
 import torch
-from adaln_inputs import DTYPES, differentiated, inputs
-from adaln_inputs import SIZES as ADALN_SIZES
-from adaln_inputs import assert_as_good_as_plain as assert_adaln
 from flow_matching_inputs import SEED, SIZES, VARIANTS, batch, exact, plain, run_kernels
-from flperf_kernels import adaln, philox
+from flperf_kernels import philox
+from flperf_kernels.bias_gradients import gelu_backward, heads_backward
 from flperf_kernels.flow_matching import flow_matching_loss, flow_matching_noise
+from flperf_kernels.residual_norm import residual_norm_backward
 
 
 # The mean error of a single number means nothing.
@@ -25,10 +23,26 @@ def test_flow_matching(size, dtype, per_channel, norm, loss, weighted):
         assert error.mean() <= 2 * (pytorch - best).abs().mean() + 1e-5 * best.abs().mean()
 
 
-@pytest.mark.parametrize(("size", "dtype"), list(itertools.product(ADALN_SIZES, DTYPES)), ids=str)
-def test_adaln(size, dtype):
-    tensors = inputs(size, dtype, "cuda")
-    assert_adaln(differentiated(adaln.residual_modulate, tensors), tensors)
+@pytest.mark.parametrize("dtype", fused_inputs.DTYPES, ids=str)
+@pytest.mark.parametrize("size", [*fused_inputs.SIZES, (2, 600, 1024)], ids=str)
+@pytest.mark.parametrize("name", fused_inputs.NORMS)
+def test_residual_norm(name, size, dtype):
+    arguments = fused_inputs.norm_arguments(name, size, dtype, "cuda")
+    fused_inputs.assert_exact(residual_norm_backward(*arguments), fused_inputs.exact_norm(*arguments), dtype)
+
+
+@pytest.mark.parametrize("dtype", fused_inputs.DTYPES, ids=str)
+@pytest.mark.parametrize("name", fused_inputs.HEADS)
+def test_heads(name, dtype):
+    arguments = fused_inputs.heads_arguments(name, dtype, "cuda")
+    fused_inputs.assert_exact(heads_backward(*arguments), fused_inputs.exact_heads(*arguments), dtype)
+
+
+@pytest.mark.parametrize("dtype", fused_inputs.DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(1, 1, 3), (3, 37, 199), (2, 900, 4096)], ids=str)
+def test_gelu(size, dtype):
+    grad, x = fused_inputs.randoms(size, size, dtype=dtype, device="cuda")
+    fused_inputs.assert_exact(gelu_backward(grad, 2 * x), fused_inputs.exact_gelu(grad, 2 * x), dtype)
 
 
 def test_philox_draws_what_the_cpu_draws():

@@ -3,15 +3,13 @@ file."""
 
 import math
 
+import fused_inputs
 import pytest
 import torch
 import triton
 import triton.language as tl
-from adaln_inputs import DTYPES, inputs
-from adaln_inputs import SIZES as ADALN_SIZES
-from adaln_inputs import assert_as_good_as_plain as assert_adaln
 from flow_matching_inputs import SIZES, VARIANTS, Batch, assert_as_good_as_plain, batch, run_kernels
-from flperf_kernels import adaln, flow_matching_triton, philox
+from flperf_kernels import bias_gradients, flow_matching_triton, philox, residual_norm
 from flperf_kernels.flow_matching_triton import loss_launch, noise_launch, scale_launch
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -147,21 +145,35 @@ def test_scale():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# adaln
+# backward passes of a head
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", ADALN_SIZES, ids=str)
-def test_adaln(size, dtype, monkeypatch):
+@pytest.mark.parametrize("dtype", fused_inputs.DTYPES, ids=str)
+@pytest.mark.parametrize("size", fused_inputs.SIZES, ids=str)
+@pytest.mark.parametrize("name", fused_inputs.NORMS)
+def test_residual_norm(name, size, dtype, monkeypatch):
     """Few programs, so that each has several rows, and the last one fewer than the others."""
-    monkeypatch.setattr(adaln, "PROGRAMS", 4)
-    x, y, gate, shift, scale, grad_out, grad_h = inputs(size, dtype)
-    out, h, grad_x, grad_y = (torch.full_like(x, math.nan) for _ in range(4))
-    adaln.forward_launch(x, y, gate, shift, scale, 1e-6, out, h).run()
-    backward = adaln.backward_launch(grad_out, grad_h, out, y, gate, scale, 1e-6, grad_x, grad_y)
-    partial = backward.arguments["partial"].fill_(math.nan)
-    backward.run()
-    assert_adaln([out, h, grad_x, grad_y, *partial.sum(1).to(dtype).unbind(1)], inputs(size, dtype))
+    monkeypatch.setattr(residual_norm, "PROGRAMS", 4)
+    arguments = fused_inputs.norm_arguments(name, size, dtype)
+    results = fused_inputs.run_norm_kernel(*arguments)
+    fused_inputs.assert_exact(results, fused_inputs.exact_norm(*arguments), dtype)
+
+
+@pytest.mark.parametrize("dtype", fused_inputs.DTYPES, ids=str)
+@pytest.mark.parametrize("name", fused_inputs.HEADS)
+def test_heads(name, dtype, monkeypatch):
+    monkeypatch.setattr(bias_gradients, "PROGRAMS", 3)
+    monkeypatch.setattr(bias_gradients, "TILE", 64)
+    arguments = fused_inputs.heads_arguments(name, dtype)
+    fused_inputs.assert_exact(fused_inputs.run_heads_kernel(*arguments), fused_inputs.exact_heads(*arguments), dtype)
+
+
+@pytest.mark.parametrize("dtype", fused_inputs.DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(1, 1, 3), (3, 37, 199), (2, 9, 1030)], ids=str)
+def test_gelu(size, dtype, monkeypatch):
+    monkeypatch.setattr(bias_gradients, "PROGRAMS", 4)
+    grad, x = fused_inputs.randoms(size, size, dtype=dtype)
+    fused_inputs.assert_exact(fused_inputs.run_gelu_kernel(grad, 2 * x), fused_inputs.exact_gelu(grad, 2 * x), dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -172,4 +184,6 @@ def test_smoke(monkeypatch):
     test_normals(37)
     test_flow_matching((1, 33, 100), torch.bfloat16, True, "layer", "smooth_l1", True)
     test_scale()
-    test_adaln((2, 5, 16), torch.bfloat16, monkeypatch)
+    test_residual_norm("gated and modulated", (2, 5, 16), torch.bfloat16, monkeypatch)
+    test_heads("keys, values", torch.bfloat16, monkeypatch)
+    test_gelu((3, 37, 199), torch.bfloat16, monkeypatch)

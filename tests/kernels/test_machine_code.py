@@ -4,8 +4,10 @@ import re
 
 import pytest
 import torch
-from flperf_kernels import adaln, philox
+from flperf_kernels import philox
+from flperf_kernels.bias_gradients import gelu_launch, heads_launches
 from flperf_kernels.flow_matching_triton import scale_launch, sum_launch
+from flperf_kernels.residual_norm import backward_launch
 
 from benchmarks import kernel_report
 from benchmarks.kernel_cases import Case, covering, every
@@ -13,12 +15,13 @@ from benchmarks.kernel_cases import Case, covering, every
 CHIPS = pytest.mark.parametrize("chip", kernel_report.CHIPS, ids=lambda chip: chip.name)
 
 
-def assert_lean(code: kernel_report.Code, occupancy: float = 0.5, wide: bool = True) -> None:
-    """No spills, local memory or atomics; one loop, with loads and stores of 128 bits; and enough resident warps."""
+def assert_lean(code: kernel_report.Code, occupancy: float = 0.5, wide: bool = True, loops: int = 1) -> None:
+    """No spills, local memory or atomics; one loop, or `loops` where the assembler may unroll it, with loads and stores
+    of 128 bits; and enough resident warps."""
     assert code.stack_bytes == 0 and code.local_bytes == 0, "registers spill"
     used = [opcode for opcode in code.setup | code.loop if opcode.startswith(("LDL", "STL", "ATOM", "RED"))]
     assert not used, f"local memory or atomics: {used}"
-    assert code.loops == 1
+    assert 1 <= code.loops <= loops
     narrow = [opcode for opcode in code.loop if opcode[:3] in ("LDG", "STG") and ".128" not in opcode]
     assert not narrow or not wide, f"tiles must move 128 bits at a time: {narrow}"
     assert code.occupancy >= occupancy
@@ -44,15 +47,27 @@ def test_every_specialisation_of_flow_matching(chip):
 @pytest.mark.parametrize(
     ("dtype", "width"), [(torch.bfloat16, 1024), (torch.bfloat16, 768), (torch.float32, 1024)], ids=str
 )
-def test_adaln(chip, dtype, width):
-    """The backward kernel needs more registers, for four tensors and three sums of a row. Rows of 768 are padded to
+def test_fused_backward_passes(chip, dtype, width):
+    """The norm with a gate needs more registers, for four tensors and four sums of a row. Rows of 768 are padded to
     1,024, and so not moved 128 bits at a time."""
-    x, gate = torch.empty(8, 4096, width, dtype=dtype, device="meta"), torch.empty(8, width, dtype=dtype, device="meta")
-    forward = adaln.forward_launch(x, x, gate, gate, gate, 1e-6, x, x)
-    backward = adaln.backward_launch(x, x, x, x, gate, gate, 1e-6, x, x)
-    for launch, occupancy in ((forward, 0.5), (backward, 0.25)):
+    meta = dict(dtype=dtype, device="meta")
+    x, gate = torch.empty(8, 4096, width, **meta), torch.empty(8, width, **meta)
+    rows, hidden = x.flatten(0, 1), torch.empty(8 * 4096, 4 * width, **meta)
+    parts, table = [x.view(8, 4096, -1, 128)] * 3, torch.empty(4096, 1, 64, device="meta")
+    launches = {
+        "gated norm": (backward_launch(x, x, x, x, gate, gate, 1.0, 1e-6, x, x), 0.25),
+        "norm": (backward_launch(x, x, x, None, None, gate[:1], 0.0, 1e-6, x, None), 0.25),
+        "gate": (backward_launch(x, None, None, x, gate, None, 0.0, 0.0, None, x), 0.5),
+        "gelu": (gelu_launch(hidden, hidden, hidden), 0.5),
+    }
+    heads, _ = heads_launches(parts, table, table, 2, torch.empty(len(rows), 3 * width, **meta))
+    launches |= {"rotated": (heads[0], 0.5), "not rotated": (heads[2], 0.5)}
+    for name, (launch, occupancy) in launches.items():
         code = kernel_report.disassemble(kernel_report.specialise(launch, chip.capability), chip.capability)
-        assert_lean(code, occupancy, wide=width == 1024)
+        try:
+            assert_lean(code, occupancy, wide=width == 1024, loops=2)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}; {code}") from error
 
 
 @CHIPS

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flperf.config import Backbone
 from flperf.errors import UserError
-from flperf.models.attention import attention
+from flperf.models.attention import attention, split_heads
 from flperf.models.backbones.pretrained import load_transformer
 from flperf.models.backbones.tubelets import TubeletEmbedding
 
@@ -71,9 +71,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         """b n d -> b n d; cosine, sine: [n, 1, k]."""
-        query, key, value = rearrange(
-            self.query_key_value(self.norm1(x)), "b n (three a k) -> three b n a k", three=3, a=self.num_heads
-        ).unbind()
+        query, key, value = split_heads(self.query_key_value(self.norm1(x)), 3, self.num_heads)
         mixed = attention(rotate(query, cosine, sine), rotate(key, cosine, sine), value)
         x = x + self.out(rearrange(mixed, "b n a k -> b n (a k)"))
         return x + self.mlp(self.norm2(x))

@@ -12,6 +12,7 @@ from flperf.models.activation_checkpointing import recompute_in_backward
 from flperf.models.compile import compile_forward
 from flperf.models.heads.cross_attention import CrossAttentionPredictor
 from flperf.models.heads.dit import DiT
+from flperf.models.heads.fused import Fusable
 from flperf.models.heads.layers import Block, KeysValues
 from flperf.models.heads.predictor import Predictor
 from flperf.models.latents import LatentGeometry
@@ -28,6 +29,9 @@ def build_head(model: Model, geometry: LatentGeometry, *, seed: int, compile: bo
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = HEADS[model.head](model, geometry)
+    for module in head.modules():
+        if isinstance(module, Fusable):
+            module.fused = model.fused_kernels
     for kind in REPEATED:
         modules = [module for module in head.modules() if isinstance(module, kind)]
         for number, module in enumerate(modules, start=1):

@@ -7,7 +7,8 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from flperf.config import Model
-from flperf.models.heads.layers import Block, ContextEmbedding, KeysValues, Positions, initialise, learned_token
+from flperf.models.heads.layers import Block, ContextEmbedding, KeysValues, initialise, learned_token
+from flperf.models.heads.positions import Positions
 from flperf.models.latents import LatentGeometry
 
 

@@ -9,7 +9,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flperf.config import Model
-from flperf.models.heads.layers import Block, ContextEmbedding, KeysValues, Positions, TauEmbedding, initialise
+from flperf.models.heads.layers import Block, ContextEmbedding, KeysValues, TauEmbedding, initialise
+from flperf.models.heads.positions import Positions
 from flperf.models.latents import LatentGeometry
 
 Memory = list[tuple[Tensor, Tensor]]
@@ -27,14 +28,7 @@ class DiT(nn.Module):
         self.tau = TauEmbedding(model.hidden_dim)
         self.memory = nn.ModuleList(KeysValues(model.hidden_dim, model.num_heads) for _ in range(model.depth))
         self.blocks = nn.ModuleList(
-            Block(
-                model.hidden_dim,
-                model.num_heads,
-                model.mlp_ratio,
-                cross_attention=True,
-                modulated=True,
-                fused=model.fused_adaln,
-            )
+            Block(model.hidden_dim, model.num_heads, model.mlp_ratio, cross_attention=True, modulated=True)
             for _ in range(model.depth)
         )
         self.norm = nn.LayerNorm(model.hidden_dim, eps=1e-6, elementwise_affine=False)

@@ -6,7 +6,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flperf.config import Model
-from flperf.models.heads.layers import Block, ContextEmbedding, Positions, expand_token, initialise, learned_token
+from flperf.models.heads.layers import Block, ContextEmbedding, expand_token, initialise, learned_token
+from flperf.models.heads.positions import Positions
 from flperf.models.latents import LatentGeometry
 
 

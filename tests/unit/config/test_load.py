@@ -36,6 +36,12 @@ def test_small_configurations_need_no_download(path):
     assert load_config(CONFIGS / path).backbone.weights is None
 
 
+def test_a_configuration_that_an_earlier_version_wrote_loads():
+    config = load_config(CONFIGS / "demo.yaml")
+    earlier = dump_config(config).replace("fused_kernels: true", "fused_adaln: false")
+    assert "fused_adaln" in earlier and parse_config(earlier, "config.yaml") == config
+
+
 def test_inheritance_merges_mappings_replaces_lists_and_own_keys_win(write):
     write("first.yaml", "inherits: [base.yaml]\nmodel: {depth: 3}\nbackbone: {architecture: {a: 1, b: 1}}\n")
     write("sub/second.yaml", "trainer: {betas: [0.5, 0.6]}\nmodel: {depth: 4}\nbackbone: {architecture: {b: 2}}\n")

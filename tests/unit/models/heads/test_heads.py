@@ -13,7 +13,8 @@ from flperf.engine.optimizer import is_decayed
 from flperf.errors import UserError
 from flperf.models.flops import count_parameters
 from flperf.models.heads import HEADS, build_head
-from flperf.models.heads.layers import KeysValues, SelfAttention, rotary_table, rotate, token_coordinates
+from flperf.models.heads.layers import HeadProjection
+from flperf.models.heads.positions import rotary_table, rotate, token_coordinates
 from flperf.models.latents import LatentGeometry
 
 
@@ -95,9 +96,9 @@ class Clones(TorchDispatchMode):
         return operator(*arguments, **(named or {}))
 
 
-@pytest.mark.parametrize("projection", [SelfAttention, KeysValues])
-def test_the_parts_of_a_projection_are_not_copied_to_another_layout(projection):
-    layer, tokens = projection(32, 2), torch.randn(2, 5, 32, requires_grad=True)
+@pytest.mark.parametrize("parts", [2, 3])
+def test_the_parts_of_a_projection_are_not_copied_to_another_layout(parts):
+    layer, tokens = HeadProjection(32, 2, parts=parts, rotated=1), torch.randn(2, 5, 32, requires_grad=True)
     with Clones() as clones:
         outputs = layer(tokens, rotary_table(torch.arange(15).view(5, 3), 16))
         sum(output.square().sum() for output in outputs).backward()
