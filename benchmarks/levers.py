@@ -24,6 +24,7 @@ from benchmarks import sizes
 from benchmarks.recording import seconds_of
 from benchmarks.training_step import OurStep, configuration
 from benchmarks.usual_way import TransformersVJEPA2
+from flperf.engine import engine
 from flperf.models import backbones
 
 ROUNDS, BATCH = 7, 4
@@ -60,6 +61,11 @@ def unfused_adamw(build: Build) -> OurStep:
     return step
 
 
+def deepspeeds_norm(build: Build) -> OurStep:
+    with patch.object(engine, "measure_gradients_together", lambda built: None):
+        return build()
+
+
 def compiled_with(build: Build, **options: object) -> OurStep:
     with inductor(**options):
         step = build()
@@ -77,6 +83,15 @@ VARIANTS: dict[str, Callable[[Build], OurStep]] = {
     "ZeRO 0": lambda build: build("engine.zero_stage=0"),
     "frozen encoder weights (inductor's freezing)": lambda build: compiled_with(build, freezing=True),
     "max_autotune": lambda build: compiled_with(build, max_autotune=True),
+    # Products by Triton where that is faster, with what follows as their epilogue; on a GPU.
+    "products tuned (Triton with TMA, or cuBLAS)": lambda build: compiled_with(
+        build,
+        max_autotune_gemm=True,
+        max_autotune_gemm_backends="ATEN,TRITON",
+        triton__enable_persistent_tma_matmul=True,
+    ),
+    "backward passes left to Inductor": lambda build: build("model.fused_kernels=false"),
+    "DeepSpeed's norm of gradients": deepspeeds_norm,
     "one thread": lambda build: compiled_with(build, cpp__threads=1),
     "selective checkpointing": lambda build: build("model.activation_checkpointing=selective"),
     "batch 8": lambda build: build(f"trainer.batch_size={2 * BATCH}"),

@@ -1,15 +1,16 @@
 """The usual way to train a head on a frozen encoder, as FutureLatents does it. Whole training steps are compared with
 it.
 
-It uses transformers' own backbone and flperf's head modules, and compiles nothing. Pixels are normalised in fp32, as
-by the Hugging Face processor, and the whole clip is encoded at once. Weights are fp32, with or without bf16 autocast.
-The optimizer is PyTorch's AdamW with its defaults, and the loss is read at every step. Cached latents are read with
-`torch.load`, one file per clip, in a DataLoader.
+It uses transformers' own backbone and flperf's head modules without fused kernels, and compiles nothing. Pixels are
+normalised in fp32, as by the Hugging Face processor, and the whole clip is encoded at once. Weights are fp32, with or
+without bf16 autocast. The optimizer is PyTorch's AdamW with its defaults, and the loss is read at every step. Cached
+latents are read with `torch.load`, one file per clip, in a DataLoader.
 """
 
 import csv
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -58,7 +59,8 @@ class UsualStep:
         self.encoder = (
             TransformersVJEPA2(config.backbone, self.preprocessing.size).to(device).requires_grad_(False).eval()
         )
-        self.head = build_head(config.model, geometry, seed=config.seed, compile=False).to(device)
+        plain = replace(config.model, fused_kernels=False)
+        self.head = build_head(plain, geometry, seed=config.seed, compile=False).to(device)
         self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=config.trainer.learning_rate)
 
     def __call__(self) -> float:
