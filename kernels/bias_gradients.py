@@ -126,7 +126,7 @@ def _(grad, x):
 
 
 @gelu_backward.register_kernel("cuda")
-def _(grad, x):
+def gelu_on_cuda(grad, x):
     grad, x = grad.contiguous(), x.contiguous()
     out = torch.empty_like(x)
     if not x.numel():
@@ -159,7 +159,7 @@ def _(grads, cosine, sine, rotated):
 
 
 @heads_backward.register_kernel("cuda")
-def _(grads, cosine, sine, rotated):
+def heads_on_cuda(grads, cosine, sine, rotated):
     b, n, a, k = grads[0].shape
     out = grads[0].new_empty(b, n, len(grads) * a * k)
     if not out.numel():

@@ -156,7 +156,7 @@ def _(grad_out, grad_h, out, y, gate, scale, one, eps):
 
 
 @residual_norm_backward.register_kernel("cuda")
-def _(grad_out, grad_h, out, y, gate, scale, one, eps):
+def on_cuda(grad_out, grad_h, out, y, gate, scale, one, eps):
     norm, gated = out is not None, gate is not None
     grad_h, out, y, gate, scale = (x if x is None else x.contiguous() for x in (grad_h, out, y, gate, scale))
     grad_out = grad_out.contiguous()

@@ -176,6 +176,27 @@ def test_gelu(size, dtype, monkeypatch):
     fused_inputs.assert_exact(fused_inputs.run_gelu_kernel(grad, 2 * x), fused_inputs.exact_gelu(grad, 2 * x), dtype)
 
 
+@pytest.mark.parametrize("name", fused_inputs.NORMS)
+def test_residual_norm_as_called(name):
+    arguments = fused_inputs.norm_arguments(name, (3, 37, 199), torch.bfloat16)
+    arguments[0] = arguments[0].transpose(1, 2).contiguous().transpose(1, 2)
+    fused_inputs.assert_exact(residual_norm.on_cuda(*arguments), fused_inputs.exact_norm(*arguments), torch.bfloat16)
+    empty = [x[:, :0] if isinstance(x, torch.Tensor) and x.dim() == 3 else x for x in arguments]
+    expected = residual_norm.residual_norm_backward(*empty)
+    assert all(torch.equal(a, b) for a, b in zip(residual_norm.on_cuda(*empty), expected, strict=True))
+
+
+def test_bias_gradients_as_called():
+    for name in fused_inputs.HEADS:
+        arguments = fused_inputs.heads_arguments(name, torch.bfloat16)
+        results = bias_gradients.heads_on_cuda(*arguments)
+        fused_inputs.assert_exact(results, fused_inputs.exact_heads(*arguments), torch.bfloat16)
+    grad, x = fused_inputs.randoms((5, 3, 40), (5, 3, 40), dtype=torch.bfloat16)
+    results = bias_gradients.gelu_on_cuda(grad.transpose(0, 1), x.transpose(0, 1))
+    expected = fused_inputs.exact_gelu(grad.transpose(0, 1), x.transpose(0, 1))
+    fused_inputs.assert_exact(results, expected, torch.bfloat16)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # one case of each kernel
 
