@@ -102,15 +102,17 @@ PROCESSORS = {  # the dtype that frames are resized in; torchvision's processors
 
 def processed(frames: Tensor, preprocessing: Preprocessing, dtype: torch.dtype) -> Tensor:
     """Uint8 frames `f h w c` to normalised fp32 `f c h w`, in the steps of the Hugging Face processor, each over whole
-    frames; resized in `dtype`."""
+    frames; resized in `dtype`. The processor, too, scales mean and standard deviation instead of the pixels."""
     geometry = preprocessing.geometry(*frames.shape[1:3])
     resized = F.interpolate(frames.permute(0, 3, 1, 2).to(dtype), geometry.resized, mode="bilinear", antialias=True)
     if dtype.is_floating_point:
         resized = resized.round().clamp(0, 255)
     (top, left), (height, width) = geometry.offset, preprocessing.size
-    cropped = resized[:, :, top : top + height, left : left + width] * preprocessing.rescale
-    mean, std = (torch.tensor(x)[:, None, None] for x in (preprocessing.mean, preprocessing.std))
-    return (cropped - mean) / std
+    cropped = resized[:, :, top : top + height, left : left + width].float()
+    mean, std = (
+        torch.tensor(x)[:, None, None] / preprocessing.rescale for x in (preprocessing.mean, preprocessing.std)
+    )
+    return cropped.sub(mean).div_(std)
 
 
 class LatentFiles(torch.utils.data.Dataset):
