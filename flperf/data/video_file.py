@@ -39,7 +39,7 @@ CONTRADICTION = "presentation times contradict the decoder"
 KEYED_CODECS = (
     *("h264", "hevc", "vvc", "vp8", "vp9", "av1", "theora", "vp6", "vp6f", "mpeg1video", "mpeg2video", "mpeg4"),
     *("msmpeg4v1", "msmpeg4v2", "msmpeg4v3", "wmv1", "wmv2", "wmv3", "vc1", "h263", "flv1"),
-    *("rv10", "rv20", "rv30", "rv40"),
+    *("rv10", "rv20", "rv30", "rv40", "ffv1", "cinepak", "zmbv", "snow"),
 )
 
 

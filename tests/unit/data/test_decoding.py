@@ -97,6 +97,26 @@ def test_windows_are_those_of_decoding_from_the_start(tmp_path, codec, extension
     assert check(path, expected) == 0
 
 
+@pytest.mark.parametrize(("codec", "extension", "pixels"), [
+    ("ffv1", "mkv", "yuv420p"), ("cinepak", "avi", "rgb24"), ("zmbv", "avi", "bgr0"), ("snow", "avi", "yuv420p"),
+])  # fmt: skip
+def test_windows_of_rare_codecs_begin_at_key_frames(tmp_path, codec, extension, pixels):
+    """Each frame but key frames builds on the one before."""
+    path = tmp_path / f"video.{extension}"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options={"g": "12", "strict": "-2"})
+        stream.height, stream.width, stream.pix_fmt = 64, 96, pixels
+        for index in range(48):
+            if index % 9 == 0:
+                image = picture(index)
+            image[8:24, index : index + 6] = 5 * index  # the rest stays
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format=pixels)))
+        container.mux(stream.encode(None))
+    with VideoFile(str(path)) as file:
+        assert file.timeline.is_entry[1:].any()
+    assert check(path, decoded(path)) == 0
+
+
 @pytest.mark.parametrize("extension", ["mp4", "avi"])
 @pytest.mark.parametrize("options", [
     {"bf": "0"},
