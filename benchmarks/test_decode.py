@@ -35,7 +35,7 @@ from flperf.data.loader import Reader, load_batches
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.samplers import ClipRequest, FrameSampling, TrainingSampler
 from flperf.data.videos import NVDEC_LANES
-from flperf.data.worker_process import Reading
+from flperf.data.worker_messages import Reading
 from flperf.data.workers import WorkerReader
 from flperf.models.encoder import PixelNormalisation
 

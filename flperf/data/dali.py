@@ -36,7 +36,7 @@ from flperf.data.preprocessing import Preprocessing
 from flperf.data.pyav import frames_of, in_order, opened
 from flperf.data.samplers import ClipRequest
 from flperf.data.unreadable import Reasons
-from flperf.data.worker_process import Answer, Reading
+from flperf.data.worker_messages import Answer, Reading
 from flperf.data.workers import WorkerReader
 
 logger = logging.getLogger(__name__)

@@ -13,14 +13,13 @@ from flperf.config import Config
 from flperf.config import Dataset as DatasetConfig
 from flperf.data.annotations import CLIPS_FILE, LABELS_FILE, Annotations, read_annotations, read_labels
 from flperf.data.cores import reading_cores
-from flperf.data.dali_support import CODED_MULTIPLE
 from flperf.data.dataset import Dataset, load_with, read_splits, training_files
 from flperf.data.loader import Reader
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.samplers import FrameSampling
 from flperf.data.short_clips import ShortClips, choose_clips
 from flperf.data.text_files import existing_file
-from flperf.data.worker_process import Reading
+from flperf.data.worker_messages import Reading
 from flperf.data.workers import WorkerReader, start_server
 
 NVDEC_LANES = 4  # clips that NVDEC decodes at a time, beside PyAV; an H100 has seven decoders, an A100 five
@@ -89,6 +88,8 @@ def describe_reading(decoder: str, device: torch.device, threads: int) -> str:
         where = "NVDEC" if device.type == "cuda" else "a CPU"
         return f"DALI on {where} in {threads} threads (dataset.decoder=dali); {workers} for what it can't decode"
     if decoder == "auto" and device.type == "cuda" and nvdec_lanes(threads):
+        from flperf.data.dali_support import CODED_MULTIPLE
+
         return (
             f"{workers}; {nvdec_lanes(threads)} of them leave files that NVDEC decodes with a decoder at hand "
             f"(both sides multiples of {CODED_MULTIPLE}) to it, for as long as it is faster than a core"

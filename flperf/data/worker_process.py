@@ -16,61 +16,22 @@ import socket
 import time
 import traceback
 from contextlib import suppress
-from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
 import torch
 from torch import Tensor
 
 from flperf.data.dali_support import colour_correction, find_obstacle
-from flperf.data.preprocessing import Preprocessing
 from flperf.data.pyav import in_order, opened, write_frames
 from flperf.data.resizing import compiled_kernel
-from flperf.data.samplers import FrameSampling
-from flperf.data.shared_memory import Place, map_block
-from flperf.data.unreadable import BadClip, Reasons, shortage
+from flperf.data.shared_memory import map_block
+from flperf.data.unreadable import BadClip, shortage
 from flperf.data.video_file import VideoFile
+from flperf.data.worker_messages import MESSAGE_BYTES, Answer, Reading, Task
 from flperf.errors import UserError
 
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 PR_SET_PDEATHSIG = 1  # prctl(2)
-MESSAGE_BYTES = 2**16
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How a worker reads clips: uint8 `f h w c`."""
-
-    frame_sampling: FrameSampling
-    preprocessing: Preprocessing
-    device: str = "cpu"  # the type of device on which DALI would decode
-    reusing: bool = False  # leave to DALI only files for which it can use its decoder again
-    cores: frozenset[int] = frozenset()  # to run on; all that are allowed if empty
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.frame_sampling.n_frames, *self.preprocessing.size, 3)
-
-
-@dataclass(frozen=True)
-class Task:
-    """A clip to be read into a slot."""
-
-    path: str
-    uniform: float  # in [0, 1): where a random start falls
-    place: Place
-    with_dali: bool = False  # leave the decoding to DALI if it can be relied on for this file
-
-
-@dataclass
-class Answer:
-    """A clip that has been read, or is left to DALI."""
-
-    reasons: Reasons  # as `shortage` returns them
-    indices: list[int] = field(default_factory=list)  # frames for DALI to decode; none if they have been decoded
-    colours: list[list[float]] | None = None  # what corrects DALI's colours, see `colour_correction`
-    obstacle: str | None = None  # why the clip was not left to DALI
-    seconds: float = 0.0  # of the processor
 
 
 def serve(descriptor: int) -> None:

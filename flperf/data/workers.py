@@ -29,7 +29,7 @@ from flperf.data.loader import Reader
 from flperf.data.samplers import ClipRequest
 from flperf.data.shared_memory import SharedMemory
 from flperf.data.unreadable import BadClip, Reasons
-from flperf.data.worker_process import MESSAGE_BYTES, Answer, Reading, Task
+from flperf.data.worker_messages import MESSAGE_BYTES, Answer, Reading, Task
 from flperf.errors import UserError
 
 logger = logging.getLogger(__name__)

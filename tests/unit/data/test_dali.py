@@ -20,7 +20,7 @@ from flperf.data.samplers import BatchShare, ClipRequest, FrameSampling, Trainin
 from flperf.data.unreadable import BadClip
 from flperf.data.video_file import VideoFile
 from flperf.data.videos import NVDEC_LANES, open_reader
-from flperf.data.worker_process import Reading
+from flperf.data.worker_messages import Reading
 from flperf.data.workers import WorkerReader
 
 PREPROCESSING = Preprocessing.of(Backbone(architecture={"crop_size": 48}))
@@ -344,13 +344,15 @@ def test_a_lane_that_is_slower_than_a_core_is_closed(videos, monkeypatch, caplog
     """The clips are then PyAV's, and none is lost or replaced."""
     monkeypatch.setattr(dali.Lane, "is_slower_than", lambda lane, core: lane.started and len(lane.seconds) == 1)
     names = ["vp9.webm", "vp8.webm", "mjpeg.avi"]
-    ours, reference = take(with_dali(videos, names, lanes=1), 16), take(with_pyav(videos, names), 16)
-    assert sum("an NVDEC lane is closed" in line for line in caplog.messages) == 1
-    differing = 0
-    for a, b in zip(ours, reference, strict=True):
+    batches, reference = with_dali(videos, names, lanes=1), with_pyav(videos, names)
+    differing = left = 0
+    while left < 8:  # batches after the lane was closed; it opens late
+        a, b = next(batches), next(reference)
         assert torch.equal(a.clip, b.clip) and not a.skipped and levels(a, b).mean() <= MEAN_LEVELS
         differing += int(levels(a, b).flatten(1).amax(1).gt(0).sum())
-    assert differing == 2  # those that the lane decoded
+        left += "an NVDEC lane is closed" in caplog.text
+    batches.close()
+    assert differing == 2 and caplog.text.count("an NVDEC lane is closed") == 1
 
 
 def test_a_lane_is_judged_by_medians_of_enough_clips():

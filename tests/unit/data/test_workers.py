@@ -25,7 +25,7 @@ from flperf.data.loader import load_batches
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.pyav import PyAVReader
 from flperf.data.samplers import BatchShare, FrameSampling, TrainingSampler, ValidationSampler
-from flperf.data.worker_process import Reading
+from flperf.data.worker_messages import Reading
 from flperf.data.workers import WorkerReader, start_server
 from flperf.errors import UserError
 
