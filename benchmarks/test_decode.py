@@ -15,12 +15,10 @@ GPU, and VP9 and MJPEG on a CPU; it is compared with PyAV and, on a GPU, with bo
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -28,6 +26,7 @@ import torch
 from benchmarks.recording import MIN_ROUNDS
 from benchmarks.sizes import DEVICE, ON_GPU, QUICK
 from benchmarks.usual_way import PROCESSORS, processed
+from benchmarks.video_files import VideoFormat, encode_videos
 from flperf.config import Backbone
 from flperf.data import BatchShare
 from flperf.data.dali import DaliReader
@@ -45,31 +44,22 @@ BATCHES = max(2, 4 * WORKERS // BATCH)  # enough that the start of a reader coun
 PREPROCESSING = Preprocessing.of(Backbone(architecture={"crop_size": 256}))
 
 
-FORMATS = {  # name -> (file extension, encoder, pixel format, its options)
-    "h264": ("mp4", "libx264", "yuv420p", {"crf": "23", "preset": "medium"}),
-    "vp9": ("webm", "libvpx-vp9", "yuv420p", {"deadline": "realtime", "cpu-used": "8", "crf": "24", "b": "0"}),
-    "mjpeg": ("avi", "mjpeg", "yuvj420p", {}),
+FORMATS = {
+    "h264": VideoFormat(),
+    "vp9": VideoFormat(
+        extension="webm",
+        codec="libvpx-vp9",
+        options={"deadline": "realtime", "cpu-used": "8", "crf": "24", "b": "0"},
+    ),
+    "mjpeg": VideoFormat(extension="avi", codec="mjpeg", pixels="yuvj420p", options={}),
 }
 DALI_FORMATS = ("h264",) if ON_GPU else ("vp9", "mjpeg")
 
 
-def write_videos(folder: Path, name: str) -> list[str]:
-    """The paths of a batch, which names two files equally often: 300 frames of moving noise over a texture, encoded as
-    Kinetics usually is, or in another format."""
-    extension, codec, pixels, options = FORMATS[name]
-    paths = [str(folder / f"{index}.{extension}") for index in range(min(2, BATCH))]
-    for index, path in enumerate(paths):
-        random = np.random.default_rng(index)
-        texture = np.kron(random.integers(0, 160, (40, 60, 3), dtype=np.uint8), np.ones((16, 16, 1), np.uint8))
-        with av.open(path, "w") as container:
-            stream = container.add_stream(codec, rate=Fraction(30), options=options)
-            stream.width, stream.height, stream.pix_fmt = 340, 256, pixels
-            for frame in range(300):
-                image = texture[frame : frame + 256, 2 * frame : 2 * frame + 340] + random.integers(
-                    0, 16, (256, 340, 1), dtype=np.uint8
-                )
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-            container.mux(stream.encode(None))
+def write_videos(folder: Path, name: str, frames: int = 300) -> list[str]:
+    """The paths of a batch, which names two files equally often: encoded as Kinetics usually is, or in another
+    format."""
+    paths = encode_videos(folder, min(2, BATCH), frames, FORMATS[name])
     return paths * (BATCH // len(paths))
 
 

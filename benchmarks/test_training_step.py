@@ -7,8 +7,10 @@ On a CPU: V-JEPA 2 of 384 x 12, 16 frames of 128 x 128, heads of 384 x 6, batch 
 encodes context and target separately (`split`, the default). For the predictor `joint` is timed, too, which has the
 arithmetic of the usual way. All ways take turns in one run; ratios are medians over the rounds. Ours computes in fp32
 where that is faster. Autocast is left out where bf16 is emulated, at a tenth of fp32's rate or less.
+`test_strong_way` compares with a whole-model compiled step of PyTorch and transformers (`strong_way.py`).
 """
 
+import itertools
 import statistics
 import subprocess
 import sys
@@ -19,8 +21,10 @@ import torch
 
 from benchmarks import sizes
 from benchmarks.recording import MIN_ROUNDS
+from benchmarks.strong_way import StrongStep
 from benchmarks.training_step import USUAL, OurStep, Step, ours, usual, write_cache
 from flperf.data.demo import write_demo
+from flperf.models.flops import count_parameters
 from flperf.run import flops_per_clip
 from flperf.training import loop
 
@@ -117,6 +121,40 @@ def test_step(benchmark, record, folder, ways, regime, source, batch):
         )
     for each in (step, *also.values()):
         each.batches.close()
+
+
+@pytest.mark.parametrize("regime", ["predictor", "dit"])
+def test_strong_way(benchmark, record, folder, regime):
+    """Compared with `strong_way`, which encodes the whole clip, and with the arithmetic of `split`."""
+    benchmark.group = f"training step against a strong way, {regime}"
+    step, joint = (ours(regime, "drawn", mode, folder) for mode in ("split", "joint"))
+    batches = (batch.video for batch in step.run.dataset.train_batches(0, step.run.share, sizes.DEVICE))
+    strong = {
+        f"a strong way, {mode}": StrongStep(
+            step.run.config, step.run.geometry, batches, sizes.DEVICE, mode=mode, compile=not sizes.QUICK
+        )
+        for mode in ("joint", "split")
+    }
+    beside = {**strong, "ours, joint": joint}
+    seconds = record(
+        step, "clips", sizes.BATCH, flops=flops_of(step), dtype=step.run.dtype, beside=beside, before=settle
+    )
+    of_joint = {name: seconds[name] for name in ("ours, joint", "a strong way, joint")}
+    benchmark.extra_info["joint"] = record.ratios(of_joint, "ours, joint")
+    for each in (step, joint):
+        each.batches.close()
+
+
+@pytest.mark.parametrize("regime", ["predictor", "dit"])
+def test_strong_way_learns(regime):
+    """It has as many parameters as ours, and its loss falls."""
+    config = sizes.configuration(regime, size=sizes.TOY)
+    encoder = sizes.encoder_of(config, torch.float32, False)
+    geometry, video = sizes.geometry_of(config, encoder), sizes.video_of(config)
+    step = StrongStep(config, geometry, itertools.repeat(video), sizes.DEVICE, compile=False)
+    assert count_parameters(step.head) == count_parameters(sizes.head_of(config, geometry, torch.float32, False))
+    losses = [float(step()) for _ in range(40)]
+    assert statistics.mean(losses[-5:]) < 0.98 * statistics.mean(losses[:5])
 
 
 @pytest.mark.parametrize("regime", sizes.HEADS)
