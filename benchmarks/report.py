@@ -18,6 +18,7 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"
 PICTURE = Path(__file__).parent / "history.png"
 HISTORY = 5
+OTHERS = {"gpu", "parity"}  # folders of the results of `benchmarks.gpu` and `benchmarks.parity`
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,11 @@ class Regression:
 
 def read_results(folder: Path) -> dict[str, list[Saved]]:
     """The results in all JSON files of pytest-benchmark below a folder, by cohort, oldest first. Raises `ValueError`
-    for any other JSON file."""
+    for any other JSON file, except in the folders of other measurements."""
     cohorts: dict[str, list[Saved]] = {}
     for path in folder.rglob("*.json"):
+        if path.parent.name in OTHERS:
+            continue
         try:
             content = json.loads(path.read_text())
             medians = {entry["fullname"]: entry["stats"]["median"] for entry in content["benchmarks"]}

@@ -70,6 +70,9 @@ def test_the_exit_status_and_the_text_report_regressions(tmp_path, capsys):
 def test_missing_and_foreign_results_are_named(tmp_path, capsys):
     assert report_on(tmp_path) == 2
     assert "python -m pytest benchmarks\n" in capsys.readouterr().out
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "gpu/results.json").write_text("{}")  # of another measurement
+    assert report.read_results(tmp_path) == {}
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(ValueError, match="x.json"):
         report.read_results(tmp_path)
