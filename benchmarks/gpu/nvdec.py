@@ -14,7 +14,7 @@ from flperf.data import BatchShare
 from flperf.data.dali import DaliReader, Lane
 from flperf.data.loader import load_batches
 from flperf.data.samplers import TrainingSampler
-from flperf.data.worker_process import Reading
+from flperf.data.worker_messages import Reading
 
 LANES = (1, 4, 7)  # an H100 has seven decoders
 

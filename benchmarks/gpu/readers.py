@@ -12,7 +12,7 @@ from flperf.data import BatchShare
 from flperf.data.loader import Reader, load_batches
 from flperf.data.pyav import PyAVReader
 from flperf.data.samplers import TrainingSampler
-from flperf.data.worker_process import Reading
+from flperf.data.worker_messages import Reading
 from flperf.data.workers import WorkerReader
 
 FIRST_CLIP = 60.0  # seconds within which it has to come
