@@ -90,7 +90,7 @@ VARIANTS: dict[str, Callable[[Build], OurStep]] = {
         max_autotune_gemm_backends="ATEN,TRITON",
         triton__enable_persistent_tma_matmul=True,
     ),
-    "backward passes left to Inductor": lambda build: build("model.fused_kernels=false"),
+    "backward passes in kernels of their own (CUDA)": lambda build: build("model.fused_kernels=true"),
     "DeepSpeed's norm of gradients": deepspeeds_norm,
     "one thread": lambda build: compiled_with(build, cpp__threads=1),
     "selective checkpointing": lambda build: build("model.activation_checkpointing=selective"),

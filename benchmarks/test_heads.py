@@ -89,4 +89,4 @@ def test_checkpointed(record, geometry, mode):
 @pytest.mark.benchmark(group="fused backward passes")
 @pytest.mark.parametrize("name", HEADS)
 def test_fused_kernels(record, geometry, name):
-    against_itself(record, geometry, name, "all left to Inductor", instead="model.fused_kernels=false")
+    against_itself(record, geometry, name, "with its kernels", instead="model.fused_kernels=true")

@@ -10,7 +10,6 @@ latents are read with `torch.load`, one file per clip, in a DataLoader.
 import csv
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -59,8 +58,7 @@ class UsualStep:
         self.encoder = (
             TransformersVJEPA2(config.backbone, self.preprocessing.size).to(device).requires_grad_(False).eval()
         )
-        plain = replace(config.model, fused_kernels=False)
-        self.head = build_head(plain, geometry, seed=config.seed, compile=False).to(device)
+        self.head = build_head(config.model, geometry, seed=config.seed, compile=False).to(device)
         self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=config.trainer.learning_rate)
 
     def __call__(self) -> float:

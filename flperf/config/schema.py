@@ -95,7 +95,7 @@ class Model:
     positions: Literal["rope3d", "sincos", "none"] = "rope3d"
     # recomputes activations to save memory; selective: all but the matrix products
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    fused_kernels: bool = True  # on CUDA: backward passes between the products of a head in flperf's Triton kernels
+    fused_kernels: bool = False  # on CUDA: backward passes between the products of a head in flperf's Triton kernels
 
 
 @dataclass

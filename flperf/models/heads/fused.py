@@ -1,5 +1,5 @@
 """What lies between the products of a head's block, with backward passes in flperf's Triton kernels. They are used on
-CUDA, unless `model.fused_kernels` is false.
+CUDA if `model.fused_kernels` is true.
 
 Forward is the plain formula, which Inductor fuses well. A backward pass that sums over tokens it does not: each sum is
 a pass of its own. A bias is added by its product, but its gradient does not come from there (`product`). It comes from
@@ -26,7 +26,7 @@ Residual = tuple[Tensor, Tensor, Tensor | None]  # y `b n d` from `product`, the
 class Fusable:
     """A layer that uses these functions."""
 
-    fused = True  # model.fused_kernels
+    fused = False  # model.fused_kernels
 
     def fuses(self, x: Tensor) -> bool:
         """Autocast mixes dtypes, which the kernels do not take."""

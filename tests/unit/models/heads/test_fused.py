@@ -26,7 +26,9 @@ def test_a_head_is_the_same_with_and_without(name, positions, compiled, fused, g
     gradients = {}
     for on in (False, True):
         fused(on)
-        head = build_head(small(name, positions=positions), GEOMETRY, seed=0, compile=compiled and on)
+        head = build_head(
+            small(name, positions=positions, fused_kernels=True), GEOMETRY, seed=0, compile=compiled and on
+        )
         head.load_state_dict(perturbed(name, positions=positions).state_dict())
         loss = forward_and_backward(head, inputs(name))
         gradients[on] = {key: parameter.grad for key, parameter in head.named_parameters()} | dict(loss=loss)
@@ -40,24 +42,29 @@ def test_recomputed_activations_give_the_same_gradients(name, mode, fused, graph
     fused(True)
     results = []
     for changes in ({}, dict(activation_checkpointing=mode)):
-        head = build_head(small(name, **changes), GEOMETRY, seed=0, compile=bool(changes))
+        head = build_head(small(name, fused_kernels=True, **changes), GEOMETRY, seed=0, compile=bool(changes))
         head.load_state_dict(perturbed(name).state_dict())
         forward_and_backward(head, inputs(name))
         results.append([parameter.grad for parameter in head.parameters()])
     torch.testing.assert_close(*results)
 
 
-def test_they_can_be_left_to_the_compiler(fused):
-    fused(True)
-    assert not any(
-        layer.fused for layer in perturbed("dit", fused_kernels=False).modules() if isinstance(layer, Fusable)
-    )
-    assert all(layer.fused for layer in perturbed("dit").modules() if isinstance(layer, Fusable))
+@pytest.mark.parametrize("on", [False, True])
+def test_the_configuration_switches_them(on):
+    layers = [layer for layer in perturbed("dit", fused_kernels=on).modules() if isinstance(layer, Fusable)]
+    assert layers and all(layer.fused == on for layer in layers)
+    default = [layer.fused for layer in perturbed("dit").modules() if isinstance(layer, Fusable)]
+    assert default and not any(default)
 
 
 def test_heads_of_odd_width_are_not_fused(fused):
     fused(True)
-    head = build_head(Model(hidden_dim=30, depth=1, num_heads=2, positions="none"), GEOMETRY, seed=0, compile=False)
+    head = build_head(
+        Model(hidden_dim=30, depth=1, num_heads=2, positions="none", fused_kernels=True),
+        GEOMETRY,
+        seed=0,
+        compile=False,
+    )
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         forward_and_backward(head, inputs("predictor"))
     names = {event.key for event in profile.key_averages()}
