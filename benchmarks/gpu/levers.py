@@ -41,6 +41,11 @@ def measure_regime(section: Section, regime: str) -> None:
         needs=COMPILING,
         then=partial(more_of_strong_way, section, regime, ours),
     )
+    against(
+        "backward passes left to Inductor",
+        lambda: ReadyStep(regime, section, "model.fused_kernels=false"),
+        needs=0 if sizes.QUICK else 20,
+    )
     if regime == "dit":
         against("the usual way, bf16 autocast", lambda: usual(ours, autocast=True))
         against("ours, joint", lambda: ReadyStep(regime, section, mode="joint"))
