@@ -10,6 +10,7 @@ windows, and needs decord, of the extra `benchmark`. Our batches are uint8, whic
 graph; `normalised` includes that step, a clip at a time, for a fair comparison. It writes into memory that is used
 again, as that of the batches is: clearing new memory would take eight times as long. DALI decodes H.264 by NVDEC on a
 GPU, and VP9 and MJPEG on a CPU; it is compared with PyAV and, on a GPU, with both sharing the clips as in training.
+Prepared files are those that `flperf prepare` writes.
 """
 
 import itertools
@@ -29,9 +30,11 @@ from benchmarks.usual_way import PROCESSORS, processed
 from benchmarks.video_files import VideoFormat, encode_videos
 from flperf.config import Backbone
 from flperf.data import BatchShare
+from flperf.data.clip_writer import Plan, write_clip
 from flperf.data.dali import DaliReader
 from flperf.data.loader import Reader, load_batches
 from flperf.data.preprocessing import Preprocessing
+from flperf.data.pyav import PyAVReader, opened
 from flperf.data.samplers import ClipRequest, FrameSampling, TrainingSampler
 from flperf.data.videos import NVDEC_LANES
 from flperf.data.worker_messages import Reading
@@ -136,6 +139,31 @@ def test_decode(benchmark, record, tmp_path, start):
     benchmark.extra_info["normalised"] = record.ratios(
         {way: seconds[way] for way in ("ours, normalised", *usual_ways)}, "ours, normalised"
     )
+
+
+@pytest.mark.benchmark(group="decode, prepared files, random starts, one thread")
+def test_prepared(benchmark, record, tmp_path):
+    """Files of ten seconds with a key frame every 250 frames, and what `flperf prepare` makes of them."""
+    paths = write_videos(tmp_path, "h264")
+    prepared = [str(tmp_path / f"prepared_{index}.mp4") for index in range(len(paths))]
+    for path, target in zip(paths, prepared, strict=True):
+        with opened(path) as file:
+            write_clip(file, Path(target), Plan(PREPROCESSING))
+    starts = [(index, start) for index in range(len(paths)) for start in (0.1, 0.3, 0.5, 0.7, 0.9)]
+
+    def read(files: list[str]) -> torch.Tensor:
+        reader = PyAVReader(files, FrameSampling(64, 2, "random"), PREPROCESSING)
+        slot, threads = torch.empty(reader.shape, dtype=torch.uint8), torch.get_num_threads()
+        torch.set_num_threads(1)  # as in the threads that read
+        for index, start in starts:
+            reader.read(ClipRequest(0, 0, index, start, valid=True), slot)
+        torch.set_num_threads(threads)
+        return slot
+
+    record(lambda: read(prepared), "clips", len(starts), beside={"the originals": lambda: read(paths)})
+    sizes = [sum(map(os.path.getsize, files)) for files in (paths, prepared)]
+    difference = (read(paths).float() - read(prepared).float()).abs().mean()
+    benchmark.extra_info |= {"times as large": sizes[1] / sizes[0], "mean difference in levels": float(difference)}
 
 
 @pytest.mark.benchmark(group="decode by DALI, 64 frames of 340 x 256")

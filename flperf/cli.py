@@ -12,6 +12,7 @@ COMMANDS = {
     "estimate": "estimate memory and speed of a run on other devices",
     "train": "train a head on one process (use the deepspeed launcher for more)",
     "index": "probe the files of a dataset once and find the unusable ones",
+    "prepare": "write the videos of a dataset once as files that decode fast",
     "encode": "write the latents of a dataset, to train without running the encoder",
     "evaluate": "compare a trained head with the baselines",
     "sample": "write a trained head's forecasts of validation clips",

@@ -1,11 +1,13 @@
 """Writes files atomically, so that a kill or a full disk leaves no half-written file, and reads safetensors files that
 name their format."""
 
+import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from safetensors import SafetensorError, safe_open
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:  # some commands use files but not torch, which takes seconds 
     import numpy as np
     import torch
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -55,6 +59,20 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(
             f"{file}: cannot be written: {reason}; fix that and start again; files that were complete before are intact"
         ) from error
+
+
+@contextmanager
+def locked(path: Path, who: str) -> Iterator[TextIO]:
+    """The file, made if it does not exist, while no other process has it. Raises `UserError` if one has: another `who`.
+    The text of the file is UTF-8, with bytes that are not as they are."""
+    with writing(path), open(path, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path}: another `{who}` is writing it; wait for that, or change --out") from None
+        except OSError as error:  # a file system without locks
+            logger.debug("%s: is not locked: %s", path, error)
+        yield file
 
 
 def word_sum(content: "np.ndarray") -> int:

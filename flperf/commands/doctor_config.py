@@ -1,5 +1,6 @@
 """The checks of `flperf doctor --config`: does a run fit this machine, and can it open all that it reads?"""
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,12 @@ from flperf.config import Config, load_config
 from flperf.errors import UserError
 
 if TYPE_CHECKING:  # torch is loaded by the checks that need it
+    from flperf.data import Dataset
     from flperf.run import Components
 
 CLIPS = 10
+TIMED_CLIPS, TIMED_BATCH = 32, 4
+TIME_LIMIT = 20.0  # seconds of reading that is timed
 FIX_AND_REPEAT = "fix what this line names, then run the same command again"
 
 
@@ -136,6 +140,8 @@ def run_check(config: Config) -> Iterator[Finding]:
     if len(validation):
         clips = spread(len(validation), CLIPS)
         yield clips_check(run, "validation", clips, "validation clips", config.dataset.validation)
+    if run.dataset.frame_rate:  # its clips are video files
+        yield reading_check(run)
 
 
 def spread(size: int, count: int) -> list[int]:
@@ -165,3 +171,57 @@ def clips_check(run: "Components", split: str, clips: list[int], what: str, file
     if is_index(file):
         fix = "write the index again with `flperf index`, from what it was made of"
     return Finding("clips", f"{text} ({examples})", fix)
+
+
+def reading_check(run: "Components") -> Finding:
+    """Clips a second by the run's own reader on all cores of this machine, against what its devices compute."""
+    from flperf.data.loader import cores_per_process
+    from flperf.engine.devices import device_here
+    from flperf.estimate.step_time import computed_clips
+    from flperf.estimate.workload import build_workload
+
+    threads = run.config.dataset.threads or cores_per_process()
+    try:
+        rate = reading_rate(run.dataset, threads, run.process.device)
+    except UserError as error:
+        return Finding("reading", f"not timed: {error}")
+    text = f"{rate:.1f} clips/s by {threads} threads"
+    try:
+        workload = build_workload(run.config, run.dtype, processes_here())
+    except UserError as error:
+        return Finding("reading", f"{text}; the step is not estimated: {error}")
+    device = device_here(run.process.device, run.dtype)
+    needed = processes_here() * computed_clips(workload, device)
+    text += f"; the step is expected to take {needed:.1f} clips/s (estimated, {processes_here()} x {device.name})"
+    return Finding("reading", text + (f": {reading_advice(run.config)}" if rate < needed else ""))
+
+
+def reading_rate(dataset: "Dataset", threads: int, device) -> float:
+    """Clips a second in training, while others are read ahead as they always are. The first clips of every thread, with
+    which readers start, are not counted unless the time is up."""
+    from flperf.data import BatchShare
+
+    first = -(-2 * threads // TIMED_BATCH)  # batches
+    last = first + TIMED_CLIPS // TIMED_BATCH
+    ends, start = [], time.monotonic()
+    batches = dataset.train_batches(0, BatchShare(0, 1, TIMED_BATCH, TIMED_BATCH), device)
+    for batch in batches:
+        batch.release()
+        ends.append(time.monotonic() - start)
+        if len(ends) == last or ends[-1] > TIME_LIMIT:
+            break
+    batches.close()
+    if len(ends) <= first:
+        return len(ends) * TIMED_BATCH / ends[-1]
+    return (len(ends) - first) * TIMED_BATCH / (ends[-1] - ends[first - 1])
+
+
+def reading_advice(config: Config) -> str:
+    """What to do where reading is slower than the step."""
+    from flperf.data.dataset import training_files
+    from flperf.data.prepared import is_prepared_set
+
+    advice = "give the run more cores, or encode the clips once (flperf encode) if several heads train on them"
+    if all(is_prepared_set(file) for file, _ in training_files(config.dataset)):
+        return f"reading will hold it up; {advice}"
+    return f"reading will hold it up; write files that decode fast (flperf prepare), {advice}"

@@ -86,7 +86,7 @@ class DaliReader(WorkerReader):
     def _decode(self, lane: "Lane", request: ClipRequest, answer: Answer, slot: Slot) -> None:
         path = self.paths[request.clip]
         out = slot.host if self.device.type == "cpu" else None
-        frames = lane.read(path, answer.indices, request.sample, self.reading.preprocessing, answer.colours, out)
+        frames = lane.read(path, answer.indices, request.sample, answer.preprocessing, answer.colours, out)
         slot.on_device = None if out is not None else frames
         if self.competing and lane.is_slower_than(self.core_seconds):
             self.own.lane = None

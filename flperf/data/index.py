@@ -6,13 +6,10 @@ written when all are there.
 """
 
 import csv
-import fcntl
-import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,9 +22,7 @@ from flperf.data.samplers import FrameSampling
 from flperf.data.text_files import csv_rows, has_header
 from flperf.data.video_folders import LeftOut, Listing, absolute, describe_left_out
 from flperf.errors import UserError, printable
-from flperf.files import atomic_file, writing
-
-logger = logging.getLogger(__name__)
+from flperf.files import atomic_file, locked, writing
 
 INDEX_FILE = "an index that `flperf index` wrote"
 MISSING = "missing"  # the error of a clip that annotations name and that has no file
@@ -80,15 +75,20 @@ def write_index(listing: Listing, out: str, threads: int | None = None) -> list[
         if wanted.setdefault(_path_in_index(path, folder), label) != label:
             first = wanted[_path_in_index(path, folder)]
             raise UserError(f"{path}: is listed twice, with class {first} and with class {label}")
-    with _locked(Path(f"{out}.partial")) as partial:
+    with locked(Path(f"{out}.partial"), "flperf index") as partial:
         probed = _probe_files(folder, {path: wanted[path] for path in wanted if path not in missing}, partial, threads)
         rows = [probed[path] if path in probed else Row(path, label, error=MISSING) for path, label in wanted.items()]
-        with atomic_file(Path(out)) as unfinished, open(unfinished, "w", **TEXT) as lines:
-            writer = csv.DictWriter(lines, HEADER)
-            writer.writeheader()
-            writer.writerows(map(asdict, rows))
+        write_rows(Path(out), rows)
         Path(partial.name).unlink(missing_ok=True)
     return rows
+
+
+def write_rows(out: Path, rows: list[Row]) -> None:
+    """Write an index, complete or not at all."""
+    with atomic_file(out) as unfinished, open(unfinished, "w", **TEXT) as lines:
+        writer = csv.DictWriter(lines, HEADER)
+        writer.writeheader()
+        writer.writerows(map(asdict, rows))
 
 
 def check_options(out: str, inputs: dict[str, str | None], threads: int | None) -> None:
@@ -128,19 +128,6 @@ def _path_in_index(path: str, folder: str) -> str:
     relative = os.path.relpath(found, folder)
     leads_up = relative.split(os.sep)[0] == os.pardir
     return found if os.path.isabs(path) or (leads_up and os.path.realpath(folder) != folder) else relative
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[TextIO]:
-    """The file, made if it does not exist, while no other process has it. Raises `UserError` if one has."""
-    with writing(path), open(path, "a", **TEXT) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{path}: another `flperf index` is writing it; wait for that, or change --out") from None
-        except OSError as error:  # a file system without locks
-            logger.debug("%s: is not locked: %s", path, error)
-        yield file
 
 
 def _probe_files(folder: str, wanted: dict[str, int], partial: TextIO, threads: int | None) -> dict[str, Row]:

@@ -20,6 +20,7 @@ from flperf.data.text_files import read_json
 from flperf.errors import UserError, first_line
 
 Size = tuple[int, int]  # (height, width)
+BLOCK = 16  # pixels across a block of H.264
 
 _COMMON = {
     "do_resize": True,
@@ -44,13 +45,18 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resize to a shortest edge or an exact size, centre crop; the encoder computes `(rescale * x - mean) / std`."""
+    """Resize to a shortest edge or an exact size, centre crop; the encoder computes `(rescale * x - mean) / std`.
 
-    resize: int | Size
+    Frames that `flperf prepare` stored are padded to whole blocks on the right and at the bottom: only the part `shown`
+    is used, and with `resize` None it is taken as it is.
+    """
+
+    resize: int | Size | None
     crop: Size | None
     rescale: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    shown: Size | None = None
 
     @classmethod
     def of(cls, backbone: Backbone) -> "Preprocessing":
@@ -90,9 +96,30 @@ class Preprocessing:
             longer = int(self.resize * max(height, width) / min(height, width))
             resized = (self.resize, longer) if height <= width else (longer, self.resize)
         else:
-            resized = self.resize
+            resized = self.resize or self.size
         offset = ((resized[0] - self.size[0]) // 2, (resized[1] - self.size[1]) // 2)
         return Geometry(resized, offset)
+
+    def visible(self, frames: Tensor) -> Tensor:
+        """Frames `… h w c` without the padding of prepared ones. Raises `ValueError` if they have another size than
+        they were prepared in."""
+        if self.shown is None:
+            return frames
+        height, width = frames.shape[-3:-1]
+        if (height, width) != padded(self.shown):
+            needed = _in_words(padded(self.shown))
+            raise ValueError(f"its frames are {_in_words((height, width))}, but were prepared as {needed}")
+        return frames[..., : self.shown[0], : self.shown[1], :]
+
+    @property
+    def smallest(self) -> Size:
+        """(height, width) below which frames are enlarged."""
+        return (self.resize, self.resize) if isinstance(self.resize, int) else self.resize or self.size
+
+    def describe(self) -> str:
+        """What is done to frames, in words."""
+        resized = f"a shorter edge of {self.resize}" if isinstance(self.resize, int) else _in_words(self.resize)
+        return f"resized to {resized}" + (f", cropped to {_in_words(self.crop)}" if self.crop else "")
 
     def apply(self, frames: Tensor) -> Tensor:
         """Resize and crop uint8 frames `f h w c`, bit for bit as `F.interpolate(…, antialias=True)` and a crop would.
@@ -100,7 +127,11 @@ class Preprocessing:
 
         Pixels right of and below the crop are not computed, which saves a quarter of the time at 340 × 256. The kernel
         gets the scale as an argument, so it needs neither the whole frame nor the whole output. Returns a view.
+        Raises `ValueError` for frames that are not of the size in which they were prepared.
         """
+        frames = self.visible(frames)
+        if self.resize is None:
+            return frames
         (top, left), (height, width) = self.geometry(frames.shape[1], frames.shape[2]).offset, self.size
         rows, columns = _extents(self, frames.shape[1], frames.shape[2])
         # f c h w by strides only, as the kernel requires
@@ -112,6 +143,17 @@ class Preprocessing:
         )  # the operator of F.interpolate, called directly because it takes sizes and factors together
         cropped = resized[:, :, top : top + height, left : left + width].permute(0, 2, 3, 1)
         return cropped.round() if cropped.is_floating_point() else cropped
+
+
+def padded(size: Size) -> Size:
+    """(height, width) of whole blocks that hold a frame. A size of whole blocks is stored without cropping, on which
+    NVDEC's cached decoders depend."""
+    height, width = (-(-length // BLOCK) * BLOCK for length in size)
+    return height, width
+
+
+def _in_words(size: Size | None) -> str:
+    return f"{size[0]} x {size[1]}" if size else "nothing"
 
 
 @dataclass(frozen=True)

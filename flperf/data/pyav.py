@@ -20,6 +20,7 @@ from flperf.data.decoding import WrongOrder, decode_frames
 from flperf.data.loader import Reader
 from flperf.data.nal_units import orientation_of
 from flperf.data.packet_content import Orientation
+from flperf.data.prepared import remaining_preprocessing
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.resizing import compiled_kernel, resize_into
 from flperf.data.samplers import ClipRequest, FrameSampling
@@ -49,7 +50,11 @@ class PyAVReader(Reader):
 
     def write(self, file: VideoFile, request: ClipRequest, indices: list[int], slot: Tensor) -> None:
         """Decode frames of a file into `slot`."""
-        write_frames(file, indices, slot, self.preprocessing)
+        write_frames(file, indices, slot, self.remaining_preprocessing(file))
+
+    def remaining_preprocessing(self, file: VideoFile) -> Preprocessing:
+        """What is left to do on the frames of a file. Raises `UserError` if they were prepared for another backbone."""
+        return remaining_preprocessing(self.preprocessing, file)
 
 
 def read_frames(path: str, indices: list[int]) -> Tensor:

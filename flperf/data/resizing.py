@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -31,10 +32,14 @@ OPTIONS = ("-O3", "-std=c++17", "-shared", "-fPIC")
 def resize_into(frame: Tensor, out: Tensor, preprocessing: Preprocessing) -> None:
     """Write a frame, uint8 `h w c`, into `out`, resized and cropped: the bytes of `preprocessing.apply`. Both are on
     the CPU; `out` is contiguous."""
+    frame = preprocessing.visible(frame)
+    if preprocessing.resize is None:  # it was prepared
+        out.copy_(frame)
+        return
     kernel = compiled_kernel()
     plan = _plan(preprocessing, *frame.shape[:2]) if kernel else None
     if kernel is None or plan is None:
-        out.copy_(preprocessing.apply(frame[None])[0])
+        out.copy_(replace(preprocessing, shown=None).apply(frame[None])[0])
         return
     if frame.stride()[1:] != (3, 1):
         frame = frame.contiguous()

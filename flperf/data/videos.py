@@ -15,6 +15,7 @@ from flperf.data.annotations import CLIPS_FILE, LABELS_FILE, Annotations, read_a
 from flperf.data.cores import reading_cores
 from flperf.data.dataset import Dataset, load_with, read_splits, training_files
 from flperf.data.loader import Reader
+from flperf.data.prepared import check_set
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.samplers import FrameSampling
 from flperf.data.short_clips import ShortClips, choose_clips
@@ -34,6 +35,7 @@ def open_videos(config: Config, preprocessing: Preprocessing, seed: int) -> Data
     def read(file: str | None, key: str) -> Annotations:
         split = "validation" if key == "dataset.validation" else "train"
         name = str(file) if dataset.sources and split == "train" else split
+        check_set(file, key, preprocessing)
         annotations, short[name] = choose_clips(_read_clips(file, key), windows[split], str(file), dataset.limit)
         return annotations
 

@@ -41,6 +41,7 @@ class Answer:
 
     reasons: Reasons  # as `shortage` returns them
     indices: list[int] = field(default_factory=list)  # frames for DALI to decode; none if they have been decoded
+    preprocessing: Preprocessing | None = None  # what is left to do on the frames that DALI decodes
     colours: list[list[float]] | None = None  # what corrects DALI's colours, see `colour_correction`
     obstacle: str | None = None  # why the clip was not left to DALI
     seconds: float = 0.0  # of the processor

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from flperf.data.dali_support import colour_correction, find_obstacle
+from flperf.data.prepared import remaining_preprocessing
 from flperf.data.pyav import in_order, opened, write_frames
 from flperf.data.resizing import compiled_kernel
 from flperf.data.shared_memory import map_block
@@ -112,8 +113,9 @@ def read_clip(reading: Reading, task: Task, file: VideoFile, slot: Tensor) -> An
     times = file.timeline.times
     reasons = shortage(file.path, reading.frame_sampling, times)
     indices = reading.frame_sampling.frames(times, task.uniform)
+    preprocessing = remaining_preprocessing(reading.preprocessing, file)
     obstacle = find_obstacle(file, reading.device, reusing=reading.reusing) if task.with_dali else None
     if task.with_dali and obstacle is None:
-        return Answer(reasons, indices, colour_correction(file))
-    write_frames(file, indices, slot, reading.preprocessing)
+        return Answer(reasons, indices, preprocessing, colour_correction(file))
+    write_frames(file, indices, slot, preprocessing)
     return Answer(reasons, obstacle=obstacle)

@@ -103,6 +103,16 @@ def measured_cpu() -> Device:
     )
 
 
+def device_here(device: torch.device, dtype: torch.dtype) -> Device:
+    """The data of a device of this machine: the table's if it has any for this dtype, else measured."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
+    for key, known in DEVICES.items():
+        if key.upper() in name and dtype in known.peaks:
+            return known
+    peaks, memory = {dtype: measured_flops(device, dtype)}, psutil.virtual_memory().total
+    return Device(name, peaks, memory, copy_rate(device), None, None, 1, 0, None, "measured now")
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Peak FLOP/s: the table's value if it has one for this device and dtype, else a measurement."""
     if device.type == "cuda":

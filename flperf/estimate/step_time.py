@@ -41,6 +41,12 @@ class StepTime:
         return max(self.arithmetic, self.memory) / self.seconds
 
 
+def computed_clips(workload: Workload, device: Device) -> float:
+    """Clips a second that one device computes if reading them takes no time."""
+    seconds = step_time(workload, device, workload.config.engine.zero_stage, nodes=1, per_node=1)
+    return workload.clips / max(seconds.arithmetic, seconds.memory)
+
+
 def step_time(workload: Workload, device: Device, stage: int, nodes: int, per_node: int) -> StepTime:
     """The time of an update at a ZeRO stage, with `per_node` processes on each node."""
     processes = nodes * per_node

@@ -13,9 +13,11 @@ from runs import ROOT
 from flperf.commands import doctor, doctor_config, doctor_machine
 from flperf.config import load_config
 from flperf.engine.devices import DEVICES
+from flperf.engine.process import start_process
 from flperf.errors import UserError
 from flperf.estimate.memory import device_memory
 from flperf.estimate.workload import build_workload
+from flperf.run import build_components, evaluation_share
 
 REFERENCE = ROOT / "configs/references/vjepa2_kinetics_400.yaml"
 
@@ -233,3 +235,42 @@ def test_debug_shows_where_a_check_failed(capsys):
 
     assert "no luck" in findings(lambda: doctor.findings(broken, debug=True))
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.fixture
+def videos_of(tiny, videos, tmp_path):
+    """The components of a run on some of the test videos."""
+
+    def build(*names: str):
+        (tmp_path / "train.csv").write_text("".join(f"{videos / name} 0\n" for name in names))
+        config = load_config(tiny, ["dataset.kind=kinetics_400", f"dataset.train={tmp_path / 'train.csv'}"])
+        process = start_process()
+        return build_components(config, process, evaluation_share(config, process))
+
+    return build
+
+
+def test_reading_is_timed_against_the_step(videos_of, monkeypatch, tmp_path):
+    run = videos_of("h264.mp4", "portrait.mp4", "text.mp4")  # fewer than are timed, one of them unreadable
+    text = str(doctor_config.reading_check(run))
+    rate, needed = (float(number) for number in re.findall(r"([\d.]+) clips/s", text))
+    assert rate > 0 and needed > 0 and "FAIL" not in text and "this CPU" in text
+    assert ("hold it up" in text) == (rate < needed)
+    monkeypatch.setattr("flperf.estimate.step_time.computed_clips", lambda *_: 1e9)
+    assert "hold it up; write files that decode fast (flperf prepare)" in str(doctor_config.reading_check(run))
+    (tmp_path / "prepared.json").write_text("{}")  # the set is prepared already
+    text = str(doctor_config.reading_check(run))
+    assert "flperf prepare" not in text and "flperf encode" in text
+    monkeypatch.setattr("flperf.estimate.step_time.computed_clips", lambda *_: 0.0)
+    assert "hold it up" not in str(doctor_config.reading_check(run))
+
+
+def test_timing_ends_when_the_time_is_up(videos_of, monkeypatch):
+    run = videos_of("h264.mp4")
+    monkeypatch.setattr(doctor_config, "TIME_LIMIT", 0.0)
+    monkeypatch.setattr(doctor_config, "TIMED_CLIPS", 10**9)
+    assert "clips/s by" in str(doctor_config.reading_check(run))
+
+
+def test_reading_without_a_usable_clip_is_not_timed(videos_of):
+    assert "not timed: 1 clips in a row can't be read" in str(doctor_config.reading_check(videos_of("text.mp4")))
