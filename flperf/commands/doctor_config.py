@@ -175,12 +175,12 @@ def clips_check(run: "Components", split: str, clips: list[int], what: str, file
 
 def reading_check(run: "Components") -> Finding:
     """Clips a second by the run's own reader on all cores of this machine, against what its devices compute."""
-    from flperf.data.loader import cores_per_process
+    from flperf.data.cores import reading_cores
     from flperf.engine.devices import device_here
     from flperf.estimate.step_time import computed_clips
     from flperf.estimate.workload import build_workload
 
-    threads = run.config.dataset.threads or cores_per_process()
+    threads = run.config.dataset.threads or reading_cores(run.process.device)[0]
     try:
         rate = reading_rate(run.dataset, threads, run.process.device)
     except UserError as error:

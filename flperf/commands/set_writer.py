@@ -32,8 +32,8 @@ from flperf.config import Config, differences
 from flperf.data import WITHOUT_VIDEO, prepare_dataset
 from flperf.data.annotations import Annotations
 from flperf.data.clip_writer import CODEC, OPTIONS, Plan, check_times, write_clip
+from flperf.data.cores import cores_per_process
 from flperf.data.index import write_rows
-from flperf.data.loader import cores_per_process
 from flperf.data.prepared import IDENTITY, is_prepared, read_identity
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.probing import Row, probe_file

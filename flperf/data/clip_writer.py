@@ -16,6 +16,7 @@ from typing import cast
 
 import av
 import numpy as np
+import torch
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from flperf.data.containers import DECODE_ERRORS, describe
 from flperf.data.prepared import Preparation
 from flperf.data.preprocessing import Preprocessing, Size, padded
 from flperf.data.pyav import in_order, read_pixels
+from flperf.data.resizing import resize_into
 from flperf.data.unreadable import BadClip
 from flperf.data.video_file import DEFAULT_RATE, VideoFile
 
@@ -40,8 +42,8 @@ BT_601, LIMITED_RANGE = 6, 1  # H.273: SMPTE 170M for primaries, transfer and ma
 EXACT = 1e-6  # seconds by which a time may differ once it is written
 FINEST = 2**31 - 1  # units a second that an MP4 can hold
 
-# Of frames `h w c` of the file's size, as a player shows them: what is stored, without padding.
-Transform = Callable[[Tensor], Tensor]
+# Writes a frame `h w c` of the file's size, as a player shows it, as it is stored, without padding.
+Transform = Callable[[Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,14 @@ class Plan:
     def of_frames(self, size: Size) -> tuple[Preparation, Transform]:
         """What is done to the frames of a file of this size (height, width)."""
         if self.short_side is None:
-            return self.of_set(), lambda frame: self.preprocessing.apply(frame[None])[0]
+            return self.of_set(), lambda frame, out: resize_into(frame, out, self.preprocessing)
         shrunk = min(size) > self.short_side  # smaller files are not enlarged: that would add nothing
         shown = replace(self.preprocessing, resize=self.short_side).geometry(*size).resized if shrunk else size
-        resizing = replace(self.preprocessing, resize=shown, crop=None)
+        # Without a size to resize to, frames are taken as they are.
+        resizing = replace(self.preprocessing, resize=shown if shrunk else None, crop=shown)
         return (
             Preparation(None, None, self.short_side, shown, shrunk),
-            lambda frame: resizing.apply(frame[None])[0] if shrunk else frame,
+            lambda frame, out: resize_into(frame, out, resizing),
         )
 
 
@@ -136,6 +139,7 @@ class _Writer:
         self.added, self.place = 0, {pts: place for place, pts in enumerate(self.pts)}
         height, width = padded(self.preparation.shown)
         self.canvas = np.empty((height, width, 3), np.uint8)
+        self.frame = torch.empty(*self.preparation.shown, 3, dtype=torch.uint8)
         self.reformatter = VideoReformatter()
         self.container = av.open(
             os.path.abspath(path), "w", format="mp4", options={"video_track_timescale": str(self.unit.denominator)}
@@ -158,7 +162,8 @@ class _Writer:
         if pixels.shape[:2] != self.size and self.preparation.short_side:
             raise BadClip(self.path, "its frames are turned in different ways")
         height, width = self.preparation.shown
-        self.canvas[:height, :width] = self.transform(pixels).numpy()
+        self.transform(pixels, self.frame)
+        self.canvas[:height, :width] = self.frame.numpy()
         self.canvas[height:, :width] = self.canvas[height - 1, :width]
         self.canvas[:, width:] = self.canvas[:, width - 1 : width]
         # FFmpeg's fast conversion to RGB, by which files are read, rounds down: a level on average.

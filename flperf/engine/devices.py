@@ -110,7 +110,7 @@ def device_here(device: torch.device, dtype: torch.dtype) -> Device:
         if key.upper() in name and dtype in known.peaks:
             return known
     peaks, memory = {dtype: measured_flops(device, dtype)}, psutil.virtual_memory().total
-    return Device(name, peaks, memory, copy_rate(device), None, None, 1, 0, None, "measured now")
+    return Device(name, peaks, memory, copy_rate(device), None, None, devices_per_node=1, source="measured now")
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

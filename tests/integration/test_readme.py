@@ -20,7 +20,7 @@ backbone.architecture.num_hidden_layers=1 backbone.architecture.num_attention_he
 model.num_context_latents=2 model.hidden_dim=32 model.depth=1 model.num_heads=2
 evaluation.sampling.steps=2 evaluation.probe_clips=12 evaluation.max_clips=4
 """
-SHRUNK = ("train", "prepare", "encode", "doctor")  # commands that read a configuration; the others read what these wrote
+SHRUNK = ("train", "prepare", "encode", "doctor")  # read a configuration; the others read what these wrote
 ELSEWHERE = ("/data/", "~/", "configs/references/", "configs/shapes/", "configs/k400.yaml", "configs/mine.yaml")
 ELSEWHERE += ("mixture.yaml", "experiment/k400", "experiment/predictor", "OLD.")
 OWN_VIDEOS = {"h264.mp4": "cats", "vp9.webm": "cats", "hevc.mp4": "dogs", "portrait.mp4": "dogs", "empty.webm": "dogs"}

@@ -12,7 +12,7 @@ import torch
 from flperf.config import Backbone
 from flperf.data import read_frames
 from flperf.data.clip_writer import Plan, time_grid, write_clip
-from flperf.data.dali import find_obstacle
+from flperf.data.dali_support import find_obstacle
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.pyav import PyAVReader, opened
 from flperf.data.samplers import ClipRequest, FrameSampling
@@ -21,7 +21,6 @@ from flperf.data.unreadable import BadClip
 PREPROCESSING = Preprocessing.of(Backbone(architecture={"crop_size": 64}))
 ODD_CROP = Preprocessing.of(Backbone(architecture={"crop_size": 50}))
 PLAN = Plan(PREPROCESSING)
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SOURCES = (
     *("h264.mp4", "portrait.mp4", "short.mp4", "hevc.mp4", "mpeg4.avi", "vp9.webm", "vp8.webm", "mjpeg.avi"),
     *("h264.ts", "variable.mkv"),
@@ -117,8 +116,8 @@ def test_nvdec_can_keep_its_decoder(videos, tmp_path, preprocessing, short_side)
         prepare(videos / name, tmp_path / "prepared.mp4", Plan(preprocessing, short_side))
         with opened(str(tmp_path / "prepared.mp4")) as file:
             assert not any(length % 16 for length in file.size)
-            assert find_obstacle(file, GPU) is None
-            assert find_obstacle(file, CPU) == "DALI doesn't decode h264 on a CPU"
+            assert find_obstacle(file, "cuda", reusing=True) is None
+            assert find_obstacle(file, "cpu") == "DALI doesn't decode h264 on a CPU"
             entries = np.flatnonzero(file.timeline.is_entry)
             assert np.diff([*entries, len(file.timeline)]).max() <= 16 and entries[0] == 0
 

@@ -12,13 +12,16 @@ from odd_videos import encode
 from flperf.config import Backbone
 from flperf.data.clip_writer import Plan, write_clip
 from flperf.data.prepared import IDENTITY, Preparation, check_set
-from flperf.data.preprocessing import Preprocessing
+from flperf.data.preprocessing import Preprocessing, padded
 from flperf.data.pyav import PyAVReader, opened
 from flperf.data.samplers import ClipRequest, FrameSampling
+from flperf.data.shared_memory import Place
 from flperf.data.unreadable import BadClip
+from flperf.data.worker_process import Reading, Task, read_clip
 from flperf.errors import UserError
 
 SMALL, LARGE = (Preprocessing.of(Backbone(architecture={"crop_size": size})) for size in (32, 64))  # resize: 36, 73
+WINDOW = FrameSampling(2, 1, "first")
 EXACT = Preprocessing.of(Backbone(kind="dinov3", architecture={"image_size": 48}))
 
 
@@ -30,7 +33,7 @@ def prepare(folder, name, plan):
 
 
 def read(path, preprocessing):
-    reader = PyAVReader([str(path)], FrameSampling(2, 1, "first"), preprocessing)
+    reader = PyAVReader([str(path)], WINDOW, preprocessing)
     out = torch.empty(reader.shape, dtype=torch.uint8)
     reader.read(ClipRequest(0, 0, 0, 0.0, valid=True), out)
     return out
@@ -58,6 +61,19 @@ def test_frames_for_another_backbone_are_refused(tmp_path, plan, other):
     for path in (prepared, tmp_path / "copy.mp4"):
         with pytest.raises(UserError, match=r"\.mp4: was prepared for frames resized to .*; this backbone needs them "):
             read(path, other)
+
+
+def test_dali_gets_what_is_left_to_do(tmp_path):
+    """A worker tells the process that decodes with DALI, which has not opened the file."""
+    prepared, reading = prepare(tmp_path, "prepared.mp4", Plan(LARGE)), Reading(WINDOW, LARGE, "cuda", reusing=True)
+    task = Task(str(prepared), 0.0, Place(0, 0, 0), with_dali=True)
+    with opened(str(prepared)) as file:
+        answer = read_clip(reading, task, file, torch.empty(0))
+        assert answer.indices == [0, 1] and answer.colours is None
+        frames = torch.randint(0, 256, (2, *padded(LARGE.size), 3), dtype=torch.uint8)
+        assert torch.equal(answer.preprocessing.apply(frames), frames)
+        with pytest.raises(UserError, match="was prepared for frames"):
+            read_clip(Reading(WINDOW, SMALL, "cuda"), task, file, torch.empty(0))
 
 
 def test_a_short_side_serves_backbones_that_need_no_more(tmp_path):
