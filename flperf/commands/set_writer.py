@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from flperf.commands.latent_writer import datasets_by_folder
 from flperf.commands.preparation_cost import Cost, measure_cost
+from flperf.commands.set_progress import FOLDER, Record, appending, read_records, state_of
 from flperf.config import Config, differences
 from flperf.data import WITHOUT_VIDEO, prepare_dataset
 from flperf.data.annotations import Annotations
@@ -48,7 +49,6 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT = 7 * 24 * 3600  # seconds that processes wait for the one whose videos are the longest
 LOCK = "prepare.lock"
-GONE = -1, -1  # the state of a file that can't be found
 
 
 def prepare_set(config: Config, process: Process, out: Path, short_side: int | None) -> None:
@@ -77,7 +77,7 @@ def prepare_set(config: Config, process: Process, out: Path, short_side: int | N
         together(lambda: _claim(out, plan, stack) if process.is_main else None, process)
         writer = SetWriter(out, plan, splits, process)
         together(lambda: writer.write(config.dataset.threads or cores_per_process()), process)
-        records = writer.read_records()
+        records = read_records(out)
         together(lambda: writer.write_indices(records), process)  # after all have read
         cost = measure_cost(config, process, writer.pairs(records))
         together(lambda: writer.report(records, cost) if process.is_main else None, process)
@@ -98,26 +98,6 @@ def together(work: Callable[[], None], process: Process) -> None:
         raise UserError(first)
 
 
-@dataclass(frozen=True)
-class Record:
-    """What came of one original file: a row of the index, whose path is that of the prepared file."""
-
-    source: str  # absolute path
-    state: tuple[int, int]  # of the original: bytes, and time of its last change in ns; (-1, -1) if it is missing
-    bytes: int  # of the prepared file; 0 if there is none
-    shrunk: bool
-    row: Row
-
-    @classmethod
-    def parse(cls, line: str) -> "Record | None":
-        """None for a line that was not written to its end."""
-        try:
-            content = json.loads(line)
-            return cls(**content | {"state": tuple(content["state"]), "row": Row(**content["row"])})
-        except (ValueError, TypeError, KeyError):
-            return None
-
-
 class SetWriter:
     """The files of one set, of which this process writes its share. `splits` are the clips by the name of their
     index."""
@@ -130,29 +110,20 @@ class SetWriter:
 
     def write(self, threads: int) -> None:
         """Write this process's share of the files: those that are not there yet, several at a time."""
-        found = self.read_records()
+        found = read_records(self.out)
         self._refuse_others(found)
         mine = self.sources[self.process.rank :: self.process.world_size]
-        todo = [source for source in mine if not self._is_done(found.get(source))]
+        todo = [source for source in mine if source not in found or not found[source].is_done(self.out)]
         quiet = None if self.process.is_main else True
-        progress = self.out / "progress" / f"rank_{self.process.rank:05d}.jsonl"
+        progress = self.out / FOLDER / f"rank_{self.process.rank:05d}.jsonl"
         with (
-            self._appending(progress) as append,
+            appending(progress) as append,
             one_thread_each(),
             tqdm(total=len(mine), initial=len(mine) - len(todo), desc="preparing", unit="file", disable=quiet) as bar,
         ):
             for record in each_completed(self._prepare, todo, threads):
                 append(record)
                 bar.update()
-
-    def read_records(self) -> dict[str, Record]:
-        """What is done so far, by the original's path; of several records the one of the file as it is now."""
-        found: dict[str, Record] = {}
-        for file in sorted((self.out / "progress").glob("rank_*.jsonl")):
-            for record in map(Record.parse, file.read_text(errors="replace").splitlines()):
-                if record and not (record.source in found and self._is_done(found[record.source])):
-                    found[record.source] = record
-        return found
 
     def write_indices(self, records: dict[str, Record]) -> None:
         """Write the index of every split; files that can't be read have a row with the reason. Every process calls it,
@@ -202,15 +173,6 @@ class SetWriter:
                 f"{others[0]}); choose another --out or remove the folder"
             )
 
-    def _is_done(self, record: Record | None) -> bool:
-        """Whether a file was prepared, or could not be read, and neither it nor its original has changed since. The
-        original may be gone."""
-        if record is None or state_of(record.source) not in (record.state, GONE):
-            return False
-        if record.row.error:
-            return state_of(record.source) == record.state
-        return state_of(self.out / record.row.path)[0] == record.bytes
-
     def _prepare(self, source: str) -> Record:
         """Write one file. Raises `UserError` if it can't be written, or is a prepared one itself."""
         path, state = self._path(source), state_of(source)
@@ -246,31 +208,6 @@ class SetWriter:
         stem = re.sub(r"[^A-Za-z0-9_-]", "_", Path(source).stem)[:60]
         return f"clips/{digest[:2]}/{stem}-{digest}.mp4"
 
-    @contextmanager
-    def _appending(self, path: Path) -> Iterator[Any]:
-        """A function that appends a record to a file of progress."""
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "a+b") as file:
-                file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
-                if file.read(1) not in (b"", b"\n"):  # a kill cut off the last line
-                    file.write(b"\n")
-
-                def append(record: Record) -> None:
-                    file.write(json.dumps(asdict(record)).encode() + b"\n")
-                    file.flush()
-
-                yield append
-
-
-def state_of(path: str | Path) -> tuple[int, int]:
-    """Bytes of a file and the time of its last change in ns; (-1, -1) if it can't be found."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return GONE
-    return status.st_size, status.st_mtime_ns
-
 
 def identity(plan: Plan) -> dict:
     """What is the same for all files of a set."""
@@ -289,7 +226,7 @@ def _claim(out: Path, plan: Plan, stack: ExitStack) -> None:
     stack.enter_context(locked(out / LOCK, "flperf prepare"))
     found = read_identity(out, "--out")
     expected = identity(plan)
-    if found is None and (out / "progress").exists():
+    if found is None and (out / FOLDER).exists():
         raise UserError(
             f"--out: {out} holds prepared files, but no {IDENTITY} that describes them; choose another --out"
         )

@@ -12,6 +12,7 @@ from runs import TINY
 
 from flperf.commands import set_writer
 from flperf.commands.prepare import prepare as command
+from flperf.commands.set_progress import read_records
 from flperf.commands.set_writer import LOCK, prepare_set
 from flperf.config import load_config
 from flperf.data import Preprocessing, open_dataset
@@ -237,7 +238,7 @@ def test_odd_names_are_no_problem(dataset, videos):
     for _ in range(2):
         writer = set_writer.SetWriter(dataset / "prepared", plan, splits, start_process())
         writer.write(2)
-    writer.write_indices(writer.read_records())
+    writer.write_indices(read_records(dataset / "prepared"))
     assert len(read_index(str(dataset / "prepared/train.csv"), None)) == 3
 
 
