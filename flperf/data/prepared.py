@@ -10,12 +10,14 @@ import os
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flperf.data.preprocessing import Preprocessing, Size
 from flperf.data.text_files import read_json
-from flperf.data.video_file import VideoFile
 from flperf.errors import UserError
+
+if TYPE_CHECKING:  # it imports a decoder
+    from flperf.data.video_file import VideoFile
 
 VERSION = 1
 KEY = "flperf_prepared"  # of the JSON: the version
@@ -71,12 +73,12 @@ class Preparation:
         return replace(preprocessing, shown=self.shown)
 
 
-def is_prepared(file: VideoFile) -> bool:
+def is_prepared(file: "VideoFile") -> bool:
     """Whether `flperf prepare` wrote a file."""
     return file.container.metadata.get("comment", "").startswith(f'{{"{KEY}"')
 
 
-def remaining_preprocessing(preprocessing: Preprocessing, file: VideoFile) -> Preprocessing:
+def remaining_preprocessing(preprocessing: Preprocessing, file: "VideoFile") -> Preprocessing:
     """What is left to do on the frames of a file. Raises `UserError` if it was prepared for another backbone,
     `ValueError` if its comment is damaged."""
     if not is_prepared(file):

@@ -17,7 +17,8 @@ from flperf.data.pyav import PyAVReader, opened
 from flperf.data.samplers import ClipRequest, FrameSampling
 from flperf.data.shared_memory import Place
 from flperf.data.unreadable import BadClip
-from flperf.data.worker_process import Reading, Task, read_clip
+from flperf.data.worker_messages import Reading, Task
+from flperf.data.worker_process import read_clip
 from flperf.errors import UserError
 
 SMALL, LARGE = (Preprocessing.of(Backbone(architecture={"crop_size": size})) for size in (32, 64))  # resize: 36, 73
