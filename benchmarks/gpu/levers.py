@@ -42,8 +42,8 @@ def measure_regime(section: Section, regime: str) -> None:
         then=partial(more_of_strong_way, section, regime, ours),
     )
     against(
-        "backward passes left to Inductor",
-        lambda: ReadyStep(regime, section, "model.fused_kernels=false"),
+        "backward passes in kernels of flperf's own",
+        lambda: ReadyStep(regime, section, "model.fused_kernels=true"),
         needs=0 if sizes.QUICK else 20,
     )
     if regime == "dit":
