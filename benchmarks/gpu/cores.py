@@ -26,7 +26,7 @@ def measure(section: Section) -> None:
     paths = write_kinds(section.folder)
     kinds = list(paths)[::2]  # original and prepared
     configurations = {
-        kind: (video_configuration("predictor", kind, paths[kind], section.folder), paths[kind]) for kind in kinds
+        kind: (video_configuration("predictor", paths[kind], section.folder), paths[kind]) for kind in kinds
     }
     section.attempt("CPU ms a clip", partial(cost_of_clips, section, configurations))
     section.attempt("clips a second", partial(compare_workers, section, configurations))

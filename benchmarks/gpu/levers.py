@@ -116,7 +116,7 @@ def strong_on_videos(section: Section, regime: str, step: StrongStep) -> None:
 
     def measure_videos() -> None:
         kind, paths = next(iter(write_kinds(section.folder).items()))
-        reading = reading_of(video_configuration(regime, kind, paths, section.folder))
+        reading = reading_of(video_configuration(regime, paths, section.folder))
         workers = max(1, len(os.sched_getaffinity(0)) - 2)
         ready, held = timed(step, 2), step.batches
         step.batches = video_batches(paths, *reading, sizes.BATCH, workers)

@@ -8,11 +8,13 @@ import torch
 
 from benchmarks import sizes
 from benchmarks.gpu.section import Section
-from benchmarks.gpu.videos import reading_of, video_configuration, write_kinds
+from benchmarks.gpu.videos import PREPARED, reading_of, video_configuration, write_kinds
 from flperf.config import Config
 from flperf.data import BatchShare
 from flperf.data.dali import DaliReader, Lane
 from flperf.data.loader import load_batches
+from flperf.data.prepared import remaining_preprocessing
+from flperf.data.pyav import opened
 from flperf.data.samplers import TrainingSampler
 from flperf.data.worker_messages import Reading
 
@@ -24,7 +26,7 @@ def measure(section: Section) -> None:
     paths = write_kinds(section.folder)
     section.results.note(section.name, f"files written in {time.monotonic() - start:.1f} s")
     configurations = {
-        kind: (video_configuration("predictor", kind, paths[kind], section.folder), paths[kind]) for kind in paths
+        kind: (video_configuration("predictor", paths[kind], section.folder), paths[kind]) for kind in paths
     }
     section.attempt("one lane", partial(one_lane, section, configurations))
     for lanes in (1, 2) if sizes.QUICK else LANES:
@@ -44,12 +46,16 @@ def used_memory() -> int:
 def one_lane(section: Section, configurations: dict[str, tuple[Config, list[str]]]) -> None:
     """Milliseconds that a lane takes for a clip, decoding alone and with resizing, kinds of files in turns; and the
     device memory that it takes."""
+    if not sizes.ON_GPU:  # where DALI has no H.264
+        configurations = {kind: found for kind, found in configurations.items() if kind != PREPARED}
     lanes = {kind: Lane(sizes.DEVICE) for kind in configurations}
     wall, decoding, memory, cpu = ({kind: [] for kind in lanes} for _ in range(4))
     for number in range(3 if sizes.QUICK else 10):
         for kind, (config, files) in configurations.items():
             frame_sampling, preprocessing = reading_of(config)
             path, uniform = files[number % len(files)], number / 10
+            with opened(path) as file:
+                preprocessing = remaining_preprocessing(preprocessing, file)
             indices = frame_sampling.frames(range(24 if sizes.QUICK else 300), uniform)
             shape = (len(indices), *preprocessing.size, 3)
             out = None if sizes.ON_GPU else torch.empty(shape, dtype=torch.uint8)

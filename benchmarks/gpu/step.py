@@ -50,17 +50,17 @@ def measure_regime(section: Section, regime: str, paths: dict[str, list[str]]) -
     section.results.note(section.name, f"{regime}: first steps after {time.monotonic() - start:.0f} s")
     compare = Comparison(section, regime, ready)
     original, *_, prepared = paths
-    config = video_configuration(regime, original, paths[original], section.folder)
+    config = video_configuration(regime, paths[original], section.folder)
     for readers in READERS:
         way = partial(beside_readers, readers, config, paths[original], ready)
         compare(f"readers beside, {readers}", way)
     for kind in (original, prepared):
         for decoder in DECODERS[regime]:
-            config = video_configuration(regime, kind, paths[kind], section.folder, f"dataset.decoder={decoder}")
+            config = video_configuration(regime, paths[kind], section.folder, f"dataset.decoder={decoder}")
             compare(f"{kind}, {decoder}", partial(on_dataset, config, ready.run))
     if regime == "dit":
         keys = ["dataset.decoder=pyav", "dataset.threads=2"]  # what a machine of four cores leaves for reading
-        config = video_configuration(regime, prepared, paths[prepared], section.folder, *keys)
+        config = video_configuration(regime, paths[prepared], section.folder, *keys)
         compare(f"{prepared}, pyav, 2 readers", partial(on_dataset, config, ready.run))
     compare("cached latents", lambda: on_dataset(cached_configuration(section, regime, ready.run), ready.run))
     compare("ready clips again", lambda: steps_of(ready))
