@@ -1,7 +1,7 @@
 """Writes a video file again as one that decodes fast: the frames that an encoder sees, all of them, at their times.
 
 H.264 with a key frame every 16 frames, no deblocking and no arithmetic coding (x264's `fastdecode`), one reference and
-whole blocks. No frame refers to three of every four, so that a stride skips those it does not want. Colours are those
+whole blocks. No frame refers to seven of every eight, so that a stride skips those it does not want. Colours are those
 of BT.601 in the limited range, which all decoders take without a correction. The sound is left out.
 """
 
@@ -32,9 +32,9 @@ CODEC = "libx264"
 OPTIONS = {
     "preset": "faster",
     "tune": "fastdecode",
-    "crf": "20",
+    "crf": "21",
     "g": "16",
-    "bf": "3",
+    "bf": "7",
     # Without its macroblock tree, x264 writes the same file every time.
     "x264-params": "b-adapt=0:b-pyramid=none:ref=1:partitions=none:mbtree=0:threads=1",
 }

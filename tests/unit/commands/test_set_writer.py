@@ -209,7 +209,7 @@ def test_a_full_disk_ends_it_and_it_resumes(dataset):
     """A limit of the size of files stands for the disk; the clips are larger than everything else."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4500, limits[1]))
     try:
         with pytest.raises(UserError, match="cannot be written: .*; fix that and start again") as error:
             prepare(dataset)
