@@ -52,7 +52,8 @@ class ClipRequest:
 @dataclass
 class ClipBatch:
     """One micro-batch with either `video` or `latents`. It stays as it is for as long as it is held, unless it is
-    released."""
+    released. A copy to a GPU that does not wait (`non_blocking`) needs it until the copy is done; `prefetch_to_device`
+    sees to that."""
 
     label: Tensor  # int64 b
     clip: Tensor  # int64 b: index in the split
