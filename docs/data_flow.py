@@ -20,7 +20,7 @@ STAGES = [  # (title, detail) from left to right, one unit of the x axis each
 ]
 LEARNT = {4}
 BANDS = [  # (label, colour, spans of (first stage, last stage, text))
-    ("background", "#e4e4e4", [(0, 1, "threads read ahead"), (6, 6, "checkpoints")]),
+    ("background", "#e4e4e4", [(0, 1, "processes read ahead"), (6, 6, "checkpoints")]),
     ("compiled", "#cfe3f7", [(2, 2, "block by block"), (4, 4, "block by block")]),
     ("fused", "#d5ecd0", [(3, 5, "Triton (flow matching): normalise, noise, loss")]),
     ("distributed", "#f6dfc4", [(0, 3, "each process: its own clips"), (4, 6, "DeepSpeed ZeRO 0 to 3, bf16")]),

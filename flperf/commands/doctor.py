@@ -67,8 +67,8 @@ def doctor(arguments: list[str]) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="also check a configuration: estimate its memory, open its data and backbone, decode ten clips, and "
-        "time the reading",
+        help="also check a configuration: estimate its memory, open its data and backbone, decode ten clips "
+        "of each split, and time the reading",
     )
     add_overrides(parser)
     options = parser.parse_intermixed_args(arguments)

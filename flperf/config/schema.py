@@ -65,8 +65,8 @@ class Dataset:
     start: Literal["first", "random", "center"] = "random"
     validation_start: Literal["first", "random", "center"] = "center"
     decoder: Literal["auto", "dali", "pyav"] = "auto"
-    threads: Optional[int] = None  # decoding threads per process; null: its share of the cores
-    prefetch: int = 2  # batches decoded ahead; at least two clips per thread
+    threads: Optional[int] = None  # clips that each process reads at a time; null: its share of the cores
+    prefetch: int = 2  # batches read ahead; at least 2 * threads clips
     limit: Optional[int] = None  # use only the first clips of each split, and of each source
     shapes: Shapes = field(default_factory=Shapes)
 
