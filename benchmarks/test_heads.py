@@ -3,8 +3,8 @@ the backward pass.
 
     python -m pytest benchmarks/test_heads.py
 
-Forward and backward count as three times the FLOPs of forward. Activation checkpointing and the fused
-backward passes are timed against the same head without them.
+Forward and backward count as three times the FLOPs of forward. Activation checkpointing and the fused backward
+passes are timed against the same head without them.
 """
 
 from collections.abc import Callable

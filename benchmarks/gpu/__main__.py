@@ -1,4 +1,4 @@
-"""Measures on one GPU all that a CPU can't tell, in some nine minutes from a cold compile cache.
+"""Measures on one GPU what a CPU can't tell, in some nine minutes with an empty compile cache.
 
     python -m benchmarks.gpu                          # all sections
     python -m benchmarks.gpu step levers --out FILE   # some of them
@@ -23,7 +23,7 @@ from benchmarks.gpu.results import Results, tables
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/gpu"
-LIMITS = {"nvdec": 75, "cores": 75, "step": 220, "levers": 280, "tests": 240}  # seconds, from a cold compile cache
+LIMITS = {"nvdec": 75, "cores": 75, "step": 220, "levers": 280, "tests": 240}  # seconds, with an empty compile cache
 TOTAL = 540  # seconds of all sections; the last ones get what is left
 QUICK_LIMIT = 120
 GRACE = 10  # seconds after its limit at which a section that does not end is killed

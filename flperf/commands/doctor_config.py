@@ -1,4 +1,5 @@
-"""The checks of `flperf doctor --config`: does a run fit this machine, and can it open all that it reads?"""
+"""The checks of `flperf doctor --config`: does a run fit this machine, can it open all that it reads, and does reading
+keep up with the step?"""
 
 import time
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ def configured(path: str, overrides: list[str]) -> Iterator[Finding]:
         yield Finding("config", str(error), FIX_AND_REPEAT)
 
 
-def processes_here() -> int:
+def processes_of_run() -> int:
     """The number of processes of a run on this machine: one per GPU."""
     import torch
 
@@ -55,7 +56,7 @@ def memory_check(config: Config) -> Iterator[Finding]:
     here = replace(
         DEVICES["h100"], memory=gpu or psutil.virtual_memory().total, link=DEVICES["h100"].link if gpu else None
     )
-    processes = processes_here()
+    processes = processes_of_run()
     try:
         workload = build_workload(config, compute_dtype(config.engine.precision, device), processes)
     except UserError as error:
@@ -127,7 +128,7 @@ def run_check(config: Config) -> Iterator[Finding]:
 
     process = start_process()
     run = build_components(config, process, evaluation_share(config, process))
-    run.share = batch_share(config.trainer, replace(process, world_size=max(process.world_size, processes_here())))
+    run.share = batch_share(config.trainer, replace(process, world_size=max(process.world_size, processes_of_run())))
     yield from (Finding("run", line) for line in describe(run).splitlines())
     train, validation = run.dataset.splits["train"], run.dataset.splits["validation"]
     first = 0
@@ -185,14 +186,14 @@ def reading_check(run: "Components") -> Finding:
         rate = reading_rate(run.dataset, threads, run.process.device)
     except UserError as error:
         return Finding("reading", f"not timed: {error}")
-    text = f"{rate:.1f} clips/s by {threads} threads"
+    text = f"{rate:.1f} clips/s, {threads} read at a time"
     try:
-        workload = build_workload(run.config, run.dtype, processes_here())
+        workload = build_workload(run.config, run.dtype, processes_of_run())
     except UserError as error:
         return Finding("reading", f"{text}; the step is not estimated: {error}")
     device = device_here(run.process.device, run.dtype)
-    needed = processes_here() * computed_clips(workload, device)
-    text += f"; the step is expected to take {needed:.1f} clips/s (estimated, {processes_here()} x {device.name})"
+    needed = processes_of_run() * computed_clips(workload, device)
+    text += f"; the step is expected to take {needed:.1f} clips/s (estimated, {processes_of_run()} x {device.name})"
     return Finding("reading", text + (f": {reading_advice(run.config)}" if rate < needed else ""))
 
 

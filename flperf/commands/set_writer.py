@@ -189,7 +189,7 @@ class SetWriter:
         return Record(source, state, state_of(self.out / path)[0], shrunk, row)
 
     def _write(self, file: VideoFile, target: Path) -> bool:
-        """Whether the frames of the file were shrunk by --short-side."""
+        """Write the frames of a file into place; returns whether --short-side shrunk them."""
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
         try:

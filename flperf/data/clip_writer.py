@@ -1,8 +1,9 @@
 """Writes a video file again as one that decodes fast: the frames that an encoder sees, all of them, at their times.
 
-H.264 with a key frame every 16 frames, no deblocking and no arithmetic coding (x264's `fastdecode`), one reference and
-whole blocks. No frame refers to seven of every eight, so that a stride skips those it does not want. Colours are those
-of BT.601 in the limited range, which all decoders take without a correction. The sound is left out.
+H.264 with a key frame every 16 frames, no deblocking and no arithmetic coding (x264's `fastdecode`), one reference
+frame and macroblocks that are not split. Seven of every eight frames are B-frames that no other frame refers to, so a
+reader with a stride can leave out those that it does not want. Colours are those of BT.601 in the limited range, which
+all decoders take without a correction. The sound is left out.
 """
 
 import json
@@ -42,7 +43,7 @@ BT_601, LIMITED_RANGE = 6, 1  # H.273: SMPTE 170M for primaries, transfer and ma
 EXACT = 1e-6  # seconds by which a time may differ once it is written
 FINEST = 2**31 - 1  # units a second that an MP4 can hold
 
-# Writes a frame `h w c` of the file's size, as a player shows it, as it is stored, without padding.
+# Turns a frame `h w c` as a player shows it into the frame that is stored, without its padding.
 Transform = Callable[[Tensor, Tensor], None]
 
 

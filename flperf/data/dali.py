@@ -1,9 +1,9 @@
 """The decoder for GPUs: DALI pipelines from file bytes through NVDEC to frames, beside PyAV on the cores.
 
 A worker process (`flperf.data.workers`) opens each file, chooses its frames, and says whether DALI can be relied on for
-them. If so, a thread of this process that has a pipeline, a lane, decodes them, else the worker does. A thread keeps
-about one core busy either way: DALI waits for the device actively. Any free thread takes the next clip, so a slow NVDEC
-delays only its own clips.
+them. If so, a thread of this process that has a pipeline, called a lane, decodes them; else the worker does. Either way
+about one core is busy for each thread, since DALI waits for the device in a loop. Any free thread takes the next clip,
+so a slow NVDEC delays only its own clips.
 
 A pipeline holds one clip, because DALI waits for the device at every frame, on one stream for a whole batch: the clips
 of a batch would take turns, behind what the training step has queued. On an H100 8 clips of 64 frames took 1.9 s in

@@ -1,9 +1,9 @@
-"""What lies between the products of a head's block, with backward passes in flperf's Triton kernels. They are used on
-CUDA if `model.fused_kernels` is true.
+"""The operations between the matrix products of a head's block, with backward passes in flperf's Triton kernels. They
+are used on CUDA if `model.fused_kernels` is true.
 
-Forward is the plain formula, which Inductor fuses well. A backward pass that sums over tokens it does not: each sum is
-a pass of its own. A bias is added by its product, but its gradient does not come from there (`product`). It comes from
-the kernel of the layer that follows, which sums what it writes.
+The forward pass is the plain formula, which Inductor fuses well. It does not fuse the sums over tokens of a backward
+pass: each is a pass of its own. A matrix product adds its bias, but the bias gets no gradient from it (`product`). That
+gradient comes from the kernel of the layer that follows, which sums what it writes.
 """
 
 from typing import Any
