@@ -13,7 +13,7 @@ import torch
 from benchmarks import sizes
 from benchmarks.gpu.readers import READERS, in_threads, rate_of, reading
 from benchmarks.gpu.section import Section
-from benchmarks.gpu.videos import video_configuration, write_kinds
+from benchmarks.gpu.videos import PREPARED, video_configuration, write_kinds
 from flperf.config import Config
 from flperf.data.cores import cpu_quota, reading_cores
 from flperf.data.samplers import TrainingSampler
@@ -24,9 +24,10 @@ WORKERS = (1, 4, 8, 14)
 def measure(section: Section) -> None:
     section.attempt("cores", partial(count_cores, section))
     paths = write_kinds(section.folder)
-    kinds = list(paths)[::2]  # original and prepared
+    original = next(iter(paths))
     configurations = {
-        kind: (video_configuration("predictor", paths[kind], section.folder), paths[kind]) for kind in kinds
+        kind: (video_configuration("predictor", paths[kind], section.folder), paths[kind])
+        for kind in (original, PREPARED)
     }
     section.attempt("CPU ms a clip", partial(cost_of_clips, section, configurations))
     section.attempt("clips a second", partial(compare_workers, section, configurations))
