@@ -27,7 +27,7 @@ from flperf.files import atomic_file, locked, writing
 INDEX_FILE = "an index that `flperf index` wrote"
 MISSING = "missing"  # the error of a clip that annotations name and that has no file
 REFERENCE_WINDOW = FrameSampling(64, 2, "random")  # configs/references
-MANY_RESOLUTIONS = 64  # NVDEC keeps a decoder for each size; above this number the summary advises fewer
+MANY_RESOLUTIONS = 64  # NVDEC keeps a decoder for each size; above this number the summary advises `flperf prepare`
 
 HEADER = [field.name for field in fields(Row)]
 NEW_COLUMNS = ("shortest_interval", "longest_interval", "notes")  # older indices don't have them
@@ -166,7 +166,7 @@ def summary(rows: list[Row], left_out: LeftOut | None = None) -> str:
         lines.append(f"  {len(sizes):8} resolutions, most often {most}")
     if len(sizes) > MANY_RESOLUTIONS:
         lines.append(
-            "  a GPU's decoder is set up again for every new size: videos transcoded to a few sizes decode faster"
+            "  NVDEC is set up again for every new size; `flperf prepare` writes files of one size, which decode faster"
         )
     lines += _lengths(usable) if usable else []
     notes = Counter(note.partition(":")[0] for row in usable for note in row.notes.split("; ") if note)
