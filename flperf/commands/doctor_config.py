@@ -1,8 +1,10 @@
 """The checks of `flperf doctor --config`: does a run fit this machine, can it open all that it reads, and does reading
 keep up with the step?"""
 
+import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
@@ -17,6 +19,7 @@ if TYPE_CHECKING:  # torch is loaded by the checks that need it
     from flperf.run import Components
 
 CLIPS = 10
+LOCAL_PROCESSES = "LOCAL_WORLD_SIZE"  # torchrun's variable
 TIMED_CLIPS, TIMED_BATCH = 32, 4
 TIME_LIMIT = 20.0  # seconds of reading that is timed
 FIX_AND_REPEAT = "fix what this line names, then run the same command again"
@@ -175,26 +178,41 @@ def clips_check(run: "Components", split: str, clips: list[int], what: str, file
 
 
 def reading_check(run: "Components") -> Finding:
-    """Clips a second by the run's own reader on all cores of this machine, against what its devices compute."""
+    """Clips a second by the run's own reader on one process's share of the cores, against what its device computes."""
     from flperf.data.cores import reading_cores
     from flperf.engine.devices import device_here
     from flperf.estimate.step_time import computed_clips
     from flperf.estimate.workload import build_workload
 
-    threads = run.config.dataset.threads or reading_cores(run.process.device)[0]
+    processes = processes_of_run()
     try:
-        rate = reading_rate(run.dataset, threads, run.process.device)
+        with one_of(processes):
+            threads = run.config.dataset.threads or reading_cores(run.process.device)[0]
+            rate = reading_rate(run.dataset, threads, run.process.device)
     except UserError as error:
         return Finding("reading", f"not timed: {error}")
     text = f"{rate:.1f} clips/s, {threads} read at a time"
+    text += f", by one of {processes} processes" if processes > 1 else ""
     try:
-        workload = build_workload(run.config, run.dtype, processes_of_run())
+        workload = build_workload(run.config, run.dtype, processes)
     except UserError as error:
         return Finding("reading", f"{text}; the step is not estimated: {error}")
     device = device_here(run.process.device, run.dtype)
-    needed = processes_of_run() * computed_clips(workload, device)
-    text += f"; the step is expected to take {needed:.1f} clips/s (estimated, {processes_of_run()} x {device.name})"
+    needed = computed_clips(workload, device)
+    text += f"; its step is expected to take {needed:.1f} clips/s (estimated for {device.name})"
     return Finding("reading", text + (f": {reading_advice(run.config)}" if rate < needed else ""))
+
+
+@contextmanager
+def one_of(processes: int) -> Iterator[None]:
+    """Have this process read as one of so many on this machine, as a launcher would tell it."""
+    before = os.environ.get(LOCAL_PROCESSES)
+    os.environ[LOCAL_PROCESSES] = before or str(processes)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[LOCAL_PROCESSES]
 
 
 def reading_rate(dataset: "Dataset", threads: int, device) -> float:

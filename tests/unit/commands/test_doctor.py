@@ -1,6 +1,7 @@
 """`flperf doctor` finds what is missing and names a fix."""
 
 import ctypes
+import os
 import re
 import sys
 from dataclasses import replace
@@ -263,6 +264,15 @@ def test_reading_is_timed_against_the_step(videos_of, monkeypatch, tmp_path):
     assert "flperf prepare" not in text and "flperf encode" in text
     monkeypatch.setattr("flperf.estimate.step_time.computed_clips", lambda *_: 0.0)
     assert "hold it up" not in str(doctor_config.reading_check(run))
+
+
+def test_reading_is_timed_as_by_one_process_of_several(videos_of, monkeypatch):
+    """Each has its share of the cores, and one device to feed."""
+    monkeypatch.setattr(doctor_config, "processes_of_run", lambda: 2)
+    monkeypatch.setattr("flperf.data.cores.cpu_quota", lambda: None)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(4)))
+    text = str(doctor_config.reading_check(videos_of("h264.mp4")))
+    assert "2 read at a time, by one of 2 processes" in text and "LOCAL_WORLD_SIZE" not in os.environ
 
 
 def test_timing_ends_when_the_time_is_up(videos_of, monkeypatch):
