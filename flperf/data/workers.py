@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -186,14 +187,23 @@ class WorkerReader(Reader):
 
     def _worker(self) -> Worker:
         if not hasattr(self.own, "worker"):
-            try:
-                self.own.worker = start_server().fork(self.reading, self.memory.descriptor)
-            except OSError as error:
-                raise UserError(f"no process for decoding can be started: {error}") from None
+            self.own.worker = self._start_worker()
             self.workers.append(self.own.worker)
             if self.closed:  # by another thread, which has not seen this worker
                 self.own.worker.close()
         return self.own.worker
+
+    def _start_worker(self) -> Worker:
+        """Raises `UserError` if the server ends three times: then it can't work here, and was not killed by chance."""
+        try:
+            for _ in range(2):
+                server = start_server()
+                with suppress(ConnectionError):
+                    return server.fork(self.reading, self.memory.descriptor)
+                server.process.wait()  # it has closed its socket, and may still be ending
+            return start_server().fork(self.reading, self.memory.descriptor)
+        except OSError as error:
+            raise UserError(f"no process for decoding can be started: {error}") from None
 
     def close(self) -> None:
         self.closed = True

@@ -114,6 +114,15 @@ def test_the_server_is_started_again(videos):
     batches.close()
 
 
+def test_a_server_that_is_killed_as_it_is_asked_for_a_worker_is_started_again(videos):
+    server = start_server().process
+    server.send_signal(signal.SIGSTOP)
+    threading.Timer(0.3, server.kill).start()
+    batches = load(worker_reader([videos / "h264.mp4"]))
+    assert not next(batches).skipped and start_server().process is not server
+    batches.close()
+
+
 def test_a_clip_that_kills_its_worker_twice_is_unreadable(slow, caplog):
     before, killed = set(children()), set()
 
