@@ -5,7 +5,8 @@ milliseconds. It runs `serve`, started by `flperf.data.workers`. A worker reads 
 in one thread.
 
 Both end when the process that trains ends, however it does: the server sees its socket close, and the kernel kills the
-workers with it. Until then they ignore signals that schedulers and terminals send to every process of a job.
+workers with it. Until then they ignore signals that schedulers and terminals send to every process of a job, from the
+start of the server on.
 """
 
 import ctypes
@@ -31,14 +32,11 @@ from flperf.data.video_file import VideoFile
 from flperf.data.worker_messages import MESSAGE_BYTES, Answer, Reading, Task
 from flperf.errors import UserError
 
-IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def serve(descriptor: int) -> None:
     """Fork a worker for each message on a socket, until its other end closes; see `Server` of `flperf.data.workers`."""
-    for number in IGNORED:
-        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     compiled_kernel()  # before there are workers, which share it
     server, ended = socket.socket(fileno=descriptor), dict[int, int]()

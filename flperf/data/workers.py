@@ -9,7 +9,6 @@ that kills its worker twice, or on which one hangs, counts as unreadable.
 """
 
 import atexit
-import json
 import logging
 import os
 import pickle
@@ -36,7 +35,18 @@ from flperf.errors import UserError
 logger = logging.getLogger(__name__)
 
 CLIP_SECONDS = 300.0  # within which a worker answers; a clip takes a tenth of a second
-START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import flperf.data.worker_process as w; w.serve({})"
+# Signals that schedulers and terminals send to every process of a job. Importing takes seconds, so they are ignored
+# before.
+IGNORED = [int(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)]
+START = """
+import sys
+sys.path[:] = {path!r}
+import signal
+for number in {ignored}:
+    signal.signal(number, signal.SIG_IGN)
+import flperf.data.worker_process
+flperf.data.worker_process.serve({descriptor})
+"""
 
 
 class WorkerDied(Exception):
@@ -55,7 +65,7 @@ class Server:
         self.socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with other:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", START.format(other.fileno()), json.dumps(sys.path)],
+                [sys.executable, "-c", START.format(path=sys.path, ignored=IGNORED, descriptor=other.fileno())],
                 pass_fds=[other.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},

@@ -123,6 +123,17 @@ def test_a_server_that_is_killed_as_it_is_asked_for_a_worker_is_started_again(vi
     batches.close()
 
 
+def test_signals_to_the_whole_job_do_not_end_a_server_that_starts(videos):
+    server = workers.Server()
+    maps = Path(f"/proc/{server.process.pid}/maps")
+    wait_until(lambda: "torch" in maps.read_text())  # it is being imported
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        server.process.send_signal(number)
+    reader = worker_reader([videos / "h264.mp4"])
+    assert server.fork(reader.reading, reader.memory.descriptor).process > 0
+    server.close()
+
+
 def test_a_clip_that_kills_its_worker_twice_is_unreadable(slow, caplog):
     before, killed = set(children()), set()
 
