@@ -44,8 +44,11 @@ class Preparation:
         try:
             if content[KEY] != VERSION:
                 raise ValueError(f"it was prepared by another version of flperf (format {content[KEY]!r})")
-            resize, crop, shown = (_as_size(content[name]) for name in ("resize", "crop", "shown"))
-            return cls(resize, crop, content["short_side"], shown, content["shrunk"])
+            names = ("resize", "crop", "short_side", "shown")
+            resize, crop, short_side, shown = (_as_size(content[name]) for name in names)
+            if isinstance(crop, int) or isinstance(short_side, tuple) or not isinstance(shown, tuple):
+                raise TypeError("sizes of the wrong kind")
+            return cls(resize, crop, short_side, shown, content["shrunk"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"it doesn't say how it was prepared: {error}") from None
 
@@ -124,5 +127,8 @@ def _parse_comment(comment: str) -> Preparation:
 
 
 def _as_size(value: Any) -> Any:
-    """A size as a tuple; numbers and None as they are."""
+    """A size as a tuple; a positive number and None as they are. Raises `TypeError` for anything else."""
+    numbers = value if isinstance(value, list) and len(value) == 2 else [value]
+    if value is not None and not all(type(number) is int and number > 0 for number in numbers):
+        raise TypeError(f"{value!r} is not a size")
     return tuple(value) if isinstance(value, list) else value

@@ -117,6 +117,9 @@ def test_comments_of_others_are_no_preparation(tmp_path):
         read(with_comment(source, tmp_path / "commented.mp4", comment), SMALL)
 
 
+WRONG = [{"resize": "a"}, {"crop": 3}, {"shown": 5}, {"shown": [0, 2]}, {"shown": None}, {"short_side": [1, 2]}]
+
+
 def test_a_damaged_or_unknown_preparation_is_no_clip(tmp_path):
     prepared = prepare(tmp_path, "prepared.mp4", Plan(SMALL))
     good = Plan(SMALL).of_set().as_json()
@@ -125,6 +128,7 @@ def test_a_damaged_or_unknown_preparation_is_no_clip(tmp_path):
         (json.dumps(good)[:-5], "damaged"),
         (json.dumps(good | {"flperf_prepared": 2}), "another version"),
         ('{"flperf_prepared": 1}', "doesn't say"),
+        *((json.dumps(good | wrong), "doesn't say") for wrong in WRONG),
         (json.dumps(good | {"shown": [64, 64]}), "its frames are 32 x 32, but were prepared as 64 x 64"),
     ):
         with pytest.raises(BadClip, match=reason):
