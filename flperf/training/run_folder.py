@@ -138,10 +138,17 @@ def training_clips(dataset: Dataset) -> dict:
     return {"clips": len(train), "order": hashlib.sha256(b"\n".join(lines)).hexdigest()}
 
 
+def _commit() -> str | None:
+    """The commit of flperf, if it runs from a repository and there is git."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:
+        return None
+
+
 def describe_run(process: Process) -> dict:
     """Versions, commit, device and command, to document the run."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     name = (
         torch.cuda.get_device_name(process.device)
         if process.device.type == "cuda"
@@ -150,7 +157,7 @@ def describe_run(process: Process) -> dict:
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
-        "commit": commit or None,
+        "commit": _commit(),
         "versions": {"python": platform.python_version(), "flperf": version("flperf")}
         | {name: version(name) for name in PACKAGES},
         "device": name,

@@ -11,7 +11,7 @@ from flperf.data import Dataset
 from flperf.data.annotations import Annotations, SourceClips
 from flperf.engine.process import start_process
 from flperf.errors import UserError
-from flperf.training.run_folder import RunFolder, training_clips
+from flperf.training.run_folder import RunFolder, describe_run, training_clips
 
 
 def test_a_run_keeps_its_id_and_a_new_run_gets_another(tmp_path):
@@ -21,6 +21,12 @@ def test_a_run_keeps_its_id_and_a_new_run_gets_another(tmp_path):
         return folder.run_id()
 
     assert run_id("first") == run_id("first") != run_id("second")
+
+
+def test_a_run_needs_no_git(tmp_path, monkeypatch):
+    """Many containers have none."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert describe_run(start_process())["commit"] is None
 
 
 def opened(experiment: Path, *clips: str, overwrite: bool = False, sources: tuple[SourceClips, ...] = ()) -> RunFolder:
