@@ -202,7 +202,8 @@ class VideoFile:
     def is_cut_short(self) -> bool:
         """Whether the header promises more than is there."""
         frames, duration = len(self.timeline), self.timeline.duration
-        return self.promised_seconds - duration > max(CUT_SHORT * duration, 3 * duration / max(frames, 1))
+        frame = duration / frames if frames > 1 else 1 / float(self.stream.average_rate or DEFAULT_RATE)
+        return self.promised_seconds - duration > max(CUT_SHORT * duration, 3 * frame)
 
     def packets_from(self, position: int) -> Iterator[tuple[int, av.Packet]]:
         """(position, packet) from a position on."""

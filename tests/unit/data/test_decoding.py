@@ -496,6 +496,13 @@ def test_a_file_that_is_cut_short(tmp_path, codec, extension):
         assert not file.is_cut_short
 
 
+@pytest.mark.parametrize("extension", ["mp4", "mkv"])
+def test_a_single_frame_is_a_whole_file(tmp_path, extension):
+    """Its end is not known from the frame after it."""
+    with VideoFile(str(encode(tmp_path / f"one.{extension}", "libx264", 1))) as file:
+        assert len(file.timeline) == 1 and not file.is_cut_short
+
+
 def test_a_transport_stream_that_begins_within_a_packet(tmp_path):
     """Its end is whole, though its size is no multiple of its packets'."""
     whole = encode(tmp_path / "whole.ts", "libx264")
