@@ -6,6 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -40,7 +41,8 @@ class SharedMemory:
         self.pinned, self.lock = pinned, threading.Lock()
         self.blocks: list[tuple[int, mmap.mmap]] = []  # (address, mapping); block i begins at i * its size
         self.free: list[int] = []
-        weakref.finalize(self, _forget, self.descriptor, self.blocks, pinned)
+        self.registered: list[int] = []  # addresses
+        weakref.finalize(self, _forget, self.descriptor, self.registered)
 
     def take(self, size: int) -> tuple[Tensor, Callable[[], object]]:
         """`size` bytes with arbitrary content, uint8; and what gives them back, which happens by itself when the last
@@ -61,12 +63,20 @@ class SharedMemory:
                 "dataset.prefetch"
             ) from None
         address = np.frombuffer(mapping, np.uint8).ctypes.data
-        status = int(torch.cuda.cudart().cudaHostRegister(address, length, PORTABLE)) if self.pinned else 0
-        if status:
-            self.pinned = False
-            logger.warning("memory for batches can't be pinned (CUDA error %d); copies to the GPU are slower", status)
+        if self.pinned:
+            self._register(address, length)
         self.blocks.append((address, mapping))
         return number
+
+    def _register(self, address: int, length: int) -> None:
+        status = int(torch.cuda.cudart().cudaHostRegister(address, length, PORTABLE))
+        if not status:
+            self.registered.append(address)
+            return
+        self.pinned = False
+        logger.warning("memory for batches can't be pinned (CUDA error %d); copies to the GPU are slower", status)
+        with suppress(RuntimeError):  # CUDA keeps the error for the next call that asks, which would fail for it
+            torch.zeros(1, device="cuda")
 
     def place(self, slot: Tensor) -> Place:
         """Where a part of a tensor of `take` lies."""
@@ -81,7 +91,9 @@ def map_block(descriptor: int, place: Place) -> Tensor:
     return torch.frombuffer(mmap.mmap(descriptor, place.block_bytes, offset=place.block), dtype=torch.uint8)
 
 
-def _forget(descriptor: int, blocks: list[tuple[int, mmap.mmap]], pinned: bool) -> None:
+def _forget(descriptor: int, registered: list[int]) -> None:
     os.close(descriptor)
-    for address, _ in blocks if pinned else ():
+    if registered:
+        torch.cuda.synchronize()  # a copy may still read it
+    for address in registered:
         torch.cuda.cudart().cudaHostUnregister(address)
