@@ -2,6 +2,7 @@
 
 import gc
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,6 +79,21 @@ def test_places_are_aligned_for_mapping():
     memory = SharedMemory(pinned=False)
     places = [memory.place(memory.take(SIZE)[0]) for _ in range(1)]
     assert places == [Place(0, 4 * 4096, 0)]
+
+
+def test_memory_that_cannot_be_pinned_is_used_all_the_same(monkeypatch, caplog):
+    """As under drivers that do not let user memory be registered."""
+    refusing = SimpleNamespace(cudaHostRegister=lambda *_: 801)
+
+    def fail(*_, **__):
+        raise RuntimeError("CUDA error: operation not supported")
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: refusing)
+    monkeypatch.setattr(torch, "zeros", fail)
+    memory = SharedMemory(pinned=True)
+    tensors = [filled(memory, value)[0] for value in (1, 2)]
+    assert [int(tensor[0]) for tensor in tensors] == [1, 2]
+    assert caplog.text.count("can't be pinned (CUDA error 801)") == 1
 
 
 @pytest.mark.gpu
