@@ -27,8 +27,9 @@ def reading_cores(device: torch.device) -> tuple[int, set[int]]:
     stays on the cores near it, and leaves `CORES_OF_THE_STEP`; beside a CPU it takes all cores, as the step does."""
     if device.type != "cuda":
         return cores_per_process(), os.sched_getaffinity(0)
-    gpus = range(min(processes_here(), torch.cuda.device_count()))
-    return cores_near([pci_address(gpu) for gpu in gpus], device.index or 0)
+    own = device.index or 0
+    gpus = range(max(own + 1, min(processes_here(), torch.cuda.device_count())))
+    return cores_near([pci_address(gpu) for gpu in gpus], own)
 
 
 def cores_near(gpus: list[str], own: int) -> tuple[int, set[int]]:

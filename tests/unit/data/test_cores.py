@@ -112,5 +112,15 @@ def test_where_nodes_are_hidden_all_cores_are_near(tmp_path, monkeypatch):
     assert cores.cores_near(EIGHT_GPUS[4:5], 0) == (1, {0, 1})
 
 
+@pytest.mark.parametrize("own, processes, named", [(0, 1, 1), (1, 2, 2), (3, 16, 4), (2, 1, 3)])
+def test_the_gpus_are_those_of_the_processes_here(monkeypatch, own, processes, named):
+    """WORLD_SIZE counts those of other machines, too; a single process may have any GPU."""
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(cores, "pci_address", lambda gpu: EIGHT_GPUS[gpu])
+    monkeypatch.setattr(cores, "cores_near", lambda gpus, own: (gpus, own))
+    assert cores.reading_cores(torch.device("cuda", own)) == (EIGHT_GPUS[:named], own)
+
+
 def test_beside_a_cpu_reading_takes_the_cores_that_the_step_takes():
     assert cores.reading_cores(torch.device("cpu")) == (cores.cores_per_process(), os.sched_getaffinity(0))
