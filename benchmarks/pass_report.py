@@ -19,7 +19,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.utils._triton
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -117,8 +116,6 @@ def described_device() -> Iterator[None]:
         CudaInterface.Worker: dict(get_device_properties=lambda device=None: H100, current_device=lambda: 0),
     }
     with ExitStack() as stack:
-        forget_devices()
-        stack.callback(forget_devices)
         for owner, functions in answers.items():
             for name, function in functions.items():
                 stack.enter_context(patch.object(owner, name, staticmethod(function)))
@@ -130,13 +127,6 @@ def described_device() -> Iterator[None]:
         stack.enter_context(functorch.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False))
         stack.enter_context(patch.object(driver, "_active", device))
         yield
-
-
-def forget_devices() -> None:
-    """PyTorch remembers whether there is a device for Triton."""
-    for function in vars(torch.utils._triton).values():
-        if hasattr(function, "cache_clear"):
-            function.cache_clear()
 
 
 def on_cuda(graph: torch.fx.GraphModule, inputs: list) -> tuple[FakeTensorMode, list]:
@@ -273,7 +263,6 @@ def count(name: str, fused: bool) -> list[list[Kernel]]:
     from flperf.models.heads import fused as functions
     from flperf.models.heads import layers
 
-    torch._dynamo.reset()  # a process may have compiled the same blocks before, as often as is allowed
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with (
         patch.object(layers, "attention", attention),
