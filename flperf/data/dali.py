@@ -120,16 +120,22 @@ class Lane:
         colours: list[list[float]] | None,
         out: Tensor | None,
     ) -> Tensor:
-        """The frames of a clip, uint8 `f h w c`, written into `out` if it is given. Raises `DaliError`."""
+        """The frames of a clip, resized, cropped and with their colours corrected, uint8 `f h w c`; into `out` if it is
+        given. Raises `DaliError`."""
         begun = time.perf_counter()
         with torch.cuda.stream(self.stream) if self.stream else nullcontext():
-            frames = self.pipeline.read(path, indices, sample, preprocessing, colours, out)
+            decoded = self.pipeline.decode(path, indices, sample)
+            if out is None:
+                out = torch.empty(len(decoded), *preprocessing.size, 3, dtype=torch.uint8, device=decoded.device)
+            together = max(1, RESIZED_BYTES // decoded[0].nbytes)
+            for some, slots in zip(decoded.split(together), out.split(together), strict=True):
+                slots.copy_(recolour(preprocessing.apply(some), colours))
             if self.stream:
                 self.stream.synchronize()  # DALI may now overwrite its output
         if self.started:
             self.seconds.append(time.perf_counter() - begun)
         self.started = True
-        return frames
+        return out
 
     def is_slower_than(self, core_seconds: Sequence[float]) -> bool:
         """Whether clips take longer than these seconds, once there are enough of both."""
@@ -166,28 +172,9 @@ class ClipPipeline:
         backend = "mixed" if self.device.type == "cuda" else "cpu"
         self.pipeline = build_pipeline(lambda: self.inputs, backend, self.device.index or 0)
 
-    def read(
-        self,
-        path: str,
-        indices: list[int],
-        sample: int,
-        preprocessing: Preprocessing,
-        colours: list[list[float]] | None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """Decode the frames of a clip, resized, cropped and with their colours corrected, uint8 `f h w c`; into `out`
-        if it is given. On a GPU they are complete once the current stream has got there. Raises `DaliError` if DALI
-        fails, and builds the pipeline again."""
-        decoded = self.decode(path, indices, sample)
-        if out is None:
-            out = torch.empty(len(decoded), *preprocessing.size, 3, dtype=torch.uint8, device=decoded.device)
-        together = max(1, RESIZED_BYTES // decoded[0].nbytes)
-        for some, slots in zip(decoded.split(together), out.split(together), strict=True):
-            slots.copy_(recolour(preprocessing.apply(some), colours))
-        return out
-
     def decode(self, path: str, indices: list[int], sample: int) -> Tensor:
-        """The frames, uint8 `f h w c` of the file's size, in DALI's memory until the next call."""
+        """The frames, uint8 `f h w c` of the file's size, in DALI's memory until the next call. Raises `DaliError` if
+        DALI fails, and builds the pipeline again."""
         # not `abspath`, which would leave out a folder with the `..` behind it, and the folder may be a link
         name = np.frombuffer(os.path.join(os.getcwdb(), os.fsencode(path)), np.uint8)
         self.inputs = [name], [np.array(indices, np.int32)], [np.int64(sample)]

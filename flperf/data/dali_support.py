@@ -4,6 +4,7 @@ corrected. Importing it does not import DALI, which takes a second."""
 import torch
 from torch import Tensor
 
+from flperf.data.preprocessing import BLOCK
 from flperf.data.pyav import display_orientation
 from flperf.data.video_file import VideoFile
 
@@ -16,9 +17,6 @@ GPU_FORMATS = ("yuv420p", "yuvj420p")  # every NVDEC decodes these codecs in the
 BT_601 = 0.299, 0.114
 LUMA_SHARES = {1: (0.2126, 0.0722), 7: (0.212, 0.087), 9: (0.2627, 0.0593)} | dict.fromkeys((2, 4, 5, 6), BT_601)
 PROGRESSIVE = 1  # field order (FFmpeg, AVFieldOrder); 0 is unknown
-# DALI 2.4 keeps NVDEC's decoders by the size of the picture, and looks them up by the coded size, which codecs round up
-# to this multiple. Where the two differ it builds a decoder for every clip.
-CODED_MULTIPLE = 16
 
 
 def colour_correction(file: VideoFile) -> list[list[float]] | None:
@@ -78,6 +76,8 @@ def _unsupported(context, device: str, reusing: bool) -> str | None:
             return f"NVDEC doesn't decode {codec} in {context.pix_fmt}"
         if context.height < height or context.width < width:
             return f"NVDEC doesn't decode {codec} of less than {width} x {height} pixels"
-        if reusing and (context.height % CODED_MULTIPLE or context.width % CODED_MULTIPLE):
-            return f"DALI builds an NVDEC decoder for every clip whose sides are no multiples of {CODED_MULTIPLE}"
+        # DALI 2.4 keeps NVDEC's decoders by the size of the picture, and looks them up by the coded size, that of whole
+        # blocks. Where the two differ it builds a decoder for every clip.
+        if reusing and (context.height % BLOCK or context.width % BLOCK):
+            return f"DALI builds an NVDEC decoder for every clip whose sides are no multiples of {BLOCK}"
     return None

@@ -154,7 +154,9 @@ class BatchMemory:
         if self.stream is None:
             return buffer.tensor, buffer.release
         while self.copied and self.copied[0][0].query():
-            self._release(self.copied.popleft()[1])
+            _, copied = self.copied.popleft()
+            if copied.release:
+                copied.release()
         computing = torch.cuda.current_stream(self.reader.device)
         with torch.cuda.stream(self.stream):
             batch = torch.empty(self.shape, dtype=self.reader.dtype, device=self.reader.device)
@@ -170,14 +172,10 @@ class BatchMemory:
         batch.record_stream(computing)
         return batch, None
 
-    def _release(self, buffer: Buffer) -> None:
-        if buffer.release:
-            buffer.release()
-
 
 def read_ahead(tasks: Iterable, submit: Callable[[ThreadPoolExecutor, Any], Any], threads: int, ahead: int) -> Iterator:
     """Yield `submit(pool, task)` for each task in order; `ahead` more are submitted before one is yielded."""
-    pool = ThreadPoolExecutor(threads, "flperf-data", _use_one_thread, (torch.get_num_threads(),))
+    pool = ThreadPoolExecutor(threads, "flperf-data", use_one_thread, (torch.get_num_threads(),))
     pending = deque()
     try:
         for task in tasks:
@@ -192,7 +190,7 @@ def read_ahead(tasks: Iterable, submit: Callable[[ThreadPoolExecutor, Any], Any]
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _use_one_thread(others: int) -> None:
+def use_one_thread(others: int) -> None:
     """Have torch's operators in this thread use no other threads: OpenMP teams that wait for each other on busy cores
     made decoding eight times slower. OpenMP keeps the number for each thread, but torch also keeps it as the default of
     new threads; a short-lived thread sets that back to `others`."""

@@ -45,16 +45,9 @@ class PyAVReader(Reader):
     def _read(self, file: VideoFile, request: ClipRequest, slot: Tensor) -> Reasons:
         times = file.timeline.times
         short = shortage(file.path, self.frame_sampling, times)
-        self.write(file, request, self.frame_sampling.frames(times, request.uniform), slot)
+        indices = self.frame_sampling.frames(times, request.uniform)
+        write_frames(file, indices, slot, remaining_preprocessing(self.preprocessing, file))
         return short
-
-    def write(self, file: VideoFile, request: ClipRequest, indices: list[int], slot: Tensor) -> None:
-        """Decode frames of a file into `slot`."""
-        write_frames(file, indices, slot, self.remaining_preprocessing(file))
-
-    def remaining_preprocessing(self, file: VideoFile) -> Preprocessing:
-        """What is left to do on the frames of a file. Raises `UserError` if they were prepared for another backbone."""
-        return remaining_preprocessing(self.preprocessing, file)
 
 
 def read_frames(path: str, indices: list[int]) -> Tensor:

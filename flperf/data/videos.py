@@ -16,7 +16,7 @@ from flperf.data.cores import reading_cores
 from flperf.data.dataset import Dataset, load_with, read_splits, training_files
 from flperf.data.loader import Reader
 from flperf.data.prepared import check_set
-from flperf.data.preprocessing import Preprocessing
+from flperf.data.preprocessing import BLOCK, Preprocessing
 from flperf.data.samplers import FrameSampling
 from flperf.data.short_clips import ShortClips, choose_clips
 from flperf.data.text_files import existing_file
@@ -90,11 +90,9 @@ def describe_reading(decoder: str, device: torch.device, threads: int) -> str:
         where = "NVDEC" if device.type == "cuda" else "a CPU"
         return f"DALI on {where} in {threads} threads (dataset.decoder=dali); {workers} for what it can't decode"
     if decoder == "auto" and device.type == "cuda" and nvdec_lanes(threads):
-        from flperf.data.dali_support import CODED_MULTIPLE
-
         return (
             f"{workers}; {nvdec_lanes(threads)} of them leave files that NVDEC decodes with a decoder at hand "
-            f"(both sides multiples of {CODED_MULTIPLE}) to it, for as long as it is faster than a core"
+            f"(both sides multiples of {BLOCK}) to it, for as long as it is faster than a core"
         )
     return workers
 

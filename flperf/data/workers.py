@@ -188,9 +188,8 @@ class WorkerReader(Reader):
             except WorkerDied as death:
                 del self.own.worker
                 deaths.append(str(death))
-                if self.closed:
-                    break
-                logger.warning("%s: %s", task.path, death)
+                if not self.closed:
+                    logger.warning("%s: %s", task.path, death)
         if self.closed:
             raise CancelledError
         raise BadClip(task.path, deaths[-1])

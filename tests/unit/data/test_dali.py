@@ -301,7 +301,7 @@ def test_what_dali_fails_on_is_read_by_pyav(videos, monkeypatch, caplog):
     def fail(*_):
         raise dali.DaliError("DALI: no memory")
 
-    monkeypatch.setattr(dali.ClipPipeline, "read", fail)
+    monkeypatch.setattr(dali.ClipPipeline, "decode", fail)
     names = ["vp9.webm", "vp8.webm", "mjpeg.avi"]
     ours, reference = take(with_dali(videos, names), 4), take(with_pyav(videos, names), 4)
     for a, b in zip(ours, reference, strict=True):
