@@ -26,7 +26,7 @@ from flperf.data.text_files import read_json
 from flperf.data.unreadable import NONE_USABLE
 from flperf.engine.process import Process, compute_dtype
 from flperf.errors import UserError
-from flperf.files import write_atomically
+from flperf.files import make_folder, write_atomically
 from flperf.models.encoder import Encoder, build_encoder, encode_clip
 from flperf.models.latents import LatentGeometry, latent_geometry
 from flperf.run import evaluation_share
@@ -147,10 +147,7 @@ class SplitEncoding:
     def _claim_folder(self, layout: dict) -> None:
         """Start in an empty folder, or resume in one of the same encoding. Raises `UserError` for any other."""
         identity, file = self.identity | layout, self.folder / IDENTITY
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out: {self.folder} can't be made a folder ({error.strerror})") from None
+        make_folder(self.folder)
         if file.exists():
             self._check(file, read_json(str(file), "--out", "another folder"), identity)
         elif any(self.folder.iterdir()):

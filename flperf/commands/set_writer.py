@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from flperf.data.annotations import Annotations
 from flperf.data.clip_writer import CODEC, OPTIONS, Plan, check_times, write_clip
 from flperf.data.cores import cores_per_process
 from flperf.data.index import write_rows
+from flperf.data.loader import use_one_thread
 from flperf.data.prepared import IDENTITY, is_prepared, read_identity
 from flperf.data.preprocessing import Preprocessing
 from flperf.data.probing import Row, probe_file
@@ -43,7 +44,7 @@ from flperf.data.unreadable import BadClip
 from flperf.data.video_file import VideoFile
 from flperf.engine.process import Process
 from flperf.errors import UserError
-from flperf.files import atomic_file, locked, write_atomically, writing
+from flperf.files import atomic_file, locked, make_folder, write_atomically, writing
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,6 @@ class SetWriter:
         progress = self.out / FOLDER / f"rank_{self.process.rank:05d}.jsonl"
         with (
             appending(progress) as append,
-            one_thread_each(),
             tqdm(total=len(mine), initial=len(mine) - len(todo), desc="preparing", unit="file", disable=quiet) as bar,
         ):
             for record in each_completed(self._prepare, todo, threads):
@@ -217,10 +217,7 @@ def identity(plan: Plan) -> dict:
 def _claim(out: Path, plan: Plan, stack: ExitStack) -> None:
     """Start in an empty folder, or resume in one of the same preparation. No other command uses it until `stack` is
     closed."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: {out} can't be made a folder ({error.strerror})") from None
+    make_folder(out)
     if not (out / LOCK).exists() and any(out.iterdir()):
         raise UserError(f"--out: {out} holds files that `flperf prepare` did not write; choose another --out")
     stack.enter_context(locked(out / LOCK, "flperf prepare"))
@@ -244,21 +241,10 @@ def _claim(out: Path, plan: Plan, stack: ExitStack) -> None:
 
 def each_completed(function, items: list[str], threads: int) -> Iterator[Any]:
     """`function` of each item in a pool of threads, in the order in which they end. The first error ends all."""
-    with ThreadPoolExecutor(threads, "flperf-prepare") as pool:
+    with ThreadPoolExecutor(threads, "flperf-prepare", use_one_thread, (torch.get_num_threads(),)) as pool:
         tasks: list[Future] = [pool.submit(function, item) for item in items]
         try:
             for task in as_completed(tasks):
                 yield task.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Have torch's operators use one thread, since there is a file for every core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
